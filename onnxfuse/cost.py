@@ -1,0 +1,477 @@
+"""What a model costs: parameters, multiply-accumulates, bytes, and latency measured side by side.
+
+Multiply-accumulates (MACs) are counted by rules, one for each operator that multiplies by weights or
+contracts two tensors; element-wise operators, normalisations, pooling and data movement count as 0, as is
+usual. Where a rule needs a size that is not known, or an operator has no rule and could hide work (another
+domain, a local function, a loop of unknown length), the count is None and says why: a number that leaves
+something out would be worse. An `If` counts as its heavier branch.
+
+Latency is not predictable from MACs (a 5x5 convolution has fewer than two 3x3 and can be slower), so it is
+measured: all models interleaved in one run, in an order drawn anew each round, because on a busy machine two
+separate timings compare the machine with itself at different moments. The ratio to the first model is taken
+round by round and its median reported, with a bootstrap confidence interval.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from onnxfuse.errors import InputError
+from onnxfuse.external_data import BITS, byte_size
+from onnxfuse.graph import Model, Node
+from onnxfuse.protos import DEFAULT_DOMAINS, bodies, light_graph
+from onnxfuse.shapes import TensorInfo, info_of
+
+if TYPE_CHECKING:
+    from onnxfuse.runtime import Feed, Runtime
+
+Shapes = Mapping[str, TensorInfo]
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    `parameters` are the elements of all weights in use, a shared one counted once; 64-bit integers, booleans
+    and strings (shapes, axes, indices) are not parameters. `bytes` are those of all stored values in use but
+    strings. `macs` are for one run at the sizes given to `count`, or None with `macs_reason`.
+    """
+
+    parameters: int
+    macs: int | None
+    nodes: int
+    bytes: int
+    macs_reason: str | None = None
+
+
+class _UnknownError(Exception):
+    """A MAC count that cannot be made; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Op:
+    """A node as the rules see it: its attributes and the shapes of its tensors."""
+
+    node: onnx.NodeProto
+    lookup: Callable[[str], tuple[int, ...]]
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        found = next((a for a in self.node.attribute if a.name == name), None)
+        return default if found is None else onnx.helper.get_attribute_value(found)
+
+    def has(self, index: int) -> bool:
+        return index < len(self.node.input) and bool(self.node.input[index])
+
+    def input(self, index: int) -> tuple[int, ...]:
+        return self.lookup(self.node.input[index])
+
+    def output(self) -> tuple[int, ...]:
+        return self.lookup(next(name for name in self.node.output if name))
+
+
+Rule = Callable[[_Op], int]
+
+
+def _conv(weight: int) -> Rule:
+    """Every output element takes (C_in / groups) * prod(kernel) products; the weight is (out, in / groups,
+    *kernel)."""
+    return lambda op: math.prod(op.output()) * math.prod(op.input(weight)[1:])
+
+
+def _conv_transpose(op: _Op) -> int:
+    """Every input element meets (C_out / groups) * prod(kernel) weights; the weight is (in, out / groups,
+    *kernel)."""
+    return math.prod(op.input(0)) * math.prod(op.input(1)[1:])
+
+
+def _matmul(left: int) -> Rule:
+    """Every output element is a sum over the last axis of the left factor."""
+    return lambda op: math.prod(op.output()) * op.input(left)[-1]
+
+
+def _gemm(op: _Op) -> int:
+    return math.prod(op.output()) * op.input(0)[0 if op.attribute("transA", 0) else 1]
+
+
+def _einsum(op: _Op) -> int:
+    """One product for every combination of indices; with more than two factors this is the naive order's
+    count."""
+    equation = op.attribute("equation").decode().replace(" ", "")
+    sizes: dict[str, int] = {}
+    for index, term in enumerate(equation.split("->")[0].split(",")):
+        shape = op.input(index)
+        if "..." in term:
+            head, tail = term.split("...")
+            dots = len(shape) - len(head) - len(tail)
+            letters = [*head, *(f".{dots - i}" for i in range(dots)), *tail]
+        else:
+            letters = list(term)
+        for letter, size in zip(letters, shape, strict=True):
+            sizes[letter] = max(sizes.get(letter, 1), size)
+    return math.prod(sizes.values()) * max(1, len(op.node.input) - 1)
+
+
+def _recurrent(op: _Op) -> int:
+    """Per step, sample and direction: all gates' input and recurrent matrices, (G*H, I) and (G*H, H)."""
+    x, w, r = op.input(0), op.input(1), op.input(2)
+    return (
+        x[0] * x[1] * (math.prod(w) + math.prod(r))
+    )  # layout 0 is (steps, batch, I), layout 1 (batch, steps, I)
+
+
+def _attention(op: _Op) -> int:
+    """ONNX Attention: scores Q K^T, then probabilities times V; q_num_heads is needed where heads are not an
+    axis."""
+    q, k, v = op.input(0), op.input(1), op.input(2)
+    if op.has(4):
+        raise _UnknownError("an Attention with a key-value cache has no rule")
+    if len(q) == 4:
+        batch, heads, rows, width = q
+        value_width = v[3]
+    else:
+        heads, shared = op.attribute("q_num_heads"), op.attribute("kv_num_heads")
+        batch, rows, width, value_width = q[0], q[1], q[2] // heads, v[2] // shared
+    return batch * heads * rows * k[-2] * (width + value_width)
+
+
+RULES: Mapping[str, Rule] = {
+    "Conv": _conv(1),
+    "ConvInteger": _conv(1),
+    "QLinearConv": _conv(3),
+    "DeformConv": _conv(1),
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "MatMul": _matmul(0),
+    "MatMulInteger": _matmul(0),
+    "QLinearMatMul": _matmul(0),
+    "Einsum": _einsum,
+    "LSTM": _recurrent,
+    "GRU": _recurrent,
+    "RNN": _recurrent,
+    "Attention": _attention,
+}
+"""MACs of one run of an operator of the default domain; operators that are not here count as 0."""
+
+_LOOPS = ("Loop", "Scan", "SequenceMap")
+_INDEX_TYPES = (
+    onnx.TensorProto.INT64,
+    onnx.TensorProto.UINT64,
+    onnx.TensorProto.BOOL,
+    onnx.TensorProto.STRING,
+)
+_SHORT_FORMS = {
+    "value_float": onnx.TensorProto.FLOAT,
+    "value_floats": onnx.TensorProto.FLOAT,
+    "value_int": onnx.TensorProto.INT64,
+    "value_ints": onnx.TensorProto.INT64,
+    "value_string": onnx.TensorProto.STRING,
+    "value_strings": onnx.TensorProto.STRING,
+}
+
+
+# --- counting -----------------------------------------------------------------------------------------------
+
+
+def dimension_sizes(model: Model, feed: Feed) -> dict[str, int]:
+    """The sizes that a feed gives to the model's named dynamic dimensions."""
+    sizes: dict[str, int] = {}
+    for info in model.inputs:
+        if info.name in feed and info.shape is not None:
+            named = zip(info.shape, feed[info.name].shape, strict=False)
+            sizes.update({dim: size for dim, size in named if isinstance(dim, str)})
+    return sizes
+
+
+def shapes_at(model: Model, feed: Feed) -> dict[str, TensorInfo]:
+    """Shapes of all tensors at the sizes of one feed."""
+    return _concrete(model.shapes(feed), dimension_sizes(model, feed))
+
+
+def measure(model: Model, feed: Feed) -> Cost:
+    """`count` at the sizes of one feed."""
+    return count(model, model.shapes(feed), dimension_sizes(model, feed))
+
+
+def count(model: Model, shapes: Shapes, sizes: Sizes | None = None) -> Cost:
+    """Parameters, MACs, nodes (bodies included) and bytes of `model`.
+
+    Args:
+        shapes: of its tensors, as `Model.shapes` gives them.
+        sizes: of dynamic dimensions, by name.
+    """
+    proto = model.to_proto()
+    parameters, stored = _weights(proto)
+    macs: int | None
+    try:
+        known = _concrete(shapes, sizes or {})
+        macs, reason = _Counter(proto, known).count(), None
+    except _UnknownError as unknown:
+        macs, reason = None, str(unknown)
+    return Cost(parameters, macs, sum(1 for _ in _all_nodes(proto.graph)), stored, reason)
+
+
+def node_macs(nodes: Iterable[Node], shapes: Shapes, opset: int) -> int | None:
+    """MACs of some nodes of a main graph at concrete shapes; None where `count` would not know either."""
+    total = 0
+    for node in nodes:
+        rule = RULES.get(node.op) if node.domain in DEFAULT_DOMAINS else None
+        if node.bodies or (rule is None and node.domain not in DEFAULT_DOMAINS):
+            return None
+        try:
+            total += rule(_Op(node.proto(opset), lambda name: _known_shape(name, shapes))) if rule else 0
+        except _UnknownError:
+            return None
+    return total
+
+
+def _concrete(shapes: Shapes, sizes: Sizes) -> dict[str, TensorInfo]:
+    """The same with named dimensions replaced by their sizes."""
+
+    def sized(info: TensorInfo) -> TensorInfo:
+        if info.shape is None:
+            return info
+        return replace(
+            info, shape=tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in info.shape)
+        )
+
+    return {name: sized(info) for name, info in shapes.items()}
+
+
+class _Counter:
+    """The MACs of a model and of the bodies in it."""
+
+    def __init__(self, proto: onnx.ModelProto, shapes: Shapes) -> None:
+        self.shapes = shapes
+        self.functions = {(function.domain, function.name) for function in proto.functions}
+        self.root = (
+            _with_body_shapes(proto, shapes)
+            if any(any(bodies(node)) for node in proto.graph.node)
+            else proto.graph
+        )
+
+    def count(self) -> int:
+        return self._graph(self.root, self.shapes)
+
+    def _graph(self, graph: onnx.GraphProto, shapes: Shapes) -> int:
+        return sum(self._node(node, shapes) for node in graph.node)
+
+    def _node(self, node: onnx.NodeProto, shapes: Shapes) -> int:
+        label = f"{node.op_type} '{node.name or next(iter(node.output), '')}'"
+        if (node.domain, node.op_type) in self.functions:
+            raise _UnknownError(f"{label} is a local function, which has no rule")
+        if node.domain not in DEFAULT_DOMAINS and not node.domain.startswith("ai.onnx."):
+            raise _UnknownError(f"{label} of domain '{node.domain}' has no rule")
+        branches = [self._graph(body, {**shapes, **_declared(body)}) for body in bodies(node)]
+        if branches:
+            if node.op_type in _LOOPS and any(branches):
+                raise _UnknownError(f"{label} runs its body an unknown number of times")
+            return max(branches)
+        rule = RULES.get(node.op_type)
+        if rule is None or node.domain not in DEFAULT_DOMAINS:
+            return 0
+        try:
+            return rule(_Op(node, lambda name: _known_shape(name, shapes)))
+        except _UnknownError as unknown:
+            raise _UnknownError(f"{label}: {unknown}") from None
+
+
+def _known_shape(name: str, shapes: Shapes) -> tuple[int, ...]:
+    info = shapes.get(name)
+    if info is None or info.shape is None:
+        raise _UnknownError(f"the shape of '{name}' is not known")
+    found = []
+    for dim in info.shape:
+        if not isinstance(dim, int):
+            size = f"the size of dimension '{dim}'" if dim else "a size"
+            raise _UnknownError(f"{size} of '{name}' is not known")
+        found.append(dim)
+    return tuple(found)
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for body in bodies(node):
+            yield from _all_nodes(body)
+
+
+def _declared(body: onnx.GraphProto) -> dict[str, TensorInfo]:
+    """Shapes that stand in a body itself."""
+    values = {value.name: info_of(value) for value in (*body.input, *body.output, *body.value_info)}
+    return {**values, **{t.name: TensorInfo(t.name, None, tuple(t.dims)) for t in body.initializer}}
+
+
+def _with_body_shapes(proto: onnx.ModelProto, shapes: Shapes) -> onnx.GraphProto:
+    """The graph with what shape inference, started from the known shapes outside, finds inside its bodies."""
+    model = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
+    model.graph.CopyFrom(light_graph(proto.graph))
+    del model.graph.value_info[:]
+    listed = {value.name for value in (*model.graph.input, *model.graph.output)}
+    for values in (model.graph.input, model.graph.output):
+        for value in values:
+            _fix_shape(value, shapes.get(value.name))
+    for name, info in shapes.items():
+        if name not in listed and info.dtype is not None and info.shape is not None:
+            model.graph.value_info.append(_value_info(info))
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return proto.graph  # the bodies' sizes stay unknown, and the count says so
+
+
+def _fix_shape(value: onnx.ValueInfoProto, info: TensorInfo | None) -> None:
+    if info is not None and info.dtype is not None and info.shape is not None:
+        value.CopyFrom(_value_info(info))
+
+
+def _value_info(info: TensorInfo) -> onnx.ValueInfoProto:
+    kind = onnx.helper.np_dtype_to_tensor_dtype(info.dtype) if info.dtype is not None else 0
+    return onnx.helper.make_tensor_value_info(info.name, kind, info.shape)
+
+
+def _weights(proto: onnx.ModelProto) -> tuple[int, int]:
+    """Elements that are parameters, and bytes of everything, over the stored values that some node or output
+    uses."""
+    used = {value.name for value in proto.graph.output}
+    for node in _all_nodes(proto.graph):
+        used.update(node.input)
+    tensors = [tensor for tensor in _stored(proto.graph) if tensor.name in used]
+    for function in proto.functions:
+        tensors.extend(a.t for node in function.node for a in node.attribute if node.op_type == "Constant")
+    parameters = sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type not in _INDEX_TYPES)
+    return parameters, sum(byte_size(tensor) for tensor in tensors if tensor.data_type in BITS)
+
+
+def _stored(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
+    """Initializers and the values of Constant nodes, under the names that nodes use, bodies included."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+    for node in graph.node:
+        if node.op_type == "Constant" and node.domain in DEFAULT_DOMAINS and node.output:
+            yield from _constant_value(node)
+        for body in bodies(node):
+            yield from _stored(body)
+
+
+def _constant_value(node: onnx.NodeProto) -> Iterable[onnx.TensorProto]:
+    """A Constant node's value as dims and type under the output's name, whichever attribute holds it."""
+    for attribute in node.attribute:
+        kind = _SHORT_FORMS.get(attribute.name)
+        if attribute.name == "value":
+            yield onnx.TensorProto(
+                name=node.output[0], dims=attribute.t.dims, data_type=attribute.t.data_type
+            )
+        elif attribute.name == "sparse_value":
+            values = attribute.sparse_tensor.values
+            yield onnx.TensorProto(name=node.output[0], dims=values.dims, data_type=values.data_type)
+        elif kind is not None:
+            size = len(attribute.floats) + len(attribute.ints) + len(attribute.strings)
+            dims = [size] if attribute.name.endswith("s") else []
+            yield onnx.TensorProto(name=node.output[0], dims=dims, data_type=kind)
+
+
+# --- latency ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model's times. `median_ms` and the quartiles are of single runs, in milliseconds; `ratio` is the
+    median over rounds of its time by the first model's in the same round, `ratio_low` to `ratio_high` a 95%
+    bootstrap confidence interval of that median, `ratio_quartiles` the middle half of the rounds."""
+
+    median_ms: float
+    quartiles_ms: tuple[float, float]
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    ratio_quartiles: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Timings of several models, the first of them the yardstick, over `rounds` rounds."""
+
+    timings: tuple[Timing, ...]
+    rounds: int
+    providers: tuple[str, ...]
+    threads: int
+
+
+def latency(
+    models: Sequence[Model],
+    runtime: Runtime,
+    feed: Feed,
+    *,
+    repeats: int = 100,
+    seconds: float = 10.0,
+    warmup: int = 3,
+    seed: int = 0,
+) -> Latency:
+    """Time `models` on `feed`, interleaved: every round runs each once, in an order drawn anew.
+
+    Args:
+        repeats: rounds at most.
+        seconds: no new round starts after this time; at least three are made whatever they take.
+        warmup: runs of each model before the first round.
+
+    Raises:
+        InputError: no models, or the feed does not fit one of them.
+        NotApplicableError: a model does not load or run.
+    """
+    if not models:
+        raise InputError("there is no model to time")
+    sessions = [runtime.session(model) for model in models]
+    runs = [session.bind(feed).run for session in sessions]
+    for run in runs:
+        for _ in range(warmup):
+            run()
+    times = _rounds(runs, repeats, seconds, np.random.default_rng(seed))
+    return Latency(summarise(times, seed), len(times), tuple(sessions[0].providers), runtime.threads)
+
+
+def _rounds(
+    runs: Sequence[Callable[[], Any]], repeats: int, seconds: float, random: np.random.Generator
+) -> np.ndarray:
+    """Nanoseconds, (rounds, models)."""
+    deadline = time.perf_counter() + seconds
+    times: list[np.ndarray] = []
+    while len(times) < max(repeats, 1) and (len(times) < 3 or time.perf_counter() < deadline):
+        row = np.zeros(len(runs))
+        for index in random.permutation(len(runs)):
+            start = time.perf_counter_ns()
+            runs[index]()
+            row[index] = time.perf_counter_ns() - start
+        times.append(row)
+    return np.array(times)
+
+
+def summarise(times: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[Timing, ...]:
+    """Timings from nanoseconds of shape (rounds, models). Ratios are taken round by round, so that what slows
+    a whole round (another process) cancels; medians, because what slows a single run must not count."""
+    ratios = times / times[:, :1]
+    draws = np.random.default_rng(seed).integers(len(times), size=(resamples, len(times)))
+    found = []
+    for column, ratio in zip(times.T / 1e6, ratios.T, strict=True):
+        low, high = np.percentile(np.median(ratio[draws], axis=1), [2.5, 97.5])
+        quarter, three = np.percentile(column, [25, 75])
+        middle = np.percentile(ratio, [25, 75])
+        found.append(
+            Timing(
+                float(np.median(column)),
+                (float(quarter), float(three)),
+                float(np.median(ratio)),
+                float(low),
+                float(high),
+                (float(middle[0]), float(middle[1])),
+            )
+        )
+    return tuple(found)

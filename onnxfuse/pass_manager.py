@@ -1,0 +1,462 @@
+"""Passes, what they promise, and the manager that holds them to it.
+
+A pass rewrites a copy of a model and declares, by its contract, what the rewrite preserves:
+
+- `EXACT`: the function, up to float noise. Checked: outputs before = outputs after.
+- `MASKED`: the function of the model before with some channels multiplied by zero. The pass hands that masked
+  model over as its `oracle`; checked: outputs of the oracle = outputs after.
+- `APPROXIMATE`: nothing exactly, but the pass knows by how much it is off: every rewritten tensor comes with
+  a `Prediction` of its error. Checked: predicted = measured, on the same samples and positions.
+
+The manager is transactional. A pass works on a copy; the copy must be a valid graph, must load in ONNX
+Runtime and must keep its contract there; then it is committed, otherwise rolled back with the reason in its
+`StepReport`. Nothing is written to disk by the manager itself, so an interrupted run leaves nothing behind.
+Timing, progress, dumps and the journal live in instruments (`instruments.py`) around a pass, not inside it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
+
+import pydantic
+
+from onnxfuse import verify
+from onnxfuse.cost import Cost, measure
+from onnxfuse.errors import InputError, OnnxfuseError, VerificationError
+from onnxfuse.verify import Comparison, Divergence, OutputError, PredictionCheck
+
+if TYPE_CHECKING:
+    from onnxfuse.calibration import Calibration
+    from onnxfuse.graph import Model
+    from onnxfuse.instruments import Instrument
+    from onnxfuse.runtime import Feed, Runtime
+
+GROUP = "onnxfuse.passes"
+"""The entry-point group in which passes are found."""
+
+VERIFIED_BATCHES = 2
+"""Batches of the fit samples, and as many of the held-out ones, on which an EXACT or MASKED pass is
+compared."""
+
+UNSEEN = (
+    "inner tensors changed and the outputs do not at all: on these samples they do not depend on what was "
+    "rewritten, so nothing is proved; give samples that the model was made for"
+)
+UNSEEN_ERROR = 1e-6
+"""Relative squared error of a tensor above which some output must change."""
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+
+
+class Contract(enum.Enum):
+    """What a pass preserves; decides how its result is verified."""
+
+    EXACT = "exact"
+    MASKED = "masked"
+    APPROXIMATE = "approximate"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One rewrite that was made: the nodes it replaced, one line that says what became of them, and
+    figures."""
+
+    nodes: tuple[str, ...]
+    what: str
+    detail: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One rewrite that was not made: the nodes it is about and the reason."""
+
+    nodes: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A claim about one tensor of the rewritten model, made from moments.
+
+    Over the fit samples, at the positions `moments.sample_positions(context.seed, tensor, batch.index, ...)`,
+    |tensor - reference|^2 summed over `channel_axis` and averaged over rows (samples x positions) equals
+    `error`.
+
+    `tensor` names a tensor of the rewritten model, `reference` one of `context.original` with the same shape.
+    `error` and `variance` (the reference's, about its mean, also summed over channels) are in squared units
+    of the tensor. `positions` is the number of positions sampled in each sample; None means all of them.
+    `mask` names a graph input of the tensor's leading dimensions: rows where it is 0 don't count.
+    """
+
+    tensor: str
+    reference: str
+    error: float
+    variance: float
+    positions: int | None = None
+    channel_axis: int = 1
+    mask: str | None = None
+
+
+@dataclass
+class PassResult:
+    """What a pass returns: its rewritten copy, what it did, what it refused and why, and what it claims.
+
+    `oracle` is the masked model that a MASKED pass is compared with; other contracts leave it None.
+    """
+
+    model: Model
+    changes: list[Change] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    oracle: Model | None = None
+
+
+class Advance(Protocol):
+    """Moves one progress task forward."""
+
+    def __call__(self, amount: float = 1) -> None: ...
+
+
+class Progress(Protocol):
+    """Where long loops say how far they are: `advance = progress.task("moments", total=40)`, then
+    `advance()`."""
+
+    def task(self, description: str, total: float | None = None) -> Advance: ...
+
+
+class NoProgress:
+    """The progress of a run that nobody watches."""
+
+    def task(self, description: str, total: float | None = None) -> Advance:
+        return _stand_still
+
+
+def _stand_still(amount: float = 1) -> None:
+    pass
+
+
+class Journal(Protocol):
+    """Takes one event, with figures: `context.journal("ridge", tensor="v", ridge=1e-3)`."""
+
+    def __call__(self, event: str, **figures: Json) -> None: ...
+
+
+def no_journal(event: str, **figures: Json) -> None:
+    """The journal of a run that keeps none."""
+
+
+@dataclass
+class Context:
+    """What a pass may use beside the model: the original, samples, a runtime, the seed and the error budget.
+
+    `max_error` is the relative output error (see `verify.output_error`) that APPROXIMATE passes must stay
+    within, against `original` on held-out samples; None means no such budget.
+    """
+
+    original: Model
+    calibration: Calibration
+    runtime: Runtime
+    seed: int = 0
+    max_error: float | None = None
+    progress: Progress = field(default_factory=NoProgress)
+    journal: Journal = no_journal
+
+
+class PassOptions(pydantic.BaseModel):
+    """Base of every pass's options: unknown names are refused, values are fixed once validated."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Pass(ABC):
+    """One rewrite. Subclasses set `name`, `contract`, `summary`, may set `Options`, and implement `run`.
+
+    `Fuse(kernel=3)` and `Fuse(Fuse.Options(kernel=3))` are the same. A pass whose contract depends on its
+    options sets `self.contract` in its own `__init__`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    contract: Contract
+    Options: ClassVar[type[PassOptions]] = PassOptions
+    options: PassOptions
+
+    def __init__(self, options: PassOptions | None = None, **settings: object) -> None:
+        self.options = self.Options.model_validate(settings) if options is None else options
+
+    @abstractmethod
+    def run(self, model: Model, context: Context) -> PassResult:
+        """Rewrite `model`, a copy made for this call, freely. OnnxfuseError: refused, with the reason."""
+
+
+# --- finding passes -----------------------------------------------------------------------------------------
+
+
+@cache
+def _entries() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise InputError(
+                f"two installed packages have a pass '{entry.name}': {other.value} and {entry.value}"
+            )
+    return dict(sorted(found.items()))
+
+
+def pass_names() -> list[str]:
+    """The names of all installed passes, without importing them."""
+    return list(_entries())
+
+
+def load_pass(name: str) -> type[Pass]:
+    """The installed pass of that name.
+
+    Raises:
+        InputError: there is none, or what is installed can't be imported or isn't a pass.
+    """
+    entry = _entries().get(name)
+    if entry is None:
+        raise InputError(unknown_name("pass", name, pass_names()))
+    try:
+        found = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"pass '{name}' ({entry.value}) cannot be loaded: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise InputError(f"pass '{name}' ({entry.value}) is not an onnxfuse.pass_manager.Pass")
+    return found
+
+
+def discover() -> dict[str, type[Pass]]:
+    """All installed passes by name: those of onnxfuse, and third parties' in the entry-point group
+    `GROUP`."""
+    return {name: load_pass(name) for name in pass_names()}
+
+
+def unknown_name(kind: str, name: str, allowed: Sequence[str]) -> str:
+    """One line: there is no such thing, what it may have been meant to be, and what there is."""
+    near = difflib.get_close_matches(name, allowed, n=1)
+    guess = f"; did you mean '{near[0]}'?" if near else ";"
+    return f"there is no {kind} '{name}'{guess} known: {', '.join(allowed) or 'none'}"
+
+
+# --- running passes -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked after a pass, by its contract, and how it came out; parts that do not apply are
+    empty."""
+
+    passed: bool
+    reason: str | None = None
+    comparison: Comparison | None = None
+    divergence: Divergence | None = None
+    predictions: tuple[PredictionCheck, ...] = ()
+    output_error: OutputError | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One pass of a run. A pass that was not committed left no trace in the model; `reason` says why.
+
+    `exit_code` is 0 for a committed pass, that of the error for one that refused, 1 for one that broke its
+    contract. `seconds` is the pass alone, `verify_seconds` its checks. `before` and `after` are costs at the
+    sizes of one calibration sample (the whole first batch where it cannot be cut); after a roll-back they are
+    equal.
+    """
+
+    name: str
+    contract: Contract
+    options: Mapping[str, Json]
+    committed: bool
+    reason: str | None
+    exit_code: int
+    seconds: float
+    verify_seconds: float
+    changes: tuple[Change, ...]
+    skipped: tuple[Skip, ...]
+    predictions: tuple[Prediction, ...]
+    notes: tuple[str, ...]
+    verification: Verification | None
+    before: Cost
+    after: Cost
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run of a pass manager: the model after the last committed pass, and every step."""
+
+    model: Model
+    steps: tuple[StepReport, ...]
+
+
+class PassManager:
+    """Runs passes one after the other, each as a transaction (module docstring)."""
+
+    def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> None:
+        self.passes = list(passes)
+        self.instruments = list(instruments)
+
+    def run(self, model: Model, context: Context) -> Outcome:
+        """Run all passes on `model`, which stays as it is.
+
+        A pass that refuses with an OnnxfuseError or breaks its contract is rolled back and the next one runs;
+        any other exception is a bug and propagates, and so does KeyboardInterrupt.
+        """
+        steps: list[StepReport] = []
+        try:
+            for instrument in self.instruments:
+                instrument.started(self.passes, model)
+            sample = _sample(model, context)
+            cost = measure(model, sample)
+            for index, pass_ in enumerate(self.passes, start=1):
+                for instrument in self.instruments:
+                    instrument.before(index, pass_, model)
+                model, step = _step(pass_, model, context, sample, cost)
+                cost = step.after
+                steps.append(step)
+                for instrument in self.instruments:
+                    instrument.after(index, step, model)
+        finally:
+            for instrument in self.instruments:
+                instrument.finished()
+        return Outcome(model, tuple(steps))
+
+
+def _sample(model: Model, context: Context) -> Feed:
+    batch = next(iter(context.calibration.fit))
+    return verify.first_rows(model, batch, 1) or batch.feed
+
+
+def _step(
+    pass_: Pass, model: Model, context: Context, sample: Feed, before: Cost
+) -> tuple[Model, StepReport]:
+    """One transaction: the model to go on with, and the report."""
+    start = time.perf_counter()
+    result: PassResult | None = None
+    error: OnnxfuseError | None = None
+    try:
+        result = pass_.run(model.copy(), context)
+    except OnnxfuseError as refusal:
+        error = refusal
+    middle = time.perf_counter()
+    verification = None
+    if result is not None and result.changes:
+        verification = verify_pass(pass_.contract, model, result, context)
+    end = time.perf_counter()
+    committed = error is None and (verification is None or verification.passed)
+    reason = str(error) if error is not None else verification.reason if verification is not None else None
+    changed = result is not None and committed and verification is not None
+    after = result.model if changed and result is not None else model
+    found = result if result is not None else PassResult(model)
+    return after, StepReport(
+        name=pass_.name,
+        contract=pass_.contract,
+        options=pass_.options.model_dump(mode="json"),
+        committed=committed,
+        reason=reason,
+        exit_code=0 if committed else error.exit_code if error is not None else VerificationError.exit_code,
+        seconds=middle - start,
+        verify_seconds=end - middle,
+        changes=tuple(found.changes),
+        skipped=tuple(found.skipped),
+        predictions=tuple(found.predictions),
+        notes=tuple(found.notes),
+        verification=verification,
+        before=before,
+        after=measure(after, sample) if changed else before,
+    )
+
+
+def verify_pass(contract: Contract, before: Model, result: PassResult, context: Context) -> Verification:
+    """Hold a pass's result to its contract."""
+    if problem := verify.structure_problem(before, result.model, context.runtime):
+        return Verification(False, problem)
+    try:
+        return _CHECKS[contract](before, result, context)
+    except OnnxfuseError as error:
+        return Verification(False, str(error))
+
+
+def _check_exact(before: Model, result: PassResult, context: Context) -> Verification:
+    return _same_function(before, result.model, context)
+
+
+def _check_masked(before: Model, result: PassResult, context: Context) -> Verification:
+    if result.oracle is None:
+        return Verification(False, "the pass gave no masked model to compare its result with")
+    return _same_function(result.oracle, result.model, context)
+
+
+def _same_function(reference: Model, after: Model, context: Context) -> Verification:
+    batches = [
+        *islice(context.calibration.fit, VERIFIED_BATCHES),
+        *islice(context.calibration.held_out, VERIFIED_BATCHES),
+    ]
+    found = verify.compare(reference, after, batches, context.runtime)
+    if found.passed:
+        return Verification(True, comparison=found, notes=found.notes)
+    divergence = verify.first_divergence(reference, after, batches[0], context.runtime)
+    reason = f"{found.reason}; {divergence}" if divergence else found.reason
+    return Verification(False, reason, found, divergence)
+
+
+def _check_approximate(before: Model, result: PassResult, context: Context) -> Verification:
+    if not result.predictions:
+        return Verification(False, "the pass changed the model and predicted no error")
+    checks = tuple(
+        verify.check_predictions(
+            context.original,
+            result.model,
+            result.predictions,
+            context.calibration,
+            context.runtime,
+            context.seed,
+        )
+    )
+    failed = next((check for check in checks if not check.passed), None)
+    if failed is not None:
+        return Verification(False, failed.reason, predictions=checks)
+    held_out = context.calibration.held_out
+    if not held_out.samples:
+        budget = "there are no held-out samples to measure the output error on"
+        passed = context.max_error is None
+        return Verification(passed, None if passed else budget, predictions=checks, notes=(budget,))
+    error = verify.output_error(context.original, result.model, held_out, context.runtime)
+    reason = UNSEEN if _is_unseen(result, error) else None
+    if context.max_error is not None and not error.worst <= context.max_error:
+        name = max(error.outputs, key=lambda output: error.outputs[output])
+        reason = (
+            f"the relative error of output '{name}' on held-out samples is {error.worst:.3g}, "
+            f"above the allowed {context.max_error:g}"
+        )
+    return Verification(reason is None, reason, predictions=checks, output_error=error)
+
+
+def _is_unseen(result: PassResult, error: OutputError) -> bool:
+    """Whether tensors changed and floating-point outputs did not, not by a last place: nothing was tested.
+
+    Outputs of other types, such as classes, stay the same rightly.
+    """
+    if error.worst > 0 or any(info.dtype is None or info.dtype.kind != "f" for info in result.model.outputs):
+        return False
+    return any(claim.error > UNSEEN_ERROR * claim.variance for claim in result.predictions)
+
+
+_CHECKS: Mapping[Contract, Callable[[Model, PassResult, Context], Verification]] = {
+    Contract.EXACT: _check_exact,
+    Contract.MASKED: _check_masked,
+    Contract.APPROXIMATE: _check_approximate,
+}
