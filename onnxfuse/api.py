@@ -1,0 +1,628 @@
+"""What the command line does, as functions: `compress`, `inspect`, `verify`, `diff`, `passes`.
+
+Each takes a model as a path, bytes, a ModelProto or a `Model`, and samples as a path or as arrays
+(`Calibration.open` lists the kinds), and returns plain dataclasses; nothing is printed. Bad input and models
+that ONNX Runtime can't run raise an `OnnxfuseError`; a `compress` that failed its checks is a `Result` whose
+`ok` is False.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxfuse import recipe as recipes
+from onnxfuse import saving
+from onnxfuse import verify as verification
+from onnxfuse.calibration import Batches, Calibration, Data
+from onnxfuse.cost import count, latency, measure
+from onnxfuse.difference import Structure, structure
+from onnxfuse.errors import InputError, NotApplicableError, OnnxfuseError, VerificationError
+from onnxfuse.graph import Model, Source
+from onnxfuse.inspection import Inspection, examine
+from onnxfuse.instruments import Dumps, Instrument, Journal
+from onnxfuse.metrics import Metric, evaluate, load_metric
+from onnxfuse.pass_manager import (
+    Context,
+    Contract,
+    NoProgress,
+    Outcome,
+    Pass,
+    PassManager,
+    StepReport,
+    discover,
+)
+from onnxfuse.recipe import Option, Settings, options_of
+from onnxfuse.report.files import check_folder, write_report
+from onnxfuse.report.record import MetricChange, Report, Samples
+from onnxfuse.runtime import Runtime
+from onnxfuse.significance import paired_difference
+from onnxfuse.verify import Comparison, Divergence, OutputError
+
+if TYPE_CHECKING:
+    from onnxfuse.cost import Cost, Latency
+    from onnxfuse.pass_manager import Progress
+    from onnxfuse.runtime import Feed
+
+DEFAULT_PASSES = "fold,fuse"
+MADE_UP = (
+    "NO CALIBRATION DATA: everything is fitted to and measured on made-up samples, which say little about "
+    "real data; give real ones with --calib"
+)
+SLOWER = "SLOWER THAN THE ORIGINAL"
+
+_TIMED_ROUNDS, _TIMED_SECONDS, _TIMED_ATTEMPTS = 1000, 4.0, 3
+_SAME_LATENCY = 1.01  # what two sessions of one model may differ by
+
+ModelSource = Model | Source
+PathOrText = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` did.
+
+    Attributes:
+        model: the compressed model; the given one where `ok` is False.
+        report: everything that was found out on the way.
+        exit_code: 0; 1: a check or a budget failed; 3: no pass had anything to do, or one can't be applied.
+        reason: one line why it is not 0.
+        written: where the model was written; None where nothing was.
+    """
+
+    model: Model
+    report: Report
+    exit_code: int
+    reason: str | None
+    written: Path | None
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_code == 0
+
+    @property
+    def steps(self) -> tuple[StepReport, ...]:
+        return self.report.steps
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What `verify` found. `max_error` is the relative error allowed, None where the noise floor decided;
+    `divergence` is the first tensor that differs, where one does and both models have it."""
+
+    passed: bool
+    reason: str | None
+    comparison: Comparison
+    divergence: Divergence | None
+    max_error: float | None
+    samples: Samples
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DiffResult:
+    """What `diff` found: structure, costs at one sample of `a`, outputs. `outputs` is None where they could
+    not be compared; a warning says why."""
+
+    structure: Structure
+    costs: tuple[Cost, Cost]
+    outputs: Comparison | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """One installed pass."""
+
+    name: str
+    contract: str
+    summary: str
+    options: tuple[Option, ...]
+    example: str
+
+
+# --- compress -----------------------------------------------------------------------------------------------
+
+
+def compress(
+    model: ModelSource,
+    passes: str | Sequence[Pass] | None = None,
+    *,
+    recipe: PathOrText | None = None,
+    output: PathOrText | None = None,
+    calib: Data = None,
+    held_out: float = 0.2,
+    samples: int | None = None,
+    batch_size: int = 64,
+    max_error: float | None = None,
+    max_drop: float | None = None,
+    metric: str | None = None,
+    provider: str = "auto",
+    threads: int | None = None,
+    seed: int | None = None,
+    report: PathOrText | None = None,
+    dump: PathOrText | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    instruments: Sequence[Instrument] = (),
+) -> Result:
+    """Run passes over a model, prove the result, and write it.
+
+    Args:
+        model: is left as it is.
+        passes: such as "fold,fuse:kernel=3", or pass objects; None means `DEFAULT_PASSES`.
+        recipe: a YAML file with passes and settings instead; an argument given here beats its settings.
+        output: where to write the result; None writes nothing.
+        calib: samples; None makes some up, with a warning.
+        held_out: share of the samples that no pass may fit, on which all errors are measured.
+        samples: use about this many; None uses all.
+        batch_size: rows in a batch, where model and data leave that open.
+        max_error: the relative error of any output allowed; None leaves a bound to the passes.
+        max_drop: the drop of the metric allowed, absolute; needs a metric.
+        metric: "top1", "mse" or "file.py:function"; None takes top1 where the labels are class numbers.
+        provider, threads: of ONNX Runtime.
+        seed: of everything random; None is 0.
+        report: folder for `report.json` and `report.txt`; written for a failed run, too.
+        dump: folder for the model after every pass, and a journal.
+        dry_run: check `output`, but don't write it.
+        progress: hears how far long loops are.
+        instruments: hear every pass.
+
+    Raises:
+        InputError: a bad file, option or sample; the output can't be written.
+        NotApplicableError: ONNX Runtime can't load or run the model.
+    """
+    start = time.perf_counter()
+    plan, settings = _plan(passes, recipe)
+    max_error = settings.max_error if max_error is None else max_error
+    max_drop = settings.max_drop if max_drop is None else max_drop
+    seed = seed if seed is not None else settings.seed or 0
+    _check_budgets(max_error, max_drop, seed)
+    original = _loaded(model)
+    if output is not None:
+        _check_output(Path(output), original)
+    if report is not None:
+        check_folder(Path(report))
+    original.check_finite()
+    runtime = Runtime(provider, threads)
+    calibration = Calibration.open(
+        calib, original, limit=samples, batch_size=batch_size, held_out=held_out, seed=seed
+    )
+    sample = _one_sample(original, calibration.fit)
+    judge = _Judge.make(metric or settings.metric, max_drop, calibration, original, runtime)
+    context = Context(original, calibration, runtime, seed, max_error, progress or NoProgress())
+    heard = list(instruments)
+    if dump is not None:
+        journal = Journal(Path(dump) / "journal.jsonl")
+        context.journal = journal
+        heard += [Dumps(Path(dump)), journal]
+    outcome = PassManager(plan, heard).run(original, context)
+    _raise_input_errors(outcome)
+    verdict = _conclude(outcome, context, judge, sample)
+    written = None
+    if verdict.exit_code == 0 and output is not None and not dry_run:
+        outcome.model.save(output)
+        written = Path(output)
+    record = Report(
+        version=_version(),
+        model=str(original.path) if original.path else None,
+        output=None if output is None else str(output),
+        written=written is not None,
+        exit_code=verdict.exit_code,
+        reason=verdict.reason,
+        warnings=_warnings(calibration, outcome, judge, verdict),
+        seed=seed,
+        samples=_samples(calibration),
+        providers=tuple(runtime.providers),
+        threads=runtime.threads,
+        steps=outcome.steps,
+        sizes={name: array.shape for name, array in sample.items()},
+        before=outcome.steps[0].before,
+        after=outcome.steps[-1].after,
+        latency=verdict.latency,
+        slower=verdict.slower,
+        output_bound=max_error,
+        output_error=verdict.output_error,
+        metric=verdict.metric,
+        seconds=time.perf_counter() - start,
+    )
+    if report is not None:
+        write_report(Path(report), record)
+    model = outcome.model if verdict.exit_code == 0 else original
+    return Result(model, record, verdict.exit_code, verdict.reason, written)
+
+
+def _plan(passes: str | Sequence[Pass] | None, recipe: PathOrText | None) -> tuple[list[Pass], Settings]:
+    if recipe is not None and passes is not None:
+        raise InputError("give passes or a recipe, not both")
+    if recipe is not None:
+        found = recipes.load_recipe(Path(recipe))
+        return list(found.passes), found.settings
+    wanted = DEFAULT_PASSES if passes is None else passes
+    plan = recipes.parse_recipe(wanted) if isinstance(wanted, str) else list(wanted)
+    if not plan:
+        raise InputError("no passes were given")
+    return plan, Settings.model_validate({})
+
+
+def _check_budgets(max_error: float | None, max_drop: float | None, seed: int) -> None:
+    if max_error is not None and not 0 < max_error < np.inf:
+        raise InputError(f"--max-error must be a number above 0, not {max_error:g}")
+    if max_drop is not None and not 0 <= max_drop < np.inf:
+        raise InputError(f"--max-drop must be a number of at least 0, not {max_drop:g}")
+    if seed < 0:
+        raise InputError(f"--seed must be at least 0, not {seed}")
+
+
+def _loaded(model: ModelSource) -> Model:
+    return model if isinstance(model, Model) else Model.load(model)
+
+
+def _check_output(output: Path, model: Model) -> None:
+    source = model.folder / model.path.name if model.folder and model.path else None
+    saving.check_target(output, source)
+
+
+def _raise_input_errors(outcome: Outcome) -> None:
+    """Input that only a pass could find to be bad (a NaN among the samples) is bad input all the same."""
+    for step in outcome.steps:
+        if not step.committed and step.exit_code == InputError.exit_code:
+            raise InputError(f"pass '{step.name}': {step.reason}")
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """The whole-model check at the end of `compress`."""
+
+    exit_code: int = 0
+    reason: str | None = None
+    output_error: OutputError | None = None
+    metric: MetricChange | None = None
+    latency: Latency | None = None
+
+    @property
+    def slower(self) -> bool:
+        """Whether the result takes longer than the original, beyond what chance explains."""
+        return self.latency is not None and _is_slower(self.latency)
+
+
+def _timed(models: Sequence[Model], context: Context, sample: Feed) -> Latency:
+    """Latency of the original and the result; one that says "slower" counts if it can be repeated.
+
+    Two sessions of one model differ by up to a percent, and a busy machine can favour one for a while: both
+    look like a difference in a single measurement.
+    """
+    for _ in range(_TIMED_ATTEMPTS):
+        found = latency(
+            models, context.runtime, sample, repeats=_TIMED_ROUNDS, seconds=_TIMED_SECONDS, seed=context.seed
+        )
+        if not _is_slower(found):
+            break
+    return found
+
+
+def _is_slower(found: Latency) -> bool:
+    return found.timings[1].ratio_low > _SAME_LATENCY
+
+
+def _conclude(outcome: Outcome, context: Context, judge: _Judge, sample: Feed) -> _Verdict:
+    """Hold the result against the original, on samples that no pass has fitted."""
+    failed = next((step for step in outcome.steps if not step.committed), None)
+    if failed is not None:
+        return _Verdict(failed.exit_code, f"pass '{failed.name}': {failed.reason}")
+    if outcome.model is context.original or not any(step.changes for step in outcome.steps):
+        return _Verdict(NotApplicableError.exit_code, _idle(outcome.steps))
+    try:
+        error = _whole_error(outcome, context)
+    except VerificationError as failure:
+        return _Verdict(VerificationError.exit_code, str(failure))
+    scores = judge.change(outcome.model, context)
+    reason = _over_budget(error, context, scores)
+    if reason is not None:
+        return _Verdict(VerificationError.exit_code, reason, error, scores)
+    timed = _timed([context.original, outcome.model], context, sample)
+    return _Verdict(0, None, error, scores, timed)
+
+
+def _idle(steps: Sequence[StepReport]) -> str:
+    """Why there is nothing to write, from what each pass said."""
+    said = [f"{step.name}: {step.notes[-1] if step.notes else 'nothing to do'}" for step in steps]
+    return f"no pass changed the model ({'; '.join(said)})"
+
+
+def _whole_error(outcome: Outcome, context: Context) -> OutputError | None:
+    """The output error on held-out samples; where there are none, on the fitted ones if no pass did fit."""
+    changed = [step for step in outcome.steps if step.changes]
+    last = changed[-1].verification
+    if last is not None and last.output_error is not None:
+        return last.output_error
+    batches = context.calibration.held_out
+    if not batches.samples:
+        if any(step.contract is Contract.APPROXIMATE for step in changed):
+            return None
+        batches = context.calibration.fit
+    return verification.output_error(context.original, outcome.model, batches, context.runtime)
+
+
+def _over_budget(error: OutputError | None, context: Context, scores: MetricChange | None) -> str | None:
+    bound = context.max_error
+    if bound is not None and error is None:
+        return "there are no held-out samples to hold --max-error on"
+    if bound is not None and error is not None and not error.worst <= bound:
+        name = max(error.outputs, key=lambda output: error.outputs[output])
+        return f"the relative error of output '{name}' is {error.worst:.3g}, above --max-error {bound:g}"
+    if scores is None or scores.max_drop is None:
+        return None
+    drop = scores.scores.before - scores.scores.after
+    if not drop <= scores.max_drop:
+        found = f"{scores.scores.before:.4g} to {scores.scores.after:.4g}"
+        return f"{scores.name} drops by {drop:.3g}, from {found}, more than --max-drop {scores.max_drop:g}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The metric of a run, if it has one, and the original's score of every held-out sample."""
+
+    name: str
+    metric: Metric | None
+    before: np.ndarray
+    max_drop: float | None
+    note: str | None = None
+
+    @classmethod
+    def make(
+        cls,
+        spec: str | None,
+        max_drop: float | None,
+        calibration: Calibration,
+        original: Model,
+        runtime: Runtime,
+    ) -> _Judge:
+        """Scores the original before any pass runs, so that a metric that fails does so at once."""
+        held_out = calibration.held_out
+        if spec is None and not calibration.labels:
+            if max_drop is not None:
+                raise InputError(
+                    "--max-drop needs labels in the calibration data, or a --metric file.py:function"
+                )
+            return cls("", None, np.empty(0), None)
+        if not held_out.samples:
+            if spec is not None or max_drop is not None:
+                raise InputError("a metric needs held-out samples: give --held-out a share above 0")
+            return cls("", None, np.empty(0), None, "the labels are not used: no samples are held out")
+        name = spec or "top1"
+        metric = load_metric(name)
+        try:
+            before = evaluate(runtime.session(original), held_out, metric)
+        except InputError as error:
+            if spec is not None or max_drop is not None:
+                raise
+            return cls("", None, np.empty(0), None, f"the labels are not used: {error}")
+        return cls(name, metric, before, max_drop)
+
+    def change(self, result: Model, context: Context) -> MetricChange | None:
+        if self.metric is None:
+            return None
+        after = evaluate(context.runtime.session(result), context.calibration.held_out, self.metric)
+        return MetricChange(
+            self.name, paired_difference(self.before, after, seed=context.seed), self.max_drop
+        )
+
+
+def _warnings(
+    calibration: Calibration, outcome: Outcome, judge: _Judge, verdict: _Verdict
+) -> tuple[str, ...]:
+    found = [MADE_UP] if calibration.synthetic else []
+    if verdict.latency is not None and verdict.slower:
+        timing = verdict.latency.timings[1]
+        found.append(
+            f"{SLOWER}: {timing.ratio:.2f} times its latency "
+            f"(95% interval {timing.ratio_low:.2f} to {timing.ratio_high:.2f})"
+        )
+    if judge.note:
+        found.append(judge.note)
+    if verdict.exit_code == 0 and verdict.output_error is None:
+        found.append("no samples are held out: the output error was not measured")
+    for step in outcome.steps:
+        marked = [note for note in step.notes if note.startswith("warning: ")]
+        found += [f"{step.name}: {note.removeprefix('warning: ')}" for note in marked]
+        found += [f"{step.name}: {note}" for note in (step.verification.notes if step.verification else ())]
+    return tuple(dict.fromkeys(found))
+
+
+def _samples(calibration: Calibration) -> Samples:
+    return Samples(
+        calibration.description,
+        calibration.synthetic,
+        calibration.fit.samples,
+        calibration.held_out.samples,
+        calibration.labels,
+    )
+
+
+def _one_sample(model: Model, batches: Batches) -> Feed:
+    """One row of the first batch, or all of it where the model takes no single rows."""
+    batch = next(iter(batches))
+    return verification.first_rows(model, batch, 1) or batch.feed
+
+
+def _version() -> str:
+    from onnxfuse import __version__
+
+    return __version__
+
+
+# --- inspect ------------------------------------------------------------------------------------------------
+
+
+def inspect(
+    model: ModelSource,
+    *,
+    calib: Data = None,
+    measure_latency: bool = True,
+    provider: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+) -> Inspection:
+    """Tell what is in a model.
+
+    Args:
+        model: is left as it is.
+        calib: samples whose sizes count for MACs and latency; None makes one up. A model that can't be run
+            on made-up samples is inspected without.
+        measure_latency: whether to run the model for its latency.
+        provider, threads: of ONNX Runtime.
+        seed: of made-up samples.
+
+    Raises:
+        InputError: a bad file or bad samples.
+    """
+    found = _loaded(model)
+    runtime = Runtime(provider, threads)
+    try:
+        calibration = Calibration.open(
+            calib, found, limit=None if calib is not None else 1, held_out=0.0, seed=seed
+        )
+        feed = _one_sample(found, calibration.fit)
+    except OnnxfuseError as error:
+        if calib is not None:
+            raise
+        return examine(found, None, None, (str(error),))
+    return examine(found, feed, runtime if measure_latency else None, ())
+
+
+# --- verify and diff ----------------------------------------------------------------------------------------
+
+
+def verify(
+    a: ModelSource,
+    b: ModelSource,
+    *,
+    calib: Data = None,
+    max_error: float | None = None,
+    samples: int | None = None,
+    batch_size: int = 64,
+    provider: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+) -> VerifyResult:
+    """Do two models compute the same?
+
+    Args:
+        a: the reference, whose noise floor counts.
+        b: the other.
+        calib: samples for both; None makes some up, with a warning.
+        max_error: pass if the relative error of every output is at most this; None: if every difference is
+            within `verify.MULTIPLE` noise floors of `a`.
+        samples, batch_size: how many samples, and rows in a batch.
+        provider, threads: of ONNX Runtime.
+        seed: of made-up samples.
+
+    Raises:
+        InputError: a bad file or bad samples.
+        NotApplicableError: ONNX Runtime can't load one of the models, or `a` fails on a sample.
+    """
+    _check_budgets(max_error, None, seed)
+    first, second = _loaded(a), _loaded(b)
+    runtime = Runtime(provider, threads)
+    calibration = Calibration.open(
+        calib, first, limit=samples, batch_size=batch_size, held_out=0.0, seed=seed
+    )
+    comparison = verification.compare(first, second, calibration.fit, runtime, labels=_labels(first, second))
+    reason = comparison.reason if max_error is None else _error_reason(comparison, max_error)
+    divergence = None
+    if reason is not None and not comparison.problems:
+        batch = next(iter(calibration.fit))
+        divergence = verification.first_divergence(
+            first, second, batch, runtime, labels=_labels(first, second)
+        )
+    warnings = (*([MADE_UP] if calibration.synthetic else []), *comparison.notes)
+    return VerifyResult(
+        reason is None, reason, comparison, divergence, max_error, _samples(calibration), warnings
+    )
+
+
+def diff(
+    a: ModelSource,
+    b: ModelSource,
+    *,
+    calib: Data = None,
+    samples: int | None = None,
+    batch_size: int = 64,
+    provider: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+) -> DiffResult:
+    """Two models side by side: structure, cost, outputs. Arguments and errors as `verify`, except that models
+    which can't be run are compared in structure alone."""
+    first, second = _loaded(a), _loaded(b)
+    runtime = Runtime(provider, threads)
+    warnings: list[str] = []
+    outputs, feed = None, None
+    try:
+        calibration = Calibration.open(
+            calib, first, limit=samples, batch_size=batch_size, held_out=0.0, seed=seed
+        )
+        warnings += [MADE_UP] if calibration.synthetic else []
+        feed = _one_sample(first, calibration.fit)
+        outputs = verification.compare(first, second, calibration.fit, runtime, labels=_labels(first, second))
+        warnings += outputs.notes
+    except OnnxfuseError as error:
+        if calib is not None and isinstance(error, InputError):
+            raise
+        warnings.append(f"the outputs are not compared: {error}")
+    costs = _cost(first, feed), _cost(second, feed)
+    return DiffResult(structure(first, second), costs, outputs, tuple(warnings))
+
+
+def _cost(model: Model, feed: Feed | None) -> Cost:
+    """At the sizes of `feed`, if the model takes it."""
+    if feed is not None:
+        with contextlib.suppress(OnnxfuseError):
+            return measure(model, feed)
+    return count(model, model.shapes())
+
+
+def _labels(a: Model, b: Model) -> tuple[str, str]:
+    """What messages call two models."""
+    if a.path and b.path and a.path != b.path:
+        return f"'{a.path}'", f"'{b.path}'"
+    return "the first model", "the second model"
+
+
+def _error_reason(comparison: Comparison, max_error: float) -> str | None:
+    """Why a comparison does not stay within an error that the user allows."""
+    if comparison.problems:
+        return comparison.problems[0]
+    for output in comparison.outputs:
+        if output.problem:
+            return f"output {output.problem}"
+    worst = max(comparison.outputs, key=lambda output: output.relative, default=None)
+    if worst is None or worst.relative <= max_error:
+        return None
+    return f"the relative error of output '{worst.name}' is {worst.relative:.3g}, above {max_error:g}"
+
+
+# --- passes -------------------------------------------------------------------------------------------------
+
+
+def passes() -> list[PassInfo]:
+    """All installed passes.
+
+    Raises:
+        InputError: an installed package's pass can't be loaded.
+    """
+    return [
+        PassInfo(
+            name, kind.contract.value, kind.summary, tuple(options_of(kind)), getattr(kind, "example", name)
+        )
+        for name, kind in discover().items()
+    ]
