@@ -52,10 +52,23 @@ class Batches:
         for start in range(0, len(self._units), self._size):
             yield self._units[start : start + self._size]
 
-    def only(self, numbers: Iterable[int], first_index: int) -> Batches:
-        """The batches of these numbers, ascending, indexed from `first_index` on."""
-        kept = [self._units[number * self._size : (number + 1) * self._size] for number in numbers]
-        return Batches(self._source, np.concatenate(kept), self._size, first_index)
+    def split(self, samples: int) -> tuple[Batches, Batches]:
+        """About `samples` of the samples, spread over the stream: two thirds of them, and the rest.
+
+        One that can't be divided serves as both.
+        """
+        step = self._size if self._source.exact else 1
+        total = len(self._units) // step
+        count = min(total, max(2, -(-samples * total // self.samples)))
+        chosen = np.arange(count) * total // count
+        second = chosen[1::3] if count > 1 else chosen
+        first = np.setdiff1d(chosen, second) if count > 1 else chosen
+
+        def units(numbers: np.ndarray) -> np.ndarray:
+            return self._units[(numbers[:, None] * step + np.arange(step)).reshape(-1)]
+
+        fit = Batches(self._source, units(first), self._size, 0)
+        return fit, Batches(self._source, units(second), self._size, len(fit))
 
     def __iter__(self) -> Iterator[Batch]:
         readings = self._source.read(self._groups())
@@ -86,17 +99,9 @@ class Calibration:
         self.description = description
 
     def part(self, samples: int) -> Calibration:
-        """About `samples` of the fit samples, in whole batches spread over them, a third of them held out.
-
-        For trials that must leave the real held-out samples alone. A single batch serves as both halves.
-        """
-        total = len(self.fit)
-        count = min(total, max(2, -(-samples * total // self.fit.samples)))
-        chosen = [number * total // count for number in range(count)]
-        held = chosen[1::3] or chosen
-        fitted = [number for number in chosen if number not in held] or chosen
-        fit = self.fit.only(fitted, 0)
-        rest = self.fit.only(held, len(fit))
+        """About `samples` of the fit samples, a third of them held out, for trials that must leave the real
+        held-out samples alone."""
+        fit, rest = self.fit.split(samples)
         return Calibration(fit, rest, self.labels, self.synthetic, self.description)
 
     @classmethod

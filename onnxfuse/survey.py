@@ -1,0 +1,188 @@
+"""Moments of all candidate regions from one tapped run of the network.
+
+Candidates that start at the same tensor share its patches and its Gram matrix: one `Moments` for each
+distinct input view (tensor, kernel, stride, pads), with the targets of all its candidates side by side. A
+handful of sampled positions per sample is enough to rank candidates; the weights that are used in the end are
+solved by the walk, from more. Where the matrices of all views together would take too much memory, there are
+several runs, each for some of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from onnxfuse.calibration import Batch, Calibration
+from onnxfuse.graph import Model
+from onnxfuse.moments import Moments, add_patches, gather, sample_positions
+from onnxfuse.pass_manager import NoProgress, Progress
+from onnxfuse.regions import Region
+from onnxfuse.runtime import Feed, Runtime
+from onnxfuse.solve import Affine
+
+ROWS_PER_COLUMN = 12
+"""Sampled rows per column: enough to tell a good candidate from a bad one."""
+
+MEMORY = 1 << 30
+"""Bytes of Gram matrices that one run accumulates; a single view may take more."""
+
+RIDGE = 3e-3
+"""Relative ridge of a local fit, which only serves to rank."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A region and the operator that may replace it: its type; of a convolution, kernel and pads."""
+
+    region: Region
+    dtype: np.dtype
+    kernel: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        """Unknowns per output."""
+        return self.region.in_features * math.prod(self.kernel)
+
+    @property
+    def view(self) -> tuple[object, ...]:
+        """What its inputs depend on: candidates of equal views share their Gram matrix."""
+        region = self.region
+        strides = region.geometry.strides if region.geometry is not None else ()
+        return (region.u, region.kind, self.kernel, self.pads, strides)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A candidate's local fit: relative errors on fitted and on held-out samples."""
+
+    candidate: Candidate
+    affine: Affine
+    fitted: float
+    held: float
+
+
+class _View:
+    """Moments of one input view against the targets of all its candidates."""
+
+    def __init__(self, candidates: Sequence[Candidate], batches: int, seed: int, mask: str | None) -> None:
+        first = candidates[0]
+        self.candidates = candidates
+        self.targets = list(dict.fromkeys(c.region.v for c in candidates))
+        self.widths = {c.region.v: c.region.out_features for c in candidates}
+        self.moments = [Moments(first.columns, sum(self.widths.values()), single=True) for _ in range(2)]
+        self.batches = batches
+        self.positions: int | None = None
+        self.seed = seed
+        self.mask = mask if first.region.kind == "token" else None
+
+    def add(self, batch: Batch, held: bool, found: Feed) -> None:
+        first = self.candidates[0]
+        region, x = first.region, found[first.region.u]
+        y = [found[name] for name in self.targets]
+        moments = self.moments[held]
+        axis = 1 if region.kind == "conv" else y[0].ndim - 1
+        size = math.prod(y[0].shape) // max(y[0].shape[0] * y[0].shape[axis], 1)
+        if self.positions is None:
+            self.positions = -(-ROWS_PER_COLUMN * first.columns // (self.batches * len(x)))
+        at = sample_positions(self.seed, region.u, batch.index, len(x), size, self.positions)
+        if region.kind == "conv":
+            assert region.geometry is not None
+            target = np.concatenate(y, axis=1) if len(y) > 1 else y[0]
+            add_patches(
+                moments,
+                x,
+                target,
+                at,
+                kernel=first.kernel,
+                strides=region.geometry.strides,
+                dilations=(1,) * len(first.kernel),
+                pads=first.pads,
+            )
+            return
+        rows = x.reshape(len(x), -1) if region.kind == "flatten" else gather(x, at, -1)
+        weights = None
+        if self.mask is not None and batch.feed[self.mask].shape == y[0].shape[:-1]:
+            weights = (gather(batch.feed[self.mask][..., None], at, -1)[:, 0] != 0).astype(np.float64)
+        moments.add(rows, np.concatenate([gather(t, at, -1) for t in y], axis=1), weights)
+
+    def fits(self, ridge: float) -> list[Fit]:
+        fit, held = self.moments
+        if not held.n:
+            held = fit
+        affine = fit.solve(ridge)
+        errors = [moments.errors(affine) for moments in (fit, held)]
+        spreads = [moments.yy / moments.n for moments in (fit, held)]
+        result, start, where = [], 0, {}
+        for name in self.targets:
+            where[name] = slice(start, start + self.widths[name])
+            start += self.widths[name]
+        for candidate in self.candidates:
+            part = where[candidate.region.v]
+            relative = [
+                float(e[part].sum() / s[part].sum()) if s[part].sum() > 0 else math.inf
+                for e, s in zip(errors, spreads, strict=True)
+            ]
+            result.append(
+                Fit(candidate, Affine(affine.weight[part], affine.bias[part]), relative[0], relative[1])
+            )
+        return result
+
+
+def survey(
+    model: Model,
+    candidates: Sequence[Candidate],
+    calibration: Calibration,
+    runtime: Runtime,
+    *,
+    seed: int = 0,
+    ridge: float = RIDGE,
+    mask: str | None = None,
+    progress: Progress | None = None,
+) -> list[Fit]:
+    """Fit every candidate on its own: inputs and targets from one run over the samples. In the given order.
+
+    Raises:
+        InputError: bad samples.
+        NotApplicableError: activations that are not finite.
+    """
+    grouped: dict[tuple[object, ...], list[Candidate]] = {}
+    for candidate in candidates:
+        grouped.setdefault(candidate.view, []).append(candidate)
+    runs = list(_affordable(grouped.values()))
+    total = len(runs) * (len(calibration.fit) + len(calibration.held_out))
+    advance = (progress or NoProgress()).task("calibrating", total=total)
+    fed = {info.name for info in model.inputs}
+    fits: dict[int, Fit] = {}
+    for groups in runs:
+        names = dict.fromkeys(name for group in groups for c in group for name in (c.region.u, c.region.v))
+        session = runtime.session(model, taps=[name for name in names if name not in fed], outputs=())
+        views = [_View(group, len(calibration.fit), seed, mask) for group in groups]
+        with threadpool_limits(1, "blas"):
+            for held, part in ((False, calibration.fit), (True, calibration.held_out)):
+                for batch in part:
+                    found = {**batch.feed, **session.run(batch.feed)}
+                    for view in views:
+                        view.add(batch, held, found)
+                    advance()
+            fits.update((id(fit.candidate), fit) for view in views for fit in view.fits(ridge))
+    return [fits[id(candidate)] for candidate in candidates]
+
+
+def _affordable(groups: Iterable[list[Candidate]]) -> Iterator[list[list[Candidate]]]:
+    """Groups in runs of at most `MEMORY` each: a group has two float64 Gram matrices, fitted and held out."""
+    run: list[list[Candidate]] = []
+    taken = 0
+    for group in groups:
+        size = 2 * 8 * group[0].columns ** 2
+        if run and taken + size > MEMORY:
+            yield run
+            run, taken = [], 0
+        run.append(group)
+        taken += size
+    if run:
+        yield run

@@ -1,0 +1,606 @@
+"""One walk over two networks that re-solves the linear operators of one against the other.
+
+A rewritten network is off at every layer behind a rewrite. Each linear operator y = W x + b can repair some
+of that: with x as the *rewritten* network now computes it, and t as the *original* network computed the same
+tensor, the best weights are a regression of t on x (FuseInit, Ghods et al. 2020, Theorem 1 with a0 from the
+rewritten network). Sites are taken in topological order, so each sees what the sites before it became.
+
+- A *fresh* site (the operator that replaces a fused region) is solved from nothing, under a small ridge.
+- A *refit* site is shrunk towards the weights it has. The ridge is chosen on held-out samples, and where the
+  weights it has are best there, they stay.
+- Where y goes into a sum y + r and nowhere else, the regression is of (original sum - rewritten r): the
+  branch repairs the skip too.
+
+The networks are not run once for each site. Both advance from one site to the next over all batches, and
+only the tensors at the frontier are kept (`Spool`), so the whole walk costs about one inference of each
+network, the moments, and the solves. A site's fit samples give the weights, its held-out samples choose the
+ridge and measure the error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from onnx import NodeProto
+from threadpoolctl import threadpool_limits
+
+from onnxfuse.calibration import Calibration
+from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.graph import DEFAULT_DOMAINS, Constant, Model, Node, Tensor, TensorInfo
+from onnxfuse.linear import LinearOp, linear_op, write_weights
+from onnxfuse.moments import Moments, add_patches, gather, sample_positions
+from onnxfuse.pass_manager import NoProgress, Prediction, Progress, Skip
+from onnxfuse.runtime import Feed, Runtime, Session
+from onnxfuse.shapes import fill
+from onnxfuse.solve import RIDGES, Affine, choose_ridge, per_channel
+from onnxfuse.spool import Spool
+
+REFIT_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
+"""Ridges tried where an operator is shrunk towards its own weights."""
+
+ROWS_PER_COLUMN = 64
+"""Sampled rows per unknown of an output; more hardly change the fit."""
+
+LEAST_ROWS = 1 << 14
+
+TRIAL_RIDGE = 3e-3
+"""Ridge where none is searched for."""
+
+EIGEN_COLUMNS = 1536
+"""With more columns than this an eigendecomposition costs more than factoring the Gram for a few ridges."""
+
+MOST_COLUMNS = 6144
+"""More unknowns for each output than this are not solved for: two Gram matrices of that size take 600 MB."""
+
+SETTLED = 1e-10
+"""Relative error of float noise: weights that leave no more stay."""
+
+LINEAR = ("Conv", "Gemm", "MatMul")
+
+_FEW_RIDGES = (1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear operator of the rewritten model, and what it is solved for.
+
+    Attributes:
+        op: the operator; its weights are replaced.
+        tensor: the tensor that is compared: the operator's output, or the sum it is a branch of.
+        reference: the tensor of the original that `tensor` should equal.
+        rest: the other operand of that sum, None without one.
+        fresh: solve from nothing, not from the weights the operator has.
+        mask: name of a graph input. Where it has the leading dimensions of `tensor`, rows where it is 0 are
+            left out.
+    """
+
+    op: LinearOp
+    tensor: str
+    reference: str
+    rest: str | None = None
+    fresh: bool = False
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What became of a site. Errors are mean squared errors of `site.tensor`, summed over channels.
+
+    `ridge` is None where the weights stayed as they were. `held_before` is the error on held-out samples of
+    the weights that were there, None for a fresh site.
+    """
+
+    site: Site
+    ridge: float | None
+    error: float
+    variance: float
+    held_error: float
+    held_variance: float
+    held_before: float | None
+    positions: int | None
+
+    @property
+    def relative(self) -> float:
+        """Held-out error as a share of the held-out variance."""
+        return self.held_error / self.held_variance if self.held_variance > 0 else math.inf
+
+    def prediction(self) -> Prediction:
+        """The claim for the verifier."""
+        axis = 1 if self.site.op.kind == "conv" else -1
+        return Prediction(
+            self.site.tensor,
+            self.site.reference,
+            self.error,
+            self.variance,
+            self.positions,
+            axis,
+            self.site.mask,
+        )
+
+
+# --- sites --------------------------------------------------------------------------------------------------
+
+
+def unchanged(original: Model, rewritten: Model) -> set[str]:
+    """Names of the tensors that both models compute in the same way, inputs included."""
+    same = {info.name for info in original.inputs} & {info.name for info in rewritten.inputs}
+    before = {node.outputs[0].name: node for node in original.nodes if node.outputs}
+    for node in rewritten.nodes:
+        twin = before.get(node.outputs[0].name) if node.outputs else None
+        if twin is not None and _alike(original, twin, rewritten, node, same):
+            same.update(tensor.name for tensor in node.outputs if tensor.name)
+    return same
+
+
+def _alike(a: Model, first: Node, b: Model, second: Node, same: set[str]) -> bool:
+    """Whether the two nodes say the same and read the same. Weights may have other names."""
+    if _operation(first, a.opset) != _operation(second, b.opset) or len(first.inputs) != len(second.inputs):
+        return False
+    pairs = [(a.tensor(name), b.tensor(name)) for name in first.captured]
+    pairs += zip(first.inputs, second.inputs, strict=True)
+    return all(
+        (x.name == y.name and (not x.name or x.name in same)) or _equal_weights(a, b, x, y) for x, y in pairs
+    )
+
+
+def _operation(node: Node, opset: int) -> tuple[object, ...]:
+    """What a node does, whatever it reads and is called."""
+    proto = NodeProto()
+    proto.CopyFrom(node.proto(opset))
+    proto.ClearField("input")
+    proto.ClearField("name")
+    proto.ClearField("doc_string")
+    proto.ClearField("metadata_props")
+    if proto.domain in DEFAULT_DOMAINS:
+        proto.ClearField("domain")  # absent, empty or spelled out
+    proto.attribute.sort(key=lambda attribute: attribute.name)
+    return (proto.SerializeToString(deterministic=True),)
+
+
+def _equal_weights(a: Model, b: Model, x: Tensor, y: Tensor) -> bool:
+    if not (a.is_weight(x) and b.is_weight(y)):
+        return False
+    if isinstance(x, Constant) and isinstance(y, Constant) and x.stamp == y.stamp:
+        return True  # one and the same value: no need to read it
+    ours, theirs = a.weight(x), b.weight(y)
+    return ours is not None and theirs is not None and np.array_equal(ours, theirs)
+
+
+def _reads(model: Model, node: Node) -> list[Tensor]:
+    """All tensors a node depends on, those that its bodies capture included."""
+    return [*(t for t in node.inputs if t.name), *(model.tensor(name) for name in node.captured)]
+
+
+def refit_sites(
+    original: Model,
+    rewritten: Model,
+    fresh: Sequence[tuple[Node, str]] = (),
+    mask: str | None = None,
+    feed: Feed | None = None,
+) -> tuple[list[Site], list[Skip]]:
+    """The linear operators of `rewritten` that are worth solving again, in topological order.
+
+    Args:
+        original: what to solve for.
+        rewritten: what to solve.
+        fresh: nodes to be solved from nothing, each with the tensor of both models that it stands for.
+        mask: see `Site`.
+        feed: samples for shapes that can't be inferred.
+
+    Returns:
+        The sites: the fresh ones, and every linear operator behind a change whose output (or the sum that its
+        output goes into) exists in the original. And a Skip with the reason for each linear operator behind a
+        change that is none.
+    """
+    same = unchanged(original, rewritten)
+    known = original.shapes(feed)
+    shapes = {name: fill(info, known.get(name)) for name, info in rewritten.shapes().items()}
+    new = dict(fresh)
+    ops: list[tuple[int, LinearOp]] = []
+    skipped: list[Skip] = []
+    for index, node in enumerate(rewritten.nodes):
+        if node.op not in LINEAR or node.outputs[0].name in same:
+            continue
+        op = linear_op(rewritten, node, shapes)
+        if isinstance(op, str):
+            skipped.append(Skip((_name(node),), op))
+        elif op.shared and node not in new:
+            skipped.append(Skip((op.name,), "its weight has other users, which a refit would change"))
+        elif op.kind == "conv" and op.pads is None:
+            skipped.append(Skip((op.name,), "its pads depend on an input size that isn't static"))
+        elif op.columns > MOST_COLUMNS:
+            skipped.append(
+                Skip((op.name,), f"{op.columns} unknowns for each output are too many to solve for")
+            )
+        else:
+            ops.append((index, op))
+    last_site = _last_sites(rewritten, {op.y: index for index, op in ops})
+    sites: list[Site] = []
+    for index, op in ops:
+        own = mask if op.kind == "token" else None
+        if op.node in new:
+            sites.append(Site(op, new[op.node], new[op.node], fresh=True, mask=own))
+            continue
+        rest = _sum_with(rewritten, op, shapes)
+        if rest is not None and last_site.get(rest[1], -1) < index and not _obstacle(rest[0], shapes, known):
+            sites.append(Site(op, rest[0], rest[0], rest[1], mask=own))
+        elif reason := _obstacle(op.y, shapes, known):
+            skipped.append(Skip((op.name,), reason))
+        else:
+            sites.append(Site(op, op.y, op.y, mask=own))
+    return sites, skipped
+
+
+def check_mask(model: Model, mask: str | None) -> None:
+    """Raise InputError unless `mask` is None or a graph input."""
+    names = [info.name for info in model.inputs]
+    if mask is not None and mask not in names:
+        raise InputError(f"mask: the model has no input '{mask}'; its inputs are {', '.join(names)}")
+
+
+def _name(node: Node) -> str:
+    return str(node.name or node.outputs[0].name)
+
+
+def _last_sites(model: Model, sites: Mapping[str, int]) -> dict[str, int]:
+    """By tensor: the place of the last site that it depends on (absent without one)."""
+    last: dict[str, int] = {}
+    for node in model.nodes:
+        reach = max((last[t.name] for t in _reads(model, node) if t.name in last), default=-1)
+        for tensor in node.outputs:
+            found = max(reach, sites.get(tensor.name, -1))
+            if found >= 0:
+                last[tensor.name] = found
+    return last
+
+
+def _sum_with(model: Model, op: LinearOp, shapes: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
+    """(sum, other operand) if the operator's output goes into a sum of equal shapes and nowhere else."""
+    y = model.tensor(op.y)
+    readers = model.consumers(y)
+    if len(readers) != 1 or readers[0].op != "Add" or model.is_output(y) or model.captured(y):
+        return None
+    add = readers[0]
+    rest = add.inputs[1] if add.inputs[0] is y else add.inputs[0]
+    total = add.outputs[0].name
+    if rest is y or model.is_weight(rest):
+        return None
+    infos = [shapes.get(name) for name in (op.y, rest.name, total)]
+    found = [info.shape for info in infos if info is not None and info.shape is not None]
+    if len(found) < 3 or len({len(shape) for shape in found}) != 1:
+        return None
+    # A size that broadcasts would make the rest too small to subtract from the sum.
+    if any(1 in sizes and len(set(sizes)) > 1 for sizes in zip(*found, strict=True)):
+        return None
+    return total, rest.name
+
+
+def _obstacle(name: str, shapes: Mapping[str, TensorInfo], known: Mapping[str, TensorInfo]) -> str | None:
+    """Why this tensor of the rewritten model can't be compared with the original's of the same name."""
+    if name not in known:
+        return f"its output '{name}' is not a tensor of the original"
+    ours, theirs = shapes[name].shape, known[name].shape
+    if ours is None or theirs is None:
+        return f"the shape of its output '{name}' is not known"
+    if len(ours) < 2:
+        return f"its output '{name}' has no batch axis"
+    pairs = zip(ours, theirs, strict=False)
+    clash = any(a != b and isinstance(a, int) and isinstance(b, int) for a, b in pairs)
+    if clash or len(ours) != len(theirs):
+        return f"its output '{name}' has another shape in the original"
+    return None
+
+
+# --- the walk -----------------------------------------------------------------------------------------------
+
+
+def walk(
+    original: Model,
+    rewritten: Model,
+    sites: Sequence[Site],
+    calibration: Calibration,
+    runtime: Runtime,
+    *,
+    seed: int = 0,
+    ridge: float | None = None,
+    paper: bool = False,
+    quick: bool = False,
+    progress: Progress | None = None,
+) -> list[Solved]:
+    """Solve the sites in order, writing the new weights into `rewritten`.
+
+    Args:
+        original: gives the targets; is not changed.
+        rewritten: its sites' weights are replaced.
+        sites: in the topological order of `rewritten`.
+        calibration: the fit samples give the weights, the held-out ones (the fit ones
+            where none are held out) choose the ridge.
+        runtime: runs both.
+        seed: of the sampled positions.
+        ridge: for fresh sites; None chooses it on the held-out samples.
+        paper: solve fresh convolutions one input channel at a time (FuseInit, Theorem 2).
+        quick: for trials: fewer rows, products in single precision, ridges not searched.
+        progress: told of every site.
+
+    Raises:
+        NotApplicableError: the activations aren't finite, or the original's tensor has another shape.
+        InputError: bad samples; no room for intermediate tensors.
+    """
+    advance = (progress or NoProgress()).task("fitting", total=len(sites))
+    solved: list[Solved] = []
+    # ONNX Runtime and BLAS take turns many times a second: two pools of threads on the same cores get in each
+    # other's way, and products of this size gain little from more than one.
+    with Spool() as spool, threadpool_limits(1, "blas"):
+        needs = [{site.op.x, *filter(None, (site.rest, site.mask))} for site in sites]
+        # What both networks compute alike is computed once, by the original.
+        right = _Front(rewritten, needs, unchanged(original, rewritten), "b", spool, runtime)
+        asked = [{site.reference} | given for site, given in zip(sites, right.given, strict=True)]
+        left = _Front(original, asked, set(), "a", spool, runtime)
+        batches = _Batches(calibration)
+        for step, site in enumerate(sites):
+            task = _Task(site, seed, len(calibration.fit), quick)
+            targets, inputs = left.stretch(step), right.stretch(step)
+            for batch, held, feed in batches.feeds(with_inputs=step == 0):
+                known = targets.run(batch, feed)
+                task.add(batch, held, known[site.reference], inputs.run(batch, known))
+            left.finish(step)
+            right.finish(step)
+            solved.append(task.solve(rewritten, ridge, paper))
+            advance()
+    return solved
+
+
+class _Batches:
+    """Batch numbers of the whole calibration; the samples themselves are read at the first step only."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+        self._known: list[tuple[int, bool]] = []
+
+    def feeds(self, *, with_inputs: bool) -> Iterator[tuple[int, bool, Feed]]:
+        """(batch number, held out?, inputs)."""
+        if not with_inputs:
+            for index, held in self._known:
+                yield index, held, {}
+            return
+        for held, part in ((False, self._calibration.fit), (True, self._calibration.held_out)):
+            for batch in part:
+                self._known.append((batch.index, held))
+                yield batch.index, held, batch.feed
+
+
+class _Front:
+    """One of the two networks, run as far as the walk has come.
+
+    `needs` are the tensors wanted at each step. Those in `shared` aren't computed here: `given` says which of
+    them each step has to be handed. The graph's inputs are handed over at the first step and kept where later
+    ones read them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        needs: Sequence[set[str]],
+        shared: set[str],
+        prefix: str,
+        spool: Spool,
+        runtime: Runtime,
+    ) -> None:
+        self._model = model
+        self._runtime = runtime
+        self._spool = spool
+        self._prefix = prefix
+        self._needs = needs
+        self._inputs = set() if shared else {info.name for info in model.inputs}
+        self._made = dict.fromkeys(self._inputs, 0)  # step at which a tensor appears
+        self._last: dict[str, int] = {}  # last step at which it is read
+        self._reads: list[set[str]] = []  # what a step's nodes read from outside the step
+        self.given: list[set[str]] = []
+        done: set[Node] = set()
+        for step, names in enumerate(needs):
+            self._plan(step, names, shared, done)
+
+    def _plan(self, step: int, names: set[str], shared: set[str], done: set[Node]) -> None:
+        model = self._model
+        nodes: list[Node] = []
+        stack = [model.tensor(name) for name in names if name not in shared]
+        while stack:
+            node = model.producer(stack.pop())
+            if node is not None and node not in done:
+                done.add(node)
+                nodes.append(node)
+                stack.extend(tensor for tensor in _reads(model, node) if tensor.name not in shared)
+        made = {tensor.name for node in nodes for tensor in node.outputs if tensor.name}
+        read = {
+            tensor.name
+            for node in nodes
+            for tensor in _reads(model, node)
+            if tensor.name not in made and not model.is_weight(tensor)
+        }
+        self._made.update(dict.fromkeys(made, step))
+        self._reads.append(read)
+        self.given.append((read | names) & shared)
+        self._last.update(dict.fromkeys((*read, *made, *names), step))
+
+    def stretch(self, step: int) -> _Stretch:
+        """The part of the network between the site before and this one, as it now is."""
+        new = [name for name, made in self._made.items() if made == step]
+        kept = [name for name in new if self._last.get(name, -1) > step]
+        wanted = [name for name in self._needs[step] if self._made.get(name) == step]
+        outputs = sorted({*kept, *wanted} - self._inputs)
+        reads = sorted(self._reads[step])
+        session = self._runtime.session(self._model.extract(reads, outputs)) if outputs else None
+        return _Stretch(self, session, reads, kept, sorted(self._needs[step]))
+
+    def finish(self, step: int) -> None:
+        """Forget what no later step reads."""
+        for name, last in self._last.items():
+            if last == step:
+                self._spool.drop(f"{self._prefix}:{name}")
+
+    def get(self, name: str, batch: int, feed: Feed) -> np.ndarray:
+        return feed[name] if name in feed else self._spool.get(f"{self._prefix}:{name}", batch)
+
+    def keep(self, name: str, batch: int, array: np.ndarray) -> None:
+        self._spool.put(f"{self._prefix}:{name}", batch, array)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """The nodes of one step, ready to run batch by batch."""
+
+    front: _Front
+    session: Session | None
+    reads: Sequence[str]
+    kept: Sequence[str]
+    needs: Sequence[str]
+
+    def run(self, batch: int, feed: Feed) -> Feed:
+        """What the step needs, by name; keeps what later steps read."""
+        found: Feed = {}
+        if self.session is not None:
+            found = self.session.run({name: self.front.get(name, batch, feed) for name in self.reads})
+        for name in self.kept:
+            self.front.keep(name, batch, found[name] if name in found else feed[name])
+        return {
+            name: found[name] if name in found else self.front.get(name, batch, feed) for name in self.needs
+        }
+
+
+class _Spread:
+    """Variance of rows about their mean, summed over channels."""
+
+    def __init__(self) -> None:
+        self._rows = 0.0
+        self._sum: np.ndarray | float = 0.0
+        self._square = 0.0
+
+    def add(self, rows: np.ndarray, weights: np.ndarray | None) -> None:
+        wide = rows.astype(np.float64) if weights is None else rows[weights > 0].astype(np.float64)
+        self._rows += len(wide)
+        self._sum = self._sum + wide.sum(axis=0)
+        self._square += float(np.vdot(wide, wide))
+
+    @property
+    def variance(self) -> float:
+        mean = self._sum / self._rows
+        return max(self._square / self._rows - float(np.vdot(mean, mean)), 0.0)
+
+
+class _Task:
+    """Moments of one site, and its solution."""
+
+    def __init__(self, site: Site, seed: int, batches: int, quick: bool) -> None:
+        self.site = site
+        self.seed = seed
+        self.quick = quick
+        op = site.op
+        self.moments = [
+            Moments(op.columns * op.groups, op.out_features, op.groups, single=quick) for _ in range(2)
+        ]
+        # Where something is subtracted from it, the reference's spread is not that of the moments' target.
+        self.spreads: Sequence[Moments | _Spread] = self.moments
+        if site.rest is not None:
+            self.spreads = [_Spread(), _Spread()]
+        self.batches = batches
+        self.positions: int | None = None
+        self.size: int | None = None
+
+    def add(self, batch: int, held: bool, reference: np.ndarray, found: Feed) -> None:
+        op, x = self.site.op, found[self.site.op.x]
+        target = reference
+        if self.site.rest is not None:
+            rest = found[self.site.rest]
+            if rest.shape != reference.shape:
+                raise NotApplicableError(
+                    f"'{self.site.rest}' does not have the shape of '{self.site.tensor}'"
+                )
+            target = reference - rest
+        axis = 1 if op.kind == "conv" else target.ndim - 1
+        size = math.prod(target.shape) // max(target.shape[0] * target.shape[axis], 1)
+        if self.size is None:
+            self.size = size
+            if self.site.mask is not None and found[self.site.mask].shape != target.shape[:-1]:
+                self.site = replace(self.site, mask=None)
+            rows = max(LEAST_ROWS, ROWS_PER_COLUMN * op.columns)
+            wanted = -(-(rows // 4 if self.quick else rows) // (self.batches * len(target)))
+            self.positions = wanted if wanted < size else None
+        positions = sample_positions(self.seed, self.site.tensor, batch, len(target), size, self.positions)
+        moments = self.moments[held]
+        weights = None
+        if self.site.mask is not None:
+            weights = (gather(found[self.site.mask][..., None], positions, -1)[:, 0] != 0).astype(np.float64)
+        spread = self.spreads[held]
+        if isinstance(spread, _Spread):
+            spread.add(gather(reference, positions, axis), weights)
+        if op.kind == "conv":
+            assert op.pads is not None
+            add_patches(
+                moments,
+                x,
+                target,
+                positions,
+                kernel=op.kernel,
+                strides=op.strides,
+                dilations=op.dilations,
+                pads=op.pads,
+            )
+            return
+        moments.add(gather(x, positions, -1), gather(target, positions, -1), weights)
+
+    def solve(self, model: Model, ridge: float | None, paper: bool) -> Solved:
+        op, judge = self.site.op, 1 if self.moments[1].n else 0
+        fit, held = self.moments[0], self.moments[judge]
+        y, prior = op.y, None if self.site.fresh else op.weight
+        before = None if prior is None else held.error(Affine(prior, op.bias))
+        used: float | None = None
+        if before is None or not before <= SETTLED * held.variance:
+            used, affine = self._solution(fit, held, prior, ridge, paper)
+            after = held.error(affine)
+            if not math.isfinite(after):
+                raise NotApplicableError(f"'{self.site.tensor}' is not finite on the held-out samples")
+            if before is None or after < before:
+                write_weights(model, op, affine.weight, affine.bias, by="refit")
+            else:
+                used = None
+        stored = _stored(model, op, y)
+        return Solved(
+            self.site,
+            used,
+            fit.error(stored),
+            self.spreads[0].variance,
+            held.error(stored),
+            self.spreads[judge].variance,
+            before,
+            self.positions,
+        )
+
+    def _solution(
+        self, fit: Moments, held: Moments, prior: np.ndarray | None, ridge: float | None, paper: bool
+    ) -> tuple[float, Affine]:
+        """(ridge, weights), as the walk's options have it."""
+        if paper and prior is None and self.site.op.kind == "conv":
+            return 0.0, per_channel(fit, self.site.op.in_features)
+        if prior is None and ridge is not None:
+            return ridge, fit.solve(ridge)
+        if self.quick:
+            return TRIAL_RIDGE, fit.solve(TRIAL_RIDGE, prior)
+        return _choose(fit, held, prior)
+
+
+def _stored(model: Model, op: LinearOp, y: str) -> Affine:
+    """The weights as the model now holds them: rounded to their dtype, the bias perhaps in a new Add."""
+    last = model.producer(model.tensor(y))
+    now = op if last is op.node else replace(op, bias_node=last)
+    return Affine(now.weight, now.bias)
+
+
+def _choose(fit: Moments, held: Moments, prior: np.ndarray | None) -> tuple[float, Affine]:
+    """The ridge with the least held-out error, and its solution."""
+    if fit.dx // fit.groups <= EIGEN_COLUMNS:
+        return choose_ridge(fit, held, RIDGES if prior is None else REFIT_RIDGES, prior)
+    found = [(ridge, fit.solve(ridge, prior)) for ridge in _FEW_RIDGES]
+    return min(found, key=lambda pair: held.error(pair[1]))
