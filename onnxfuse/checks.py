@@ -22,6 +22,8 @@ from onnxfuse import external_data, protos
 from onnxfuse.errors import InputError, NotApplicableError
 
 PROTOBUF_LIMIT = 2**31 - 1
+DEEPEST_CALL = 64  # of functions in functions
+MOST_NODES = 10**6  # after the expansion of functions
 OLDEST_OPSET = 7  # the oldest whose operators ONNX Runtime guarantees
 # Operators whose weights must be finite. Elsewhere (a mask added before Softmax, a bound of Clip) an
 # infinity is meant.
@@ -169,6 +171,34 @@ def check_names(proto: ModelProto, what: str) -> None:
     for name in given:
         if name not in defined:
             raise InputError(f"{what} is not valid: nothing produces its output '{name}'")
+
+
+def check_functions(proto: ModelProto, what: str) -> None:
+    """Refuses functions that call each other in a circle, or so often that their expansion would never end.
+
+    Raises:
+        InputError: they recurse, nest deeper than `DEEPEST_CALL` or expand to over `MOST_NODES` nodes.
+    """
+    functions = {(f.domain, f.name): f.node for f in proto.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(nodes: Iterable[NodeProto], depth: int) -> int:
+        """How many nodes these are when every call is replaced by what it runs."""
+        total = 0
+        for node in nodes:
+            total += 1 + sum(size(body.node, depth) for body in protos.bodies(node))
+            key = (node.domain, node.op_type)
+            if key in functions and key not in sizes:
+                if depth == DEEPEST_CALL:
+                    raise InputError(
+                        f"{what} is not valid: function '{node.op_type}' is recursive or nested too deeply"
+                    )
+                sizes[key] = size(functions[key], depth + 1)
+            total += sizes.get(key, 0)
+        return total
+
+    if functions and size(proto.graph.node, 0) > MOST_NODES:
+        raise InputError(f"{what} has functions that expand to over {MOST_NODES:,} nodes")
 
 
 def _is_text(message: Message) -> bool:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from onnxfuse import inference
 from onnxfuse.errors import InputError
 from onnxfuse.external_data import BITS, byte_size
 from onnxfuse.graph import Model, Node
@@ -181,13 +182,31 @@ _SHORT_FORMS = {
 
 
 def dimension_sizes(model: Model, feed: Feed) -> dict[str, int]:
-    """The sizes that a feed gives to the model's named dynamic dimensions."""
+    """The sizes that a feed gives to the model's named dynamic dimensions.
+
+    The inputs tell most of them; names that only outputs or inner tensors have take a run.
+    """
     sizes: dict[str, int] = {}
     for info in model.inputs:
-        if info.name in feed and info.shape is not None:
-            named = zip(info.shape, feed[info.name].shape, strict=False)
-            sizes.update({dim: size for dim, size in named if isinstance(dim, str)})
+        if info.name in feed:
+            _bind(sizes, info, feed[info.name].shape)
+    loose = {
+        name: info
+        for name, info in model.shapes().items()
+        if any(isinstance(dim, str) and dim not in sizes for dim in info.shape or ())
+    }
+    if feed and loose:
+        unknown = {name: replace(info, shape=None) for name, info in loose.items()}
+        for name, found in inference.run(model, unknown, feed).items():
+            if name in loose:
+                _bind(sizes, loose[name], found.shape or ())
     return sizes
+
+
+def _bind(sizes: dict[str, int], info: TensorInfo, shape: Sequence[int | str | None]) -> None:
+    for dim, size in zip(info.shape or (), shape, strict=False):
+        if isinstance(dim, str) and isinstance(size, int):
+            sizes.setdefault(dim, size)
 
 
 def shapes_at(model: Model, feed: Feed) -> dict[str, TensorInfo]:

@@ -115,6 +115,7 @@ class Model:
             proto = checks.parse(checks.read_file(path), what)
         checks.check_names(proto, what)
         checks.check_versions(proto, what)
+        checks.check_functions(proto, what)
         model = cls(proto, path, Path(os.path.abspath(path)).parent if path is not None else None)
         model._external = checks.check_tensors(proto, model.folder)
         with _without_collector():

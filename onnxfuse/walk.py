@@ -180,6 +180,7 @@ def refit_sites(
     fresh: Sequence[tuple[Node, str]] = (),
     mask: str | None = None,
     feed: Feed | None = None,
+    before: Model | None = None,
 ) -> tuple[list[Site], list[Skip]]:
     """The linear operators of `rewritten` that are worth solving again, in topological order.
 
@@ -189,13 +190,14 @@ def refit_sites(
         fresh: nodes to be solved from nothing, each with the tensor of both models that it stands for.
         mask: see `Site`.
         feed: samples for shapes that can't be inferred.
+        before: what `rewritten` was made from, where that isn't the original; what it computes alike is left.
 
     Returns:
         The sites: the fresh ones, and every linear operator behind a change whose output (or the sum that its
         output goes into) exists in the original. And a Skip with the reason for each linear operator behind a
         change that is none.
     """
-    same = unchanged(original, rewritten)
+    same = unchanged(before or original, rewritten)
     known = original.shapes(feed)
     shapes = {name: fill(info, known.get(name)) for name, info in rewritten.shapes().items()}
     new = dict(fresh)

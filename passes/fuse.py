@@ -252,7 +252,11 @@ class Fuse(Pass):
             except NotApplicableError as failure:
                 skipped.append(Skip(fit.candidate.region.sites, f"the network fails without it: {failure}"))
                 continue
-            ranked.append(_Ranked(fit, change, share))
+            if change > 0:
+                ranked.append(_Ranked(fit, change, share))
+            else:
+                reason = "the outputs don't depend on it on these samples, so nothing would tell a bad fit"
+                skipped.append(Skip(fit.candidate.region.sites, reason))
         chosen, overlapping = _disjoint(ranked)
         skipped += overlapping
         size = max(self.options.shortlist, self.options.max_blocks or 0)
@@ -333,7 +337,9 @@ class Fuse(Pass):
             for item in ranked
         ]
         feed = next(iter(context.calibration.fit)).feed
-        sites, skipped = refit_sites(context.original, rewritten, fresh, self.options.mask, feed)
+        sites, skipped = refit_sites(
+            context.original, rewritten, fresh, self.options.mask, feed, before=model
+        )
         if not self.options.refit:
             sites, skipped = [site for site in sites if site.fresh], []
         solved = walk(

@@ -22,7 +22,8 @@ def parse(body: str, header: str = 'ir_version: 8, opset_import: ["" : 17]') -> 
 def network() -> ModelProto:
     """Convolutions, a Constant node, a subgraph and a function: a bit of everything for a fuzzer to break."""
     model = parse(
-        """g (float[N,2,6,6] x, bool flag) => (float[N,4] y) <int64[2] target = {-1, 4}, float[4] c = {1, 2, 3, 4}>
+        """g (float[N,2,6,6] x, bool flag) => (float[N,4] y)
+        <int64[2] target = {-1, 4}, float[4] c = {1, 2, 3, 4}>
         {
             a = Conv<pads = [1, 1, 1, 1]>(x, w)
             b = local.leaky(a)
@@ -105,7 +106,7 @@ def test_every_truncation_is_an_input_error_or_a_smaller_model() -> None:
             Model.load(data[:size])
             accepted.append(size)
         except InputError as error:
-            assert "\n" not in str(error)
+            assert "\n" not in str(error)  # noqa: PT017
     assert accepted == [len(complete.SerializeToString())]
 
 
@@ -194,16 +195,39 @@ def test_invalid_graphs(body: str, words: tuple[str, ...]) -> None:
     refused(parse(body), *words)
 
 
-def test_a_recursive_function() -> None:
-    model = parse(
-        """g (float[N] x) => (float[N] y) { y = d.f(x) }
-        <domain: "d", opset_import: ["d" : 1]> f (a) => (b) { b = d.f(a) }""",
-        'ir_version: 8, opset_import: ["" : 17, "d" : 1]',
-    )
-    try:
-        Model.load(model).shapes()
-    except InputError as error:
-        assert "recursive" in str(error)
+def functions(*bodies: tuple[str, ...]) -> ModelProto:
+    """A model that calls d.f0, where function i runs a chain of the operators in `bodies[i]`."""
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
+    made = []
+    for i, ops in enumerate(bodies):
+        names = ["in", *(f"t{k}" for k in range(len(ops) - 1)), "out"]
+        nodes = [
+            helper.make_node(op, [names[k]], [names[k + 1]], domain="d" if op.startswith("f") else "")
+            for k, op in enumerate(ops)
+        ]
+        made.append(helper.make_function("d", f"f{i}", ["in"], ["out"], nodes, imports))
+    model = parse("g (float[N] x) => (float[N] y) { y = d.f0(x) }")
+    model.opset_import.add(domain="d", version=1)
+    model.functions.extend(made)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("bodies", "word"),
+    [
+        ([("f0",)], "recursive"),
+        ([("Relu", "f1"), ("f2", "Neg"), ("f0",)], "recursive"),
+        ([(f"f{i + 1}",) for i in range(5000)] + [("Relu",)], "nested too deeply"),
+        ([(f"f{i + 1}", f"f{i + 1}") for i in range(40)] + [("Relu",)], "expand to over 1,000,000"),
+    ],
+)
+def test_functions_that_would_never_end(bodies: list[tuple[str, ...]], word: str) -> None:
+    refused(functions(*bodies), word)
+
+
+def test_functions_in_functions() -> None:
+    model = Model.load(functions(*((f"f{i + 1}", f"f{i + 1}") for i in range(5)), ("Relu", "Neg")))
+    assert model.shapes()["y"].shape == ("N",)
 
 
 def test_nodes_out_of_order_are_sorted() -> None:
@@ -349,7 +373,7 @@ def survive(data: bytes) -> bool:
         model.check_finite()
         model.copy().to_proto().SerializeToString()
     except OnnxfuseError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error)  # noqa: PT017
         return False
     return True
 

@@ -257,3 +257,10 @@ def test_latency_refuses_what_cannot_be_timed() -> None:
     model = parsed("m (float[4] x) => (float[4] y) { y = Abs(x) }")
     with pytest.raises(InputError, match="no input 'z'"):
         latency([model], runtime, {"z": zeros(4)})
+
+
+def test_a_dimension_that_only_the_output_names_is_told_by_a_run() -> None:
+    model = parsed("m (float[N,3] x) => (float[rows,1] y) <float[3,1] w = {1, 2, 3}> { y = MatMul(x, w) }")
+    feed = {"x": zeros(5, 3)}
+    assert dimension_sizes(model, feed) == {"N": 5, "rows": 5}
+    assert measure(model, feed).macs == 15

@@ -297,7 +297,7 @@ def test_the_input_is_never_the_output(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir("/")
     names = ("m.onnx", "soft.onnx", "hard.onnx", "folder/m.onnx", "x/../m.onnx")
     for target in (tmp_path / name for name in names):
-        with pytest.raises(InputError, match="input|folder"):
+        with pytest.raises(InputError, match=r"input|folder"):
             model.save(target)
     assert snapshot(tmp_path) == before
     linked = Model.load(tmp_path / "soft.onnx")
@@ -374,7 +374,7 @@ def test_a_full_disk_leaves_nothing(external: bool, tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(InputError, match="cannot write .*o.onnx.*large"):
+        with pytest.raises(InputError, match=r"cannot write .*o\.onnx.*large"):
             model.save(out / "o.onnx")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -389,7 +389,7 @@ def test_a_full_disk_leaves_nothing(external: bool, tmp_path: Path) -> None:
 def test_a_failure_at_any_step_leaves_nothing_half_done(
     error: BaseException, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails at the n-th file system call: afterwards there is the old output, or none, or the new one whole."""
+    """Fails at the n-th file system call: then there is the old output, or none, or the new one whole."""
     path = write(tmp_path / "in", external=True)
     out = tmp_path / "out"
     out.mkdir()

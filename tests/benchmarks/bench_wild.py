@@ -84,6 +84,24 @@ SAMPLES: Mapping[str, Callable[[int], tuple[np.ndarray, np.ndarray]]] = {
 }
 """Real samples by model: images as the network wants them, and labels."""
 
+FEEDS = {
+    "silero_vad_16k_op15": """
+import numpy as np
+
+
+def load_data():
+    random = np.random.default_rng(0)
+    for _ in range(16):
+        level = 10 ** random.uniform(-3, 0, (4, 1))
+        yield {
+            "input": (level * random.normal(size=(4, 576))).astype("f4"),
+            "state": random.normal(0, 0.3, (2, 4, 128)).astype("f4"),
+            "sr": np.array(16000),
+        }
+"""
+}
+"""Made-up samples for models with an input that has but one sensible value (here the sampling rate)."""
+
 
 @dataclass
 class Record:
@@ -103,15 +121,18 @@ class Record:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--only", metavar="TEXT", help="models whose names contain this")
+    arguments.add_argument("--max-error", metavar="X", help="passed on to compress; default: none")
     arguments.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for one command")
     options = arguments.parse_args()
     paths = [p for p in sorted((shared() / "models").glob("*.onnx")) if (options.only or "") in p.stem]
     print(machine(options.threads), flush=True)
+    bound = ["--max-error", options.max_error] if options.max_error else []
+    bound += ["--threads", str(options.threads)] if options.threads else []
     records = []
     with tempfile.TemporaryDirectory() as folder:
         for path in paths:
             start = time.perf_counter()
-            records.append(tried(path, Path(folder), options.quick, options.threads, options.timeout))
+            records.append(tried(path, Path(folder), options.quick, bound, options.timeout))
             print(f"  {path.stem}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     show(records)
     write_json(
@@ -120,23 +141,15 @@ def main() -> None:
     sys.exit(1 if any(record.problems for record in records) else 0)
 
 
-def tried(path: Path, folder: Path, quick: bool, threads: int | None, timeout: float) -> Record:
-    """One model: inspected, compressed, judged."""
+def tried(path: Path, folder: Path, quick: bool, more: Sequence[str], timeout: float) -> Record:
+    """One model: inspected, compressed with `more` options, judged."""
     record = Record(path.stem, "made up")
-    arguments = ["--threads", str(threads)] if threads else []
-    calib: list[str] = ["--samples", str(MADE_UP)]
-    data = None
-    if path.stem in SAMPLES:
-        data = folder / f"{path.stem}.npz"
-        images, labels = SAMPLES[path.stem](QUICK_IMAGES if quick else IMAGES)
-        np.savez(data, **{Model.load(path).inputs[0].name: images, "labels": labels})
-        calib = ["--calib", str(data)]
-        record.samples = f"{len(images):,} real"
-    inspected = command(record, ["inspect", str(path), "--json", *arguments], timeout)
-    record.inspect = parsed(record, "inspect", inspected)
+    data = samples(record, path, folder, quick)
+    record.inspect = parsed(record, "inspect", command(record, ["inspect", str(path), "--json"], timeout))
     output = folder / f"{path.stem}.onnx"
+    calib = ["--samples", str(MADE_UP)] if data is None else ["--calib", data]
+    options = ["--passes", PASSES, "-o", str(output), "--json", *calib, *more]
     start = time.perf_counter()
-    options = ["--passes", PASSES, "-o", str(output), "--json", *calib, *arguments]
     compressed = command(record, ["compress", str(path), *options], timeout)
     record.seconds = time.perf_counter() - start
     if compressed is None:
@@ -150,6 +163,21 @@ def tried(path: Path, folder: Path, quick: bool, threads: int | None, timeout: f
         record.problems += lost(onnx.load(path), onnx.load(output))
         judge(record, path, output, data)
     return record
+
+
+def samples(record: Record, path: Path, folder: Path, quick: bool) -> str | None:
+    """What goes behind --calib; None where there is nothing better than made-up samples."""
+    if path.stem in SAMPLES:
+        images, labels = SAMPLES[path.stem](QUICK_IMAGES if quick else IMAGES)
+        file = folder / f"{path.stem}.npz"
+        np.savez(file, **{Model.load(path).inputs[0].name: images, "labels": labels})
+        record.samples = f"{len(images):,} real"
+        return str(file)
+    if path.stem in FEEDS:
+        script = folder / f"{path.stem}_feeds.py"
+        script.write_text(FEEDS[path.stem])
+        return f"{script}:load_data"
+    return None
 
 
 # --- running ------------------------------------------------------------------------------------------------
@@ -208,11 +236,11 @@ def true_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     return [value for value in model.graph.input if value.name not in stored]
 
 
-def judge(record: Record, before: Path, after: Path, data: Path | None) -> None:
+def judge(record: Record, before: Path, after: Path, data: str | None) -> None:
     """The output error by ONNX Runtime and NumPy alone, on the samples that compress held out."""
     model = Model.load(before)
     limit = None if data else MADE_UP
-    calibration = Calibration.open(None if data is None else data, model, limit=limit)
+    calibration = Calibration.open(data, model, limit=limit)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     try:

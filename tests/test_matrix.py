@@ -1,0 +1,391 @@
+"""Every pass on every kind of graph: committed or refused with a reason, structure, metadata, what ONNX Runtime
+computes at several batch sizes, and errors as claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.checker
+import pytest
+from nets import RUNTIME, Feed, compute, fitted, net, normal
+from onnx import helper
+from onnxfuse.passes.fold import Fold
+from onnxfuse.passes.fuse import Fuse
+from onnxfuse.passes.refit import Refit
+
+from onnxfuse.calibration import Calibration
+from onnxfuse.graph import PASS_KEY, Model
+from onnxfuse.pass_manager import Context, Contract, PassManager, StepReport
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph, one sample's shape for each input, and what is expected of it.
+
+    `fused` are the operators that fuse must put in (an empty tuple: it must refuse, with `refusal` in a reason),
+    `gone` operators that fold or fuse must have removed all of.
+    """
+
+    body: str
+    weights: dict[str, Any]
+    shape: tuple[int, ...]
+    rank: int
+    fused: tuple[str, ...] = ("Conv",)
+    gone: tuple[str, ...] = ()
+    refusal: str = ""
+    x: str = ""
+    more: dict[str, np.ndarray] = field(default_factory=dict)
+    edit: Callable[[onnx.ModelProto], None] | None = None
+    blocks: int = 1
+    kernel: Any = "auto"
+
+    def model(self) -> Model:
+        sizes = ",".join(["N", *map(str, self.shape)])
+        declared = ", ".join(["", *(f"{_TYPES[a.dtype.kind]}[{','.join(map(str, a.shape))}] {n}"
+                                    for n, a in self.more.items())])  # fmt: skip
+        y = f"float[{','.join('ABCDE'[: self.rank])}] y"
+        proto = net(self.body, self.weights, (self.x or f"float[{sizes}] x") + declared, y).to_proto()
+        if self.edit is not None:
+            self.edit(proto)
+        proto.doc_string = "made for a test"
+        proto.producer_name, proto.producer_version, proto.model_version = "tests", "1.2", 7
+        proto.metadata_props.add(key="author", value="someone")
+        proto.graph.doc_string = "a graph"
+        proto.graph.output[0].doc_string = "the result"
+        return Model.load(proto)
+
+
+_TYPES = {"f": "float", "i": "int64", "b": "bool"}
+
+TWO = "h = Conv<pads = [1,1,1,1]>(x, w1, b1) r = Relu(h) v = Conv<pads = [1,1,1,1]>(r, w2) q = Relu(v)"
+TWO_WEIGHTS = {"w1": (12, 3, 3, 3), "b1": (12,), "w2": (4, 12, 3, 3)}
+ACROSS = "g = GlobalAveragePool(q) f = Flatten(g) y = Gemm(f, w3)"
+NORM = {
+    "g": 1 + normal(12, seed=1) / 4,
+    "b": normal(12, seed=2),
+    "m": normal(12, seed=3) / 4,
+    "s": np.abs(normal(12, seed=4)) + 0.5,
+}
+
+
+def constant_nodes(proto: onnx.ModelProto) -> None:
+    """All initializers as Constant nodes."""
+    nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in proto.graph.initializer]
+    nodes += proto.graph.node
+    del proto.graph.node[:], proto.graph.initializer[:]
+    proto.graph.node.extend(nodes)
+
+
+def listed_as_inputs(proto: onnx.ModelProto) -> None:
+    """All initializers listed among the inputs, as old exporters do."""
+    for tensor in proto.graph.initializer:
+        proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+
+
+CASES = {
+    "conv": Case(f"{TWO} {ACROSS}", {**TWO_WEIGHTS, "w3": (4, 2)}, (3, 6, 7), 2),
+    "conv to the end": Case(
+        TWO.replace("q = Relu(v)", "y = Relu(v)"), TWO_WEIGHTS, (3, 6, 7), 4, kernel="composed"
+    ),
+    "strides and pooling": Case(
+        """h = Conv<pads = [1,1,1,1], strides = [2,2]>(x, w1, b1) r = Relu(h)
+        p = MaxPool<kernel_shape = [2,2], strides = [1,1]>(r) v = Conv<pads = [1,1,1,1]>(p, w2) y = Relu(v)""",
+        TWO_WEIGHTS,
+        (3, 9, 8),
+        4,
+    ),
+    "batch norm": Case(
+        f"""h = Conv<pads = [1,1,1,1]>(x, w1, b1) n = BatchNormalization(h, g, b, m, s) r = Relu(n)
+        v = Conv<pads = [1,1,1,1]>(r, w2) q = Relu(v) {ACROSS}""",
+        {**TWO_WEIGHTS, **NORM, "w3": (4, 2)},
+        (3, 6, 6),
+        2,
+        gone=("BatchNormalization",),
+    ),
+    "residual": Case(
+        f"""c = Conv(x, w0) u = Relu(c) h = Conv<pads = [1,1,1,1]>(u, w1) r = Relu(h)
+        k = Conv<pads = [1,1,1,1]>(r, w2) v = Add(k, u) q = Relu(v) {ACROSS}""",
+        {"w0": (4, 3, 1, 1), "w1": (12, 4, 3, 3), "w2": (4, 12, 3, 3), "w3": (4, 2)},
+        (3, 6, 6),
+        2,
+        gone=("Add",),
+    ),
+    "concat": Case(
+        """u = Conv<pads = [1,1,1,1]>(x, w0) h = Conv<pads = [1,1,1,1]>(u, w1) r = Relu(h)
+        v = Conv<pads = [1,1,1,1]>(r, w2) q = Relu(v) c = Concat<axis = 1>(u, q) y = Conv(c, w3)""",
+        {"w0": (4, 3, 3, 3), "w1": (12, 4, 3, 3), "w2": (4, 12, 3, 3), "w3": (2, 8, 1, 1)},
+        (3, 5, 5),
+        4,
+    ),
+    "flatten": Case(
+        "h = Conv(x, w1, b1) r = Relu(h) f = Flatten(r) v = Gemm(f, w3) y = Relu(v)",
+        {"w1": (12, 3, 2, 2), "b1": (12,), "w3": (12 * 9, 5)},
+        (3, 4, 4),
+        2,
+        fused=("Gemm",),
+        gone=("Conv",),
+    ),
+    "flatten by a reshape": Case(
+        """h = Conv(x, w1, b1) r = Relu(h) n = Shape(r) i = Gather(n, zero) j = Unsqueeze(i, axis)
+        t = Concat<axis = 0>(j, rest) f = Reshape(r, t) v = Gemm(f, w3) y = Relu(v)""",
+        {
+            "w1": (12, 3, 2, 2),
+            "b1": (12,),
+            "w3": (12 * 9, 5),
+            "zero": np.array(0),
+            "axis": np.array([0]),
+            "rest": np.array([-1]),
+        },
+        (3, 4, 4),
+        2,
+        fused=("Gemm",),
+        gone=("Conv", "Reshape", "Shape", "Concat"),
+    ),
+    "grouped": Case(
+        f"""h = Conv<pads = [1,1,1,1], group = 2>(x, w1, b1) r = Relu(h) v = Conv<pads = [1,1,1,1]>(r, w2)
+        q = Relu(v) e = Conv<group = 2>(q, w4) {ACROSS.replace("(q)", "(e)")}""",
+        {"w1": (24, 2, 3, 3), "b1": (24,), "w2": (4, 24, 3, 3), "w4": (4, 2, 1, 1), "w3": (4, 2)},
+        (4, 6, 6),
+        2,
+    ),
+    "depthwise": Case(
+        f"""e = Conv(x, w0) a = Relu(e) h = Conv<pads = [1,1,1,1], group = 24>(a, w1) r = Relu(h) v = Conv(r, w2)
+        q = Relu(v) d = Conv<pads = [1,1,1,1], group = 4>(q, w4) {ACROSS.replace("(q)", "(d)")}""",
+        {"w0": (24, 3, 1, 1), "w1": (24, 1, 3, 3), "w2": (4, 24, 1, 1), "w4": (4, 1, 3, 3), "w3": (4, 2)},
+        (3, 6, 6),
+        2,
+    ),
+    "attention": Case(
+        """k0 = MatMul(x, wq) k1 = MatMul(x, wk) k2 = MatMul(x, wv) kt = Transpose<perm = [0,2,1]>(k1)
+        a = MatMul(k0, kt) p = Softmax<axis = 2>(a) c = MatMul(p, k2) o = MatMul(c, wo) s = Add(x, o)
+        l = LayerNormalization(s, ls) h = MatMul(l, w1) hb = Add(h, b1) r = Relu(hb) d = MatMul(r, w2) v = Add(s, d)
+        y = MatMul(v, w3)""",
+        {
+            "wq": (8, 8),
+            "wk": (8, 8),
+            "wv": (8, 8),
+            "wo": (8, 8),
+            "ls": np.ones(8, np.float32),
+            "w1": (8, 32),
+            "b1": (32,),
+            "w2": (32, 8),
+            "w3": (8, 3),
+        },
+        (5, 8),
+        3,
+        fused=("MatMul",),
+        gone=("Relu",),
+    ),
+    "tied weights": Case(
+        "h = MatMul(x, w) r = Relu(h) k = MatMul(r, w) q = Relu(k) v = MatMul(q, u) t = Relu(v) y = MatMul(t, z)",
+        {"w": (12, 12), "u": (12, 6), "z": (6, 3)},
+        (12,),
+        2,
+        fused=("Gemm",),
+    ),
+    "dynamic sizes": Case(
+        TWO.replace("q = Relu(v)", "y = Relu(v)"), TWO_WEIGHTS, (3, 6, 6), 4, x="float[N,3,H,W] x"
+    ),
+    "captured by a branch": Case(
+        """c = Gemm(x, w0) u = Relu(c) h = Gemm(u, w1) r = Relu(h) v = Gemm(r, w2)
+        y = If(flag) <then_branch = t () => (float[A,B] p) { p = Add(v, u) },
+                      else_branch = e () => (float[A,B] q) { q = Mul(v, u) }>""",
+        {"w0": (6, 8), "w1": (8, 24), "w2": (24, 8)},
+        (6,),
+        2,
+        fused=("Gemm",),
+        more={"flag": np.array(True)},
+    ),
+    "an inner tensor captured": Case(
+        """h = Gemm(x, w1) r = Relu(h) v = Gemm(r, w2)
+        y = If(flag) <then_branch = t () => (float[A,B] p) { p = Concat<axis = 1>(v, r) },
+                      else_branch = e () => (float[A,B] q) { q = Concat<axis = 1>(r, v) }>""",
+        {"w1": (6, 24), "w2": (24, 8)},
+        (6,),
+        2,
+        fused=(),
+        refusal="used by the body of another node",
+        more={"flag": np.array(True)},
+    ),
+    "weights in Constant nodes": Case(
+        f"{TWO} {ACROSS}", {**TWO_WEIGHTS, "w3": (4, 2)}, (3, 6, 6), 2, edit=constant_nodes
+    ),
+    "weights listed as inputs": Case(
+        f"{TWO} {ACROSS}", {**TWO_WEIGHTS, "w3": (4, 2)}, (3, 6, 6), 2, edit=listed_as_inputs
+    ),
+    "one axis": Case(
+        "h = Conv<pads = [2,2]>(x, w1) r = Relu(h) v = Conv<pads = [1,1], strides = [2]>(r, w2) y = Relu(v)",
+        {"w1": (12, 2, 5), "w2": (4, 12, 3)},
+        (2, 20),
+        3,
+    ),
+    "three axes": Case(
+        """h = Conv<pads = [1,1,1,1,1,1]>(x, w1) r = Relu(h) v = Conv<pads = [0,1,1,0,1,1]>(r, w2)
+        y = Relu(v)""",
+        {"w1": (12, 2, 3, 3, 3), "w2": (3, 12, 1, 3, 3)},
+        (2, 3, 4, 5),
+        5,
+    ),
+    "two regions": Case(
+        """h = Conv<pads = [1,1]>(x, w1) r = Relu(h) u = Conv<pads = [1,1]>(r, w2) a = Relu(u) s = Softmax<axis = 1>(a)
+        e = Conv<pads = [1,1]>(s, w3) d = Relu(e) v = Conv<pads = [1,1]>(d, w4) y = Relu(v)""",
+        {"w1": (12, 3, 3), "w2": (4, 12, 3), "w3": (12, 4, 3), "w4": (4, 12, 3)},
+        (3, 15),
+        3,
+        fused=("Conv", "Conv"),
+        blocks=2,
+    ),
+    "nothing to fuse": Case(
+        "h = Conv(x, w1) y = Softmax<axis = 1>(h)",
+        {"w1": (4, 3, 1, 1)},
+        (3, 4, 4),
+        4,
+        fused=(),
+        refusal="no linear operator follows",
+    ),
+}
+
+
+def samples(case: Case, count: int = 48) -> Feed | list[Feed]:
+    x = normal(count, *case.shape)
+    if not case.more:
+        return {"x": x}
+    return [{"x": part, **case.more} for part in np.split(x, 6)]
+
+
+def run(case: Case, passes: Sequence[Any]) -> tuple[Model, Model, Context, tuple[StepReport, ...]]:
+    model = case.model()
+    before = model.to_proto().SerializeToString(deterministic=True)
+    ctx = Context(model, Calibration.open(samples(case), model, batch_size=12, held_out=0.3), RUNTIME)
+    outcome = PassManager(passes).run(model, ctx)
+    assert model.to_proto().SerializeToString(deterministic=True) == before
+    return model, outcome.model, ctx, outcome.steps
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_pass_on_every_kind_of_graph(name: str) -> None:
+    case = CASES[name]
+    passes = [Fold(), Fuse(max_blocks=case.blocks, shortlist=2, kernel=case.kernel), Refit()]
+    model, found, ctx, steps = run(case, passes)
+    for step in steps:
+        assert step.committed, f"{step.name}: {step.reason}"
+    _check_structure(case, model, found, steps[1])
+    _check_kept(model, found)
+    _check_outputs(case, model, found)
+    _check_claims(model, found, ctx, steps)
+
+
+def _check_structure(case: Case, model: Model, found: Model, fuse: StepReport) -> None:
+    operators = [node.op for node in found.nodes]
+    put_in = [node for node in found.nodes if node.name.endswith("_fused")]
+    assert tuple(node.op for node in put_in) == case.fused
+    assert all(node.metadata[PASS_KEY] == "fuse" for node in put_in)
+    assert not set(case.gone) & set(operators)
+    if case.fused:
+        assert len(found.nodes) < len(model.nodes)
+        assert fuse.after.macs is not None
+        assert fuse.before.macs is not None
+        assert fuse.after.macs < fuse.before.macs
+        saved = sum(change.detail["macs_saved"] for change in fuse.changes if "macs_saved" in change.detail)
+        assert fuse.after.macs == pytest.approx(fuse.before.macs * (1 - saved), rel=1e-6)
+    else:
+        assert operators == [node.op for node in model.nodes]
+        assert not fuse.changes
+        assert any(case.refusal in skip.reason for skip in fuse.skipped), fuse.skipped
+    produced = {t.name for node in found.nodes for t in node.outputs} | {t.name for t in found.initializers}
+    produced |= {info.name for info in found.inputs}
+    assert all(t.name in produced for node in found.nodes for t in node.inputs if t.name)
+    used = {t.name for node in found.nodes for t in node.inputs}
+    assert {t.name for t in found.initializers} <= used  # nothing is left over
+
+
+def _check_kept(model: Model, found: Model) -> None:
+    before, after = model.to_proto(), found.to_proto()
+    onnx.checker.check_model(after)
+    for attribute in ("doc_string", "producer_name", "producer_version", "model_version", "ir_version"):
+        assert getattr(after, attribute) == getattr(before, attribute)
+    assert list(after.metadata_props) == list(before.metadata_props)
+    assert list(after.opset_import) == list(before.opset_import)
+    assert after.graph.doc_string == before.graph.doc_string
+    assert list(after.graph.output) == list(before.graph.output)
+    weights = {t.name for t in before.graph.initializer}
+    assert [i for i in after.graph.input if i.name not in weights] == [
+        i for i in before.graph.input if i.name not in weights
+    ]
+
+
+def _check_outputs(case: Case, model: Model, found: Model) -> None:
+    for batch in (1, 2, 9):
+        feed = {"x": normal(batch, *case.shape, seed=batch), **case.more}
+        (expected,), (got,) = compute(model, feed), compute(found, feed)
+        assert got.shape == expected.shape
+        assert got.dtype == expected.dtype
+        if not case.fused:
+            np.testing.assert_array_equal(got, expected)
+        elif batch == 9:
+            error = ((got - expected) ** 2).sum() / ((expected - expected.mean(0)) ** 2).sum()
+            assert 0 < error < 0.7
+
+
+def _check_claims(model: Model, found: Model, ctx: Context, steps: Sequence[StepReport]) -> None:
+    """The last claim about each tensor, measured here on all rows."""
+    claims = {}
+    for step in steps:
+        if step.contract is Contract.APPROXIMATE and step.changes:
+            assert step.verification is not None
+            assert len(step.verification.predictions) == len(step.predictions) > 0
+            assert all(check.passed for check in step.verification.predictions)
+            assert step.verification.output_error is not None
+            claims.update({claim.tensor: claim for claim in step.predictions})
+    if not claims:
+        return
+    feeds = [b.feed for b in ctx.calibration.fit] if len(model.inputs) > 1 else [fitted(ctx)]
+    for claim in claims.values():
+        assert claim.positions is None
+        pairs = [
+            (compute(model, feed, claim.reference)[0], compute(found, feed, claim.tensor)[0])
+            for feed in feeds
+        ]
+        a, b = (
+            np.concatenate([np.moveaxis(p[i], claim.channel_axis, -1).reshape(-1, p[i].shape[claim.channel_axis])
+                            for p in pairs]).astype(np.float64)
+            for i in (0, 1)
+        )  # fmt: skip
+        assert ((a - b) ** 2).sum(1).mean() == pytest.approx(claim.error, rel=5e-3, abs=1e-9)
+        assert a.var(0).sum() == pytest.approx(claim.variance, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["conv", "residual", "attention", "captured by a branch"])
+def test_each_pass_alone(name: str) -> None:
+    for pass_ in (Fold(), Fuse(max_blocks=1, shortlist=1), Fuse(shortlist=1), Refit()):
+        model, found, _, (step,) = run(CASES[name], [pass_])
+        assert step.committed, step.reason
+        assert step.changes or step.notes or pass_.name == "fold"
+        _check_kept(model, found)
+        if isinstance(pass_, Refit):
+            assert not step.changes
+            assert found is model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits_mlp", "digits_resnet", "mnist1d_conv", "tiny_transformer"])
+def test_shipped_models(name: str) -> None:
+    model = Model.load(MODELS / f"{name}.onnx")
+    ctx = Context(model, Calibration.open(MODELS / f"{name}.npz", model), RUNTIME)
+    mask = "attention_mask" if name == "tiny_transformer" else None
+    outcome = PassManager([Fold(), Fuse(max_blocks=1, mask=mask, shortlist=4), Refit(mask=mask)]).run(
+        model, ctx
+    )
+    for step in outcome.steps:
+        assert step.committed, f"{step.name}: {step.reason}"
+    error = outcome.steps[1].verification and outcome.steps[1].verification.output_error
+    assert error
+    assert 0 < error.worst < 0.3
+    assert len(outcome.model.nodes) < len(model.nodes)
