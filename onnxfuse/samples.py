@@ -333,7 +333,8 @@ def check_item(item: Any, where: str, inputs: Sequence[TensorInfo]) -> tuple[str
     with _located(where):
         check_feed(feed, inputs)
     axes = batch_axes(inputs)
-    sizes = {feed[name].shape[axis] for name, axis in axes.items() if axis is not None}
+    # An input of unknown rank may be fed a scalar.
+    sizes = {feed[n].shape[axis] for n, axis in axes.items() if axis is not None and feed[n].ndim > axis}
     if len(sizes) > 1:
         raise InputError(f"{where}: the arrays have different numbers of rows: {sorted(sizes)}")
     size = sizes.pop() if sizes else 1

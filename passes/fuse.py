@@ -169,7 +169,7 @@ class Fuse(Pass):
         )
         shapes = shapes_at(model, batch.feed)
         known = context.original.shapes(batch.feed)
-        total = node_macs(model.nodes, shapes, model.opset) or 0
+        total = sum(node_macs([node], shapes, model.opset) or 0 for node in model.nodes)
         found: list[tuple[Candidate, float]] = []
         for region in _widest(regions):
             if not all(fnmatchcase(site, self.options.only) for site in region.sites):
@@ -305,17 +305,23 @@ class Fuse(Pass):
         which = "the careful default" if context.max_error is None else "--max-error"
         if not context.calibration.held_out.samples:
             return None, ["no held-out samples to hold the error bound on; give max_blocks instead"]
-        best, tried = _longest(
-            len(ranked),
-            sum(math.sqrt(total) <= bound for total in accumulate(item.change for item in ranked)),
-            lambda count: self._within(model, ranked[:count], bound, context),
-        )
-        notes = [f"fused {tried} of {len(ranked)} regions: held-out output error within {bound:g} ({which})"]
-        return best, notes
+        errors: dict[int, float] = {}
 
-    def _within(
-        self, model: Model, ranked: Sequence[_Ranked], bound: float, context: Context
-    ) -> _Fused | None:
+        def probe(count: int) -> _Fused | None:
+            fused, errors[count] = self._probe(model, ranked[:count], context)
+            return fused if errors[count] <= bound else None
+
+        guess = sum(math.sqrt(total) <= bound for total in accumulate(item.change for item in ranked))
+        best, count = _longest(len(ranked), guess, probe)
+        note = f"fused {count} of {len(ranked)} regions: held-out output error within {bound:g} ({which})"
+        if count + 1 in errors:
+            note += f"; with one more it would be {errors[count + 1]:.3g}"
+        return best, [note]
+
+    def _probe(
+        self, model: Model, ranked: Sequence[_Ranked], context: Context
+    ) -> tuple[_Fused | None, float]:
+        """These regions fused, and the held-out output error; infinite where that fails."""
         try:
             fused = self._fuse(model, ranked, context)
             error = verify.output_error(
@@ -323,9 +329,9 @@ class Fuse(Pass):
             )
         except OnnxfuseError as failure:
             context.journal("fuse probe", blocks=len(ranked), failure=str(failure))
-            return None
+            return None, math.inf
         context.journal("fuse probe", blocks=len(ranked), output_error=error.worst)
-        return fused if error.worst <= bound else None
+        return fused, error.worst
 
     def _fuse(
         self, model: Model, ranked: Sequence[_Ranked], context: Context, *, quick: bool = False

@@ -710,13 +710,17 @@ def test_padded_regions_keep_their_size_and_read_their_window(chain):
     model, region = chain_region(chain)
     geometry = region.geometry
     assert geometry is not None
-    session = RUNTIME.session(model.extract([region.u], [region.v]))
+    inner = [node.outputs[0].name for node in region.nodes]
+    session = RUNTIME.session(model.extract([region.u], [region.v]), taps=inner)
     (axis,) = geometry.axes
     for n in range(8, 30):
         try:
-            base = session.run({"x": np.zeros((1, 2, n), np.float32)})["v"]
+            tensors = session.run({"x": np.zeros((1, 2, n), np.float32)})
         except Exception:
             continue  # too small for some operator inside
+        if any(tensor.size == 0 for tensor in tensors.values()):
+            continue  # a Slice left nothing of it
+        base = tensors["v"]
         assert base.shape[2] == axis.size(n)
         if n % 7:
             continue

@@ -114,7 +114,7 @@ def surveys(
             for batch in part:
                 session.run(batch.feed)
 
-    results = []
+    results: list[dict[str, Any]] = []
     for name, pass_ in SEARCHES.items():
         # The very candidates that the pass would survey.
         candidates = [candidate for candidate, _ in pass_._candidates(model.copy(), context)[0]]
@@ -259,11 +259,12 @@ def memory(blocks: int, quick: bool, threads: int | None) -> list[dict[str, Any]
     counts = (100, 1000) if quick else (1000, 10000)
     model = Model.load(shared() / "models" / "cifar_resnet32.onnx")
     images = normalised_cifar("train", max(counts))[0]
-    results = []
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
             path = Path(folder) / f"{count}.npz"
-            np.savez(path, **{model.inputs[0].name: images[:count]})
+            arrays: dict[str, Any] = {model.inputs[0].name: images[:count]}
+            np.savez(path, **arrays)
             command = [sys.executable, __file__, "--peak", str(path), str(blocks)]
             command += ["--threads", str(threads)] if threads else []
             run = subprocess.run(command, capture_output=True, check=True, text=True)

@@ -170,7 +170,8 @@ def samples(record: Record, path: Path, folder: Path, quick: bool) -> str | None
     if path.stem in SAMPLES:
         images, labels = SAMPLES[path.stem](QUICK_IMAGES if quick else IMAGES)
         file = folder / f"{path.stem}.npz"
-        np.savez(file, **{Model.load(path).inputs[0].name: images, "labels": labels})
+        arrays: dict[str, Any] = {Model.load(path).inputs[0].name: images, "labels": labels}
+        np.savez(file, **arrays)
         record.samples = f"{len(images):,} real"
         return str(file)
     if path.stem in FEEDS:
@@ -299,9 +300,9 @@ def show(records: Sequence[Record]) -> None:
         [compress_row(record) for record in records],
     )
     print(
-        "\nfold: changes; fuse: regions fused + operators refitted; error: of the worst output, on held-out"
+        "\nfold: changes. fuse: regions fused + operators refitted. error: of the worst output,\n"
+        "on held-out samples. latency: result / original. sound: every check passed."
     )
-    print("samples; latency: result / original; sound: every check passed")
     for record in records:
         print(f"\n{record.name}, {record.samples} samples")
         for line in details(record):
