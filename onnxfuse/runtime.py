@@ -16,6 +16,7 @@ infers their types, and fuses nothing across a tapped tensor, so tap only what i
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import math
@@ -187,6 +188,12 @@ class Runtime:
         self.device_id = device_id
         self._provider = self._choose(provider)
         self.providers = [self._provider] if self._provider == _CPU else [self._provider, _CPU]
+
+    def single(self) -> Runtime:
+        """The same with one thread, for runs side by side."""
+        twin = copy.copy(self)
+        twin.threads = 1
+        return twin
 
     def _choose(self, wanted: str) -> str:
         known = {_short_name(name): name for name in ort.get_available_providers()}

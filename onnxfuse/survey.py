@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ from onnxfuse.regions import Region
 from onnxfuse.runtime import Feed, Runtime
 from onnxfuse.solve import Affine
 
-ROWS_PER_COLUMN = 12
+ROWS_PER_COLUMN = 8
 """Sampled rows per column: enough to tell a good candidate from a bad one."""
 
 MEMORY = 1 << 30
@@ -162,15 +163,25 @@ def survey(
         names = dict.fromkeys(name for group in groups for c in group for name in (c.region.u, c.region.v))
         session = runtime.session(model, taps=[name for name in names if name not in fed], outputs=())
         views = [_View(group, len(calibration.fit), seed, mask) for group in groups]
-        with threadpool_limits(1, "blas"):
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(1) as worker:
+            pending: Future[None] | None = None
             for held, part in ((False, calibration.fit), (True, calibration.held_out)):
                 for batch in part:
                     found = {**batch.feed, **session.run(batch.feed)}
-                    for view in views:
-                        view.add(batch, held, found)
+                    if pending is not None:
+                        pending.result()
+                    # The moments of one batch are summed while the network runs the next.
+                    pending = worker.submit(_add, views, batch, held, found)
                     advance()
+            if pending is not None:
+                pending.result()
             fits.update((id(fit.candidate), fit) for view in views for fit in view.fits(ridge))
     return [fits[id(candidate)] for candidate in candidates]
+
+
+def _add(views: Sequence[_View], batch: Batch, held: bool, found: Feed) -> None:
+    for view in views:
+        view.add(batch, held, found)
 
 
 def _affordable(groups: Iterable[list[Candidate]]) -> Iterator[list[list[Candidate]]]:

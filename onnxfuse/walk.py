@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import NodeProto
 from threadpoolctl import threadpool_limits
 
-from onnxfuse.calibration import Calibration
+from onnxfuse.calibration import Batches, Calibration
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import DEFAULT_DOMAINS, Constant, Model, Node, Tensor, TensorInfo
 from onnxfuse.linear import LinearOp, linear_op, write_weights
@@ -46,8 +47,9 @@ ROWS_PER_COLUMN = 64
 
 LEAST_ROWS = 1 << 14
 
-TRIAL_RIDGE = 3e-3
-"""Ridge where none is searched for."""
+TRIAL_RIDGE, TRIAL_REFIT_RIDGE = 3e-3, 1e-1
+"""Ridges where none is searched for: from nothing, and towards the weights that are there. With few rows only a strong
+pull keeps a refit from adding noise."""
 
 EIGEN_COLUMNS = 1536
 """With more columns than this an eigendecomposition costs more than factoring the Gram for a few ridges."""
@@ -324,7 +326,8 @@ def walk(
         seed: of the sampled positions.
         ridge: for fresh sites; None chooses it on the held-out samples.
         paper: solve fresh convolutions one input channel at a time (FuseInit, Theorem 2).
-        quick: for trials: fewer rows, products in single precision, ridges not searched.
+        quick: for trials: fit samples only and fewer rows of them, products in single precision, ridges not
+            searched.
         progress: told of every site.
 
     Raises:
@@ -335,19 +338,26 @@ def walk(
     solved: list[Solved] = []
     # ONNX Runtime and BLAS take turns many times a second: two pools of threads on the same cores get in each
     # other's way, and products of this size gain little from more than one.
-    with Spool() as spool, threadpool_limits(1, "blas"):
+    with Spool() as spool, threadpool_limits(1, "blas"), ThreadPoolExecutor(1) as worker:
         needs = [{site.op.x, *filter(None, (site.rest, site.mask))} for site in sites]
         # What both networks compute alike is computed once, by the original.
         right = _Front(rewritten, needs, unchanged(original, rewritten), "b", spool, runtime)
         asked = [{site.reference} | given for site, given in zip(sites, right.given, strict=True)]
         left = _Front(original, asked, set(), "a", spool, runtime)
-        batches = _Batches(calibration)
+        batches = _Batches([calibration.fit] if quick else [calibration.fit, calibration.held_out])
         for step, site in enumerate(sites):
             task = _Task(site, seed, len(calibration.fit), quick)
             targets, inputs = left.stretch(step), right.stretch(step)
+            pending: Future[None] | None = None
             for batch, held, feed in batches.feeds(with_inputs=step == 0):
                 known = targets.run(batch, feed)
-                task.add(batch, held, known[site.reference], inputs.run(batch, known))
+                found = inputs.run(batch, known)
+                if pending is not None:
+                    pending.result()
+                # The moments of one batch are summed while the networks run the next.
+                pending = worker.submit(task.add, batch, held, known[site.reference], found)
+            if pending is not None:
+                pending.result()
             left.finish(step)
             right.finish(step)
             solved.append(task.solve(rewritten, ridge, paper))
@@ -358,8 +368,8 @@ def walk(
 class _Batches:
     """Batch numbers of the whole calibration; the samples themselves are read at the first step only."""
 
-    def __init__(self, calibration: Calibration) -> None:
-        self._calibration = calibration
+    def __init__(self, parts: Sequence[Batches]) -> None:
+        self._parts = parts
         self._known: list[tuple[int, bool]] = []
 
     def feeds(self, *, with_inputs: bool) -> Iterator[tuple[int, bool, Feed]]:
@@ -368,10 +378,10 @@ class _Batches:
             for index, held in self._known:
                 yield index, held, {}
             return
-        for held, part in ((False, self._calibration.fit), (True, self._calibration.held_out)):
+        for number, part in enumerate(self._parts):
             for batch in part:
-                self._known.append((batch.index, held))
-                yield batch.index, held, batch.feed
+                self._known.append((batch.index, number > 0))
+                yield batch.index, number > 0, batch.feed
 
 
 class _Front:
@@ -528,7 +538,7 @@ class _Task:
             if self.site.mask is not None and found[self.site.mask].shape != target.shape[:-1]:
                 self.site = replace(self.site, mask=None)
             rows = max(LEAST_ROWS, ROWS_PER_COLUMN * op.columns)
-            wanted = -(-(rows // 4 if self.quick else rows) // (self.batches * len(target)))
+            wanted = -(-(rows // 8 if self.quick else rows) // (self.batches * len(target)))
             self.positions = wanted if wanted < size else None
         positions = sample_positions(self.seed, self.site.tensor, batch, len(target), size, self.positions)
         moments = self.moments[held]
@@ -589,7 +599,8 @@ class _Task:
         if prior is None and ridge is not None:
             return ridge, fit.solve(ridge)
         if self.quick:
-            return TRIAL_RIDGE, fit.solve(TRIAL_RIDGE, prior)
+            used = TRIAL_RIDGE if prior is None else TRIAL_REFIT_RIDGE
+            return used, fit.solve(used, prior)
         return _choose(fit, held, prior)
 
 

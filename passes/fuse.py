@@ -23,19 +23,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import ClassVar, Literal
 
 import numpy as np
-from onnxfuse.passes.refit import refit_change
 from pydantic import Field, PositiveFloat, PositiveInt
 from scipy.special import log_softmax
+from threadpoolctl import threadpool_limits
 
 from onnxfuse import verify
 from onnxfuse.cost import node_macs, shapes_at
-from onnxfuse.errors import NotApplicableError, OnnxfuseError
+from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.graph import Model, Node
 from onnxfuse.pass_manager import (
     Change,
@@ -48,6 +49,7 @@ from onnxfuse.pass_manager import (
     PassResult,
     Skip,
 )
+from onnxfuse.passes.refit import refit_change
 from onnxfuse.regions import Region, check_geometry, describe, find_regions
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.solve import Affine
@@ -63,6 +65,9 @@ AUTO_KERNEL = 3
 
 MOST_OPS = {"conv": 3, "flatten": 3, "dense": 3, "token": 6}
 """Linear operators in a region, unasked: a residual block with a projected skip, a transformer layer."""
+
+MOST_TRIALS = 4
+"""Trials that run side by side: each keeps tensors of its own."""
 
 MANY_COLUMNS = 2048
 """Unknowns for each output that are fitted from fewer samples than that."""
@@ -132,7 +137,8 @@ class Fuse(Pass):
         check_mask(model, self.options.mask)
         candidates, skipped = self._candidates(model, context)
         if not candidates:
-            return PassResult(model, skipped=skipped, notes=["no region of this model can be fused"])
+            where = "" if self.options.only == "*" else f" with all names matching '{self.options.only}'"
+            return PassResult(model, skipped=skipped, notes=[f"no region of this model{where} can be fused"])
         fits = survey(
             model,
             [candidate for candidate, _ in candidates],
@@ -155,8 +161,8 @@ class Fuse(Pass):
             )
         found, notes = self._choose(model, chosen, context)
         if found is None:
-            return PassResult(model, skipped=skipped + _left(chosen, notes[-1] if notes else ""), notes=notes)
-        skipped += _left(chosen[len(found.fused) :], notes[-1])
+            return PassResult(model, skipped=skipped + _left(chosen, "see the notes"), notes=notes)
+        skipped += _left(chosen[len(found.fused) :], "beyond the bound or number of blocks")
         why = " (mode=paper supposes uncorrelated channels)" if self.options.mode == "paper" else ""
         return _result(found, skipped, notes, why)
 
@@ -189,12 +195,12 @@ class Fuse(Pass):
                         f"{candidate.columns} unknowns for each output are too many to solve for",
                     )
                 )
-            elif candidate.columns > max(MANY_COLUMNS, context.calibration.fit.samples):
+            elif candidate.columns > max(MANY_COLUMNS, rows := _rows(region, shapes, context)):
                 skipped.append(
                     Skip(
                         region.sites,
                         f"{candidate.columns} unknowns for each output are more than the "
-                        f"{context.calibration.fit.samples} fit samples can settle",
+                        f"{rows} rows of the fit samples can settle",
                     )
                 )
             elif saved is None:
@@ -216,14 +222,14 @@ class Fuse(Pass):
             return Candidate(region, dtype)
         wanted = self.options.kernel
         field = region.geometry.kernel
-        if wanted == "composed":
-            kernel = field
-        else:
-            kernel = tuple(min(AUTO_KERNEL if wanted == "auto" else wanted, extent) for extent in field)
-        pads = region.geometry.pads_for(kernel)
-        if pads is None:
-            return f"no pads give a {_times(kernel)} kernel the same output size for every input"
-        return Candidate(region, dtype, kernel, pads)
+        # Where nothing inside is padded, a smaller kernel than the receptive field would need a crop.
+        sizes = {"composed": [max(field)], "auto": range(min(AUTO_KERNEL, max(field)), max(field) + 1)}
+        for size in [wanted] if isinstance(wanted, int) else sizes[wanted]:
+            kernel = tuple(min(size, extent) for extent in field)
+            pads = region.geometry.pads_for(kernel)
+            if pads is not None:
+                return Candidate(region, dtype, kernel, pads)
+        return f"no pads give a kernel of {wanted} the same output size for every input"
 
     def _shortlist(
         self, model: Model, fits: Sequence[Fit], saved: Sequence[float], context: Context
@@ -282,14 +288,19 @@ class Fuse(Pass):
         base = context.runtime.session(context.original)
         outputs = [base.run(feed) for feed in feeds]
         advance = context.progress.task("ranking", total=len(shortlist))
-        alone = replace(context, calibration=few, progress=NoProgress())
-        ranked = []
-        for item in shortlist:
-            session = context.runtime.session(self._fuse(model, [item], alone, quick=True).model)
+        # Trials are many and small: side by side, on a core each, they take the least time.
+        single = context.runtime.single()
+        alone = replace(context, calibration=few, progress=NoProgress(), runtime=single)
+
+        def tried(item: _Ranked) -> _Ranked:
+            session = single.session(self._fuse(model.copy(), [item], alone, quick=True).model)
             change = _output_change(outputs, [session.run(feed) for feed in feeds], self.options.rank)
-            ranked.append(replace(item, change=change))
             advance()
-        return sorted(ranked, key=_Ranked.order)
+            return replace(item, change=change)
+
+        workers = min(context.runtime.threads, MOST_TRIALS)
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+            return sorted(pool.map(tried, shortlist), key=_Ranked.order)
 
     def _choose(
         self, model: Model, ranked: Sequence[_Ranked], context: Context
@@ -327,7 +338,7 @@ class Fuse(Pass):
             error = verify.output_error(
                 context.original, fused.model, context.calibration.held_out, context.runtime
             )
-        except OnnxfuseError as failure:
+        except (NotApplicableError, VerificationError) as failure:
             context.journal("fuse probe", blocks=len(ranked), failure=str(failure))
             return None, math.inf
         context.journal("fuse probe", blocks=len(ranked), output_error=error.worst)
@@ -433,6 +444,13 @@ def _widest(regions: Sequence[Region]) -> Iterator[Region]:
     """Of regions with the same entry and linear operators, the last: it takes in the skip, at no error."""
     last = {(region.u, region.kind, region.sites): region for region in regions}
     return iter(last.values())
+
+
+def _rows(region: Region, shapes: dict[str, TensorInfo], context: Context) -> int:
+    """Rows that the fit samples give: one for each position of a map, each token, or else each sample."""
+    shape = shapes[region.v].shape or ()
+    sizes = shape[2:] if region.kind == "conv" else shape[1:-1]
+    return context.calibration.fit.samples * math.prod(s for s in sizes if isinstance(s, int))
 
 
 def _saved(model: Model, candidate: Candidate, shapes: dict[str, TensorInfo]) -> int | None:

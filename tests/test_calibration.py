@@ -867,3 +867,14 @@ def test_no_files_stay_open(tmp_path: Path) -> None:
             del iterator
         list(calibration.fit)
         gc.collect()
+
+
+def test_an_input_of_unknown_rank_may_be_fed_a_scalar() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,3] x, float[] w) => (float[N,3] y) '
+        "{ y = Mul(x, w) }"
+    )
+    assert not proto.graph.input[1].type.tensor_type.HasField("shape")
+    feeds = [{"x": np.ones((4, 3), np.float32), "w": np.array(2, np.float32)}] * 3
+    calibration = Calibration.open(feeds, Model.load(proto))
+    assert [batch.feed["w"].shape for batch in calibration.fit] == [(), ()]

@@ -149,6 +149,13 @@ def test_sites_are_what_lies_behind_a_change_in_order(dense: tuple[Model, Contex
     assert refit_sites(model, model.copy()) == ([], [])
 
 
+def test_what_an_exact_pass_left_behind_is_not_solved_again(dense: tuple[Model, Context]) -> None:
+    model, _ = dense
+    before = perturbed(model, "w1", amount=1e-7)
+    sites, _ = refit_sites(model, perturbed(before, "w3"), before=before)
+    assert named(sites) == [("y", "y", None)]
+
+
 def test_a_fresh_node_is_a_site_for_its_tensor(dense: tuple[Model, Context]) -> None:
     model, _ = dense
     rewritten = fused(model)
@@ -639,7 +646,8 @@ def test_no_sites_no_work(dense: tuple[Model, Context]) -> None:
 # --- how it runs --------------------------------------------------------------------------------------------
 
 WIDE = """a = Gemm(x, w0) r = Relu(a) b = Gemm(r, w1) s = Add(b, a) q = Relu(s) c = Gemm(q, w2)
-    d = Concat<axis = 1>(c, r) e = Gemm(d, w3) f = Add(e, b) g = Relu(f) k = Concat<axis = 1>(g, x) y = Gemm(k, w4)"""
+    d = Concat<axis = 1>(c, r) e = Gemm(d, w3) f = Add(e, b) g = Relu(f)
+    k = Concat<axis = 1>(g, x) y = Gemm(k, w4)"""
 WIDE_WEIGHTS = {"w0": (6, 8), "w1": (8, 8), "w2": (8, 8), "w3": (16, 8), "w4": (14, 3)}
 
 

@@ -44,12 +44,12 @@ from common import (
     table,
     write_json,
 )
-from onnxfuse.passes.fuse import Fuse
 
 from onnxfuse import api
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Advance, Context, NoProgress, Pass, StepReport
+from onnxfuse.passes.fuse import Fuse
 from onnxfuse.runtime import Runtime
 from onnxfuse.survey import Candidate, survey
 

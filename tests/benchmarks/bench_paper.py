@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from common import machine, parser, passed, table, write_json
 from onnx import TensorProto, helper, numpy_helper
-from onnxfuse.passes.fold import Fold
 
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import Model
 from onnxfuse.moments import Moments, add_patches, gather
 from onnxfuse.pass_manager import Context, PassManager
+from onnxfuse.passes.fold import Fold
 from onnxfuse.regions import Region, find_regions
 from onnxfuse.runtime import Feed, Runtime
 from onnxfuse.solve import choose_ridge, per_channel
@@ -297,7 +297,7 @@ def folded(model: Model, runtime: Runtime, shapes: Sequence[tuple[int, ...]]) ->
 
 def show_exact(pairs: Sequence[Exact]) -> None:
     sizes = ", ".join(map(str, pairs[-1].sizes))
-    print(f"\nexact pairs: largest difference after fold, by strides; input sizes {sizes}")
+    print(f"\nexact pairs: largest difference by strides, over sizes {sizes}")
     print("('kept' where fold leaves two operators, because one would cost more)\n")
     rows = []
     strides = list(dict.fromkeys(pair.strides for pair in pairs))

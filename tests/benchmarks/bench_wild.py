@@ -300,8 +300,8 @@ def show(records: Sequence[Record]) -> None:
         [compress_row(record) for record in records],
     )
     print(
-        "\nfold: changes. fuse: regions fused + operators refitted. error: of the worst output,\n"
-        "on held-out samples. latency: result / original. sound: every check passed."
+        "\nfold: changes. fuse: regions fused + operators refitted. error: of the worst\n"
+        "output, on held-out samples. latency: result / original. sound: checks passed."
     )
     for record in records:
         print(f"\n{record.name}, {record.samples} samples")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from onnxfuse.passes.fold import Fold
 
 from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Contract, PassResult
+from onnxfuse.passes.fold import Fold
 
 NODE = helper.make_node
 RNG = np.random.default_rng(0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from nets import compute, context, held, net, normal, perturbed, weight
-from onnxfuse.passes.refit import Refit
 
 from onnxfuse.errors import InputError
 from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Context, Contract, PassManager
+from onnxfuse.passes.refit import Refit
 
 BODY = "h1 = Gemm(x, w1) r1 = Relu(h1) h2 = Gemm(r1, w2) r2 = Relu(h2) y = Gemm(r2, w3)"
 WEIGHTS = {"w1": (6, 16), "w2": (16, 10), "w3": (10, 4)}
