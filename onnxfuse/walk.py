@@ -48,8 +48,8 @@ ROWS_PER_COLUMN = 64
 LEAST_ROWS = 1 << 14
 
 TRIAL_RIDGE, TRIAL_REFIT_RIDGE = 3e-3, 1e-1
-"""Ridges where none is searched for: from nothing, and towards the weights that are there. With few rows only a strong
-pull keeps a refit from adding noise."""
+"""Ridges where none is searched for: from nothing, and towards the weights that are there. With few rows only
+a strong pull keeps a refit from adding noise."""
 
 EIGEN_COLUMNS = 1536
 """With more columns than this an eigendecomposition costs more than factoring the Gram for a few ridges."""

@@ -60,7 +60,8 @@ def test_dense_fits_are_ridge_regressions_each_on_its_own_target() -> None:
         check(fit, tuple(compute(model, fitted(ctx), *key)), tuple(compute(model, held(ctx), *key)))
 
 
-def test_conv_fits_are_regressions_on_real_padded_patches() -> None:
+def test_conv_fits_are_regressions_on_real_padded_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS_PER_COLUMN", 12)
     model = net(
         """h1 = Conv<pads = [1,1,1,1]>(x, w1) r1 = Relu(h1)
         h2 = Conv<pads = [1,1,1,1], strides = [2,2]>(r1, w2) y = Relu(h2)""",

@@ -34,7 +34,16 @@ from onnxfuse.moments import sample_positions
 from onnxfuse.pass_manager import Context
 from onnxfuse.spool import Spool
 from onnxfuse.verify import check_predictions
-from onnxfuse.walk import REFIT_RIDGES, TRIAL_RIDGE, Site, Solved, check_mask, refit_sites, unchanged, walk
+from onnxfuse.walk import (
+    REFIT_RIDGES,
+    TRIAL_REFIT_RIDGE,
+    Site,
+    Solved,
+    check_mask,
+    refit_sites,
+    unchanged,
+    walk,
+)
 
 
 def node_of(model: Model, y: str) -> Node:
@@ -583,9 +592,12 @@ def test_trials_take_one_ridge_and_fewer_rows(dense: tuple[Model, Context]) -> N
     sites, _ = refit_sites(model, rewritten, [(node_of(rewritten, "h2"), "h2")])
     prior = op_at(rewritten, "y").weight
     solved = solve(model, rewritten, sites, ctx, quick=True, ridge=1e-9)
-    assert [item.ridge for item in solved] == [1e-9, TRIAL_RIDGE]  # the ridge asked for is for fresh sites
+    assert [item.ridge for item in solved] == [
+        1e-9,
+        TRIAL_REFIT_RIDGE,
+    ]  # the ridge asked for is for fresh sites
     x, target = compute(rewritten, fitted(ctx), "r2")[0], compute(model, fitted(ctx), "y")[0]
-    assert_solution(rewritten, "y", x, target, TRIAL_RIDGE, prior)
+    assert_solution(rewritten, "y", x, target, TRIAL_REFIT_RIDGE, prior)
 
 
 # --- what stays ---------------------------------------------------------------------------------------------
