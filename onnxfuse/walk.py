@@ -36,7 +36,7 @@ from onnxfuse.moments import Moments, add_patches, gather, sample_positions
 from onnxfuse.pass_manager import NoProgress, Prediction, Progress, Skip
 from onnxfuse.runtime import Feed, Runtime, Session
 from onnxfuse.shapes import fill
-from onnxfuse.solve import RIDGES, Affine, choose_ridge, per_channel
+from onnxfuse.solve import RIDGES, Affine, choose_ridge, generalised_cross_validation, per_channel
 from onnxfuse.spool import Spool
 
 REFIT_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
@@ -320,8 +320,8 @@ def walk(
         original: gives the targets; is not changed.
         rewritten: its sites' weights are replaced.
         sites: in the topological order of `rewritten`.
-        calibration: the fit samples give the weights, the held-out ones (the fit ones
-            where none are held out) choose the ridge.
+        calibration: the fit samples give the weights, the held-out ones choose the ridge (where none are held
+            out, generalised cross-validation does).
         runtime: runs both.
         seed: of the sampled positions.
         ridge: for fresh sites; None chooses it on the held-out samples.
@@ -612,8 +612,11 @@ def _stored(model: Model, op: LinearOp, y: str) -> Affine:
 
 
 def _choose(fit: Moments, held: Moments, prior: np.ndarray | None) -> tuple[float, Affine]:
-    """The ridge with the least held-out error, and its solution."""
-    if fit.dx // fit.groups <= EIGEN_COLUMNS:
-        return choose_ridge(fit, held, RIDGES if prior is None else REFIT_RIDGES, prior)
-    found = [(ridge, fit.solve(ridge, prior)) for ridge in _FEW_RIDGES]
-    return min(found, key=lambda pair: held.error(pair[1]))
+    """The ridge with the least held-out error, or where none are held out by cross-validation; its solution."""
+    ridges = RIDGES if prior is None else REFIT_RIDGES
+    if fit.dx // fit.groups > EIGEN_COLUMNS:
+        found = [(ridge, fit.solve(ridge, prior)) for ridge in _FEW_RIDGES]
+        return found[-1] if held is fit else min(found, key=lambda pair: held.error(pair[1]))
+    if held is fit:
+        return generalised_cross_validation(fit, ridges, prior)
+    return choose_ridge(fit, held, ridges, prior)

@@ -16,13 +16,11 @@ from onnxfuse.solve import (
     RIDGES,
     Affine,
     choose_ridge,
-    conjugate_gradient,
     generalised_cross_validation,
     path,
     per_channel,
     predicted_error,
     solve,
-    solve_by_conjugate_gradient,
 )
 
 
@@ -83,7 +81,6 @@ def test_ridge_and_prior(rng: Generator, ridge: float, with_prior: bool) -> None
     moments = moments_of(x, y)
     assert_close(moments.solve(ridge, prior), expected)
     assert_close(moments.path([0.5, ridge], prior)[1], expected)
-    assert_close(solve_by_conjugate_gradient(moments, ridge, prior, tolerance=1e-12), expected)
 
 
 def test_prior_form_of_the_normal_equations(rng: Generator) -> None:
@@ -274,54 +271,6 @@ def test_per_channel_refuses_what_is_not_channels(rng: Generator) -> None:
             per_channel(moments, channels)
 
 
-def test_conjugate_gradient_without_a_matrix(rng: Generator) -> None:
-    x, y = data(rng, n=300, dx=80)
-    x[:, 5] = 0.0
-    x, y = x - x.mean(0), y - y.mean(0)
-    batches = np.array_split(np.arange(300), 7)
-    found = conjugate_gradient(
-        lambda p: sum(x[b].T @ (x[b] @ p) for b in batches) + 5.0 * p * (x.any(axis=0)[:, None]),
-        x.T @ y,
-        diagonal=(x**2).sum(0) + 5.0 * x.any(axis=0),
-        tolerance=1e-11,
-    )
-    expected = np.linalg.solve(x.T @ x + 5.0 * np.eye(80), x.T @ y)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
-    assert not found[5].any()
-
-
-def test_conjugate_gradient_is_preconditioned(rng: Generator) -> None:
-    scales = np.logspace(0, 6, 50)
-    x = rng.normal(size=(2000, 50))
-    system = (x.T @ x) * np.outer(scales, scales)
-    rhs = rng.normal(size=(50, 2)) * scales[:, None]
-    rhs[:, 1] = 0.0
-    found = conjugate_gradient(
-        lambda p: system @ p, rhs, diagonal=np.diagonal(system), tolerance=1e-10, iterations=25
-    )
-    np.testing.assert_allclose(
-        found * scales[:, None], np.linalg.solve(x.T @ x, rhs / scales[:, None]), atol=1e-9
-    )
-
-
-def test_conjugate_gradient_says_when_it_did_not_converge(rng: Generator) -> None:
-    x, y = data(rng, n=300, dx=80)
-    with pytest.raises(NotApplicableError, match="after 2 steps"):
-        solve_by_conjugate_gradient(moments_of(x, y), 1e-3, iterations=2)
-    with pytest.raises(ValueError, match="positive ridge"):
-        solve_by_conjugate_gradient(moments_of(x, y), 0.0)
-
-
-def test_conjugate_gradient_with_nothing_to_do(rng: Generator) -> None:
-    x, y = data(rng)
-    exact = reference(x, x @ np.ones((12, 3)), 0.0)
-    found = solve_by_conjugate_gradient(
-        moments_of(x, x @ np.ones((12, 3))), 1e-3, exact.weight, tolerance=1e-3
-    )
-    assert_close(found, exact, rtol=1e-5)
-    assert not solve_by_conjugate_gradient(moments_of(np.ones((9, 2)), y[:9]), 1e-3).weight.any()
-
-
 def test_groups_have_their_own_scale(rng: Generator) -> None:
     x, y = rng.normal(size=(200, 6)), rng.normal(size=(200, 3))
     x[:, 2:4] *= 1e4
@@ -331,7 +280,6 @@ def test_groups_have_their_own_scale(rng: Generator) -> None:
     for found in (
         moments.solve(0.1, prior),
         *moments.path([0.1], prior),
-        solve_by_conjugate_gradient(moments, 0.1, prior, tolerance=1e-12),
     ):
         for g in range(2):
             part = reference(x[:, 2 * g : 2 * g + 2], y[:, g : g + 1], 0.1, prior[g : g + 1])
@@ -366,7 +314,6 @@ def test_solving_leaves_the_moments_and_the_prior_alone(rng: Generator) -> None:
     before, kept = moments.state(), prior.copy()
     solve(moments, 1e-3, prior)
     path(moments, (0.0, 1e-3), prior)
-    solve_by_conjugate_gradient(moments, 1e-2, prior)
     per_channel(moments, 3)
     assert all(np.array_equal(before[key], value) for key, value in moments.state().items())
     assert np.array_equal(prior, kept)
