@@ -612,7 +612,7 @@ def _stored(model: Model, op: LinearOp, y: str) -> Affine:
 
 
 def _choose(fit: Moments, held: Moments, prior: np.ndarray | None) -> tuple[float, Affine]:
-    """The ridge with the least held-out error, or where none are held out by cross-validation; its solution."""
+    """The ridge with the least held-out error (cross-validated where none are held out), and its solution."""
     ridges = RIDGES if prior is None else REFIT_RIDGES
     if fit.dx // fit.groups > EIGEN_COLUMNS:
         found = [(ridge, fit.solve(ridge, prior)) for ridge in _FEW_RIDGES]
