@@ -162,7 +162,9 @@ class Fuse(Pass):
         found, notes = self._choose(model, chosen, context)
         if found is None:
             return PassResult(model, skipped=skipped + _left(chosen, "see the notes"), notes=notes)
-        skipped += _left(chosen[len(found.fused) :], "beyond the bound or number of blocks")
+        fused = {item.fit.candidate.region.v for item in found.fused}
+        left = [item for item in chosen if item.fit.candidate.region.v not in fused]
+        skipped += _left(left, "beyond the bound or number of blocks")
         why = " (mode=paper supposes uncorrelated channels)" if self.options.mode == "paper" else ""
         return _result(found, skipped, notes, why)
 
@@ -316,6 +318,8 @@ class Fuse(Pass):
         which = "the careful default" if context.max_error is None else "--max-error"
         if not context.calibration.held_out.samples:
             return None, ["no held-out samples to hold the error bound on; give max_blocks instead"]
+        # One that breaks the bound alone would end the prefix, however many MACs it saves: it goes last.
+        ranked = sorted(ranked, key=lambda item: self.options.rank == "error" and item.change > bound**2)
         errors: dict[int, float] = {}
 
         def probe(count: int) -> _Fused | None:

@@ -621,3 +621,23 @@ def test_longest_finds_the_longest_prefix_from_any_guess(count: int) -> None:
             assert len(set(probes)) == len(probes)
             if limit == guess:
                 assert len(probes) <= 2
+
+
+def test_a_region_that_breaks_the_bound_alone_does_not_block_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may rank first by what it saves, yet a prefix with it fails."""
+    model = net("v = Gemm(x, w) y = Relu(v)", {"w": (4, 3)}, "float[N,4] x")
+    bad, good, fair = (module._Ranked(None, change, 0.5) for change in (1.0, 1e-4, 4e-4))  # type: ignore[arg-type]
+    tried: list[list[float]] = []
+
+    def probe(self: Fuse, model: Model, ranked: list[Any], context: Context) -> tuple[Any, float]:
+        tried.append([item.change for item in ranked])
+        return tried[-1], 0.5 if bad in ranked else 0.05
+
+    monkeypatch.setattr(Fuse, "_probe", probe)
+    ctx = context(model, {"x": normal(40, 4)})
+    found, notes = Fuse()._choose(model, [bad, good, fair], ctx)
+    assert found == [1e-4, 4e-4]
+    assert "fused 2 of 3" in notes[0]
+    assert "with one more it would be 0.5" in notes[0]
