@@ -293,16 +293,18 @@ class Fuse(Pass):
         # Trials are many and small: side by side, on a core each, they take the least time.
         single = context.runtime.single()
         alone = replace(context, calibration=few, progress=NoProgress(), runtime=single)
+        # Models keep caches: each trial has copies of its own, made here, so that no two threads share one.
+        copies = [(model.copy(), replace(alone, original=context.original.copy())) for _ in shortlist]
 
-        def tried(item: _Ranked) -> _Ranked:
-            session = single.session(self._fuse(model.copy(), [item], alone, quick=True).model)
+        def tried(item: _Ranked, own: tuple[Model, Context]) -> _Ranked:
+            session = single.session(self._fuse(own[0], [item], own[1], quick=True).model)
             change = _output_change(outputs, [session.run(feed) for feed in feeds], self.options.rank)
             advance()
             return replace(item, change=change)
 
         workers = min(context.runtime.threads, MOST_TRIALS)
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
-            return sorted(pool.map(tried, shortlist), key=_Ranked.order)
+            return sorted(pool.map(tried, shortlist, copies), key=_Ranked.order)
 
     def _choose(
         self, model: Model, ranked: Sequence[_Ranked], context: Context
