@@ -34,6 +34,7 @@ from onnxfuse.graph import DEFAULT_DOMAINS, Constant, Model, Node, Tensor, Tenso
 from onnxfuse.linear import LinearOp, linear_op, write_weights
 from onnxfuse.moments import Moments, add_patches, gather, sample_positions
 from onnxfuse.pass_manager import NoProgress, Prediction, Progress, Skip
+from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed, Runtime, Session
 from onnxfuse.shapes import fill
 from onnxfuse.solve import RIDGES, Affine, choose_ridge, generalised_cross_validation, per_channel
@@ -210,7 +211,7 @@ def refit_sites(
             continue
         op = linear_op(rewritten, node, shapes)
         if isinstance(op, str):
-            skipped.append(Skip((_name(node),), op))
+            skipped.append(Skip((site_name(node),), op))
         elif op.shared and node not in new:
             skipped.append(Skip((op.name,), "its weight has other users, which a refit would change"))
         elif op.kind == "conv" and op.pads is None:
@@ -243,10 +244,6 @@ def check_mask(model: Model, mask: str | None) -> None:
     names = [info.name for info in model.inputs]
     if mask is not None and mask not in names:
         raise InputError(f"mask: the model has no input '{mask}'; its inputs are {', '.join(names)}")
-
-
-def _name(node: Node) -> str:
-    return str(node.name or node.outputs[0].name)
 
 
 def _last_sites(model: Model, sites: Mapping[str, int]) -> dict[str, int]:

@@ -35,6 +35,7 @@ from scipy.special import log_softmax
 from threadpoolctl import threadpool_limits
 
 from onnxfuse import verify
+from onnxfuse.calibration import Calibration
 from onnxfuse.cost import node_macs, shapes_at
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.graph import Model, Node
@@ -50,7 +51,8 @@ from onnxfuse.pass_manager import (
     Skip,
 )
 from onnxfuse.passes.refit import refit_change
-from onnxfuse.regions import Region, check_geometry, describe, find_regions
+from onnxfuse.regions import Region, check_geometry, describe, find_regions, site_name
+from onnxfuse.runtime import Feed, Runtime
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.solve import Affine
 from onnxfuse.survey import Candidate, Fit, survey
@@ -122,6 +124,28 @@ class _Ranked:
         return self.change / self.saved, self.fit.candidate.region.v
 
 
+@dataclass(frozen=True)
+class _Trials:
+    """What trials fit on, some of the fit samples, and judge by: the original's outputs on others of them."""
+
+    calibration: Calibration
+    feeds: list[Feed]
+    outputs: list[Feed]
+    measure: str
+
+    @classmethod
+    def of(cls, context: Context, options: FuseOptions) -> _Trials:
+        few = context.calibration.part(options.samples)
+        feeds = [batch.feed for batch in few.held_out]
+        base = context.runtime.session(context.original)
+        return cls(few, feeds, [base.run(feed) for feed in feeds], options.rank)
+
+    def change(self, trial: Model, runtime: Runtime) -> float:
+        """How far the outputs of `trial` are from the original's."""
+        session = runtime.session(trial)
+        return _output_change(self.outputs, [session.run(feed) for feed in self.feeds], self.measure)
+
+
 class Fuse(Pass):
     """Fewer, affine operators in place of whole regions."""
 
@@ -148,9 +172,10 @@ class Fuse(Pass):
             mask=self.options.mask,
             progress=context.progress,
         )
-        shortlist, refused = self._shortlist(model, fits, [saved for _, saved in candidates], context)
+        trials = _Trials.of(context, self.options)
+        shortlist, refused = self._shortlist(model, fits, [saved for _, saved in candidates], context, trials)
         skipped += refused
-        chosen = self._rank(model, shortlist, context)
+        chosen = self._rank(model, shortlist, context, trials)
         for place, item in enumerate(chosen, start=1):
             context.journal(
                 "fuse candidate",
@@ -234,7 +259,7 @@ class Fuse(Pass):
         return f"no pads give a kernel of {wanted} the same output size for every input"
 
     def _shortlist(
-        self, model: Model, fits: Sequence[Fit], saved: Sequence[float], context: Context
+        self, model: Model, fits: Sequence[Fit], saved: Sequence[float], context: Context, trials: _Trials
     ) -> tuple[list[_Ranked], list[Skip]]:
         """The best disjoint candidates by the output change of their local fits; and why not the others."""
         skipped: list[Skip] = []
@@ -245,9 +270,6 @@ class Fuse(Pass):
             else:
                 reason = f"no affine map does better than a constant (relative error {fit.held:.3g})"
                 skipped.append(Skip(fit.candidate.region.sites, reason))
-        feeds = [batch.feed for batch in context.calibration.part(self.options.samples).held_out]
-        base = context.runtime.session(context.original)
-        outputs = [base.run(feed) for feed in feeds]
         advance = context.progress.task("trying", total=len(usable))
         ranked = []
         for fit, share in usable:
@@ -255,8 +277,7 @@ class Fuse(Pass):
             trial = model.copy()
             _replace(trial, fit.candidate, fit.affine, self.name)
             try:
-                session = context.runtime.session(trial)
-                change = _output_change(outputs, [session.run(feed) for feed in feeds], self.options.rank)
+                change = trials.change(trial, context.runtime)
             except NotApplicableError as failure:
                 skipped.append(Skip(fit.candidate.region.sites, f"the network fails without it: {failure}"))
                 continue
@@ -273,32 +294,31 @@ class Fuse(Pass):
         for item in chosen[:size]:
             candidate = item.fit.candidate
             kernels = [candidate.kernel] if candidate.kernel else None
-            check = check_geometry(model, candidate.region, context.runtime, feeds[:1], kernels=kernels)
+            check = check_geometry(
+                model, candidate.region, context.runtime, trials.feeds[:1], kernels=kernels
+            )
             if check.passed:
                 shortlist.append(item)
             else:
                 skipped.append(Skip(candidate.region.sites, f"its sizes don't hold: {check.reason}"))
         return shortlist, skipped
 
-    def _rank(self, model: Model, shortlist: Sequence[_Ranked], context: Context) -> list[_Ranked]:
+    def _rank(
+        self, model: Model, shortlist: Sequence[_Ranked], context: Context, trials: _Trials
+    ) -> list[_Ranked]:
         """The shortlist by the output change that each alone leaves, with all behind it refitted.
 
         Walks on a few of the fit samples; the change is measured on others of them.
         """
-        few = context.calibration.part(self.options.samples)
-        feeds = [batch.feed for batch in few.held_out]
-        base = context.runtime.session(context.original)
-        outputs = [base.run(feed) for feed in feeds]
         advance = context.progress.task("ranking", total=len(shortlist))
         # Trials are many and small: side by side, on a core each, they take the least time.
         single = context.runtime.single()
-        alone = replace(context, calibration=few, progress=NoProgress(), runtime=single)
+        alone = replace(context, calibration=trials.calibration, progress=NoProgress(), runtime=single)
         # Models keep caches: each trial has copies of its own, made here, so that no two threads share one.
         copies = [(model.copy(), replace(alone, original=context.original.copy())) for _ in shortlist]
 
         def tried(item: _Ranked, own: tuple[Model, Context]) -> _Ranked:
-            session = single.session(self._fuse(own[0], [item], own[1], quick=True).model)
-            change = _output_change(outputs, [session.run(feed) for feed in feeds], self.options.rank)
+            change = trials.change(self._fuse(own[0], [item], own[1], quick=True).model, single)
             advance()
             return replace(item, change=change)
 
@@ -413,7 +433,7 @@ def _result(found: _Fused, skipped: list[Skip], notes: list[str], why: str) -> P
         }
         made = f"fused {describe(region)} into one {_operator(ranked.fit.candidate)}"
         what = f"{made}, relative error {solved.relative:.3g}"
-        changes.append(Change(tuple(n.name or n.outputs[0].name for n in region.nodes), what, detail))
+        changes.append(Change(tuple(map(site_name, region.nodes)), what, detail))
         if solved.relative > 1.0:
             notes.append(
                 f"warning: '{region.v}' has relative error {solved.relative:.3g}, worse than a constant{why}"

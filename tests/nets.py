@@ -22,6 +22,16 @@ RUNTIME = Runtime("cpu", threads=1)
 Feed = dict[str, np.ndarray]
 
 
+MLP = """<ir_version: 8, opset_import: ["" : 17]>
+mlp (float[batch,6] x) => (float[batch,4] y) {
+    h = MatMul(x, w1)
+    r = Relu(h)
+    i = Identity(r)
+    y = MatMul(i, w2)
+}"""
+"""Two dense layers, weights `w1` (6, hidden) and `w2` (hidden, 4) to be added."""
+
+
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 

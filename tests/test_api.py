@@ -12,6 +12,7 @@ import onnx
 import onnx.parser
 import onnxruntime as ort
 import pytest
+from nets import MLP as TEXT
 from onnx import numpy_helper
 from scipy import stats
 
@@ -24,13 +25,6 @@ from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, P
 from onnxfuse.report.record import as_json
 from onnxfuse.significance import mcnemar, paired_difference
 
-TEXT = """<ir_version: 8, opset_import: ["" : 17]>
-mlp (float[batch,6] x) => (float[batch,4] y) {
-    h = MatMul(x, w1)
-    r = Relu(h)
-    i = Identity(r)
-    y = MatMul(i, w2)
-}"""
 RANDOM = np.random.default_rng(3)
 W1 = RANDOM.standard_normal((6, 16)).astype(np.float32)
 W2 = RANDOM.standard_normal((16, 4)).astype(np.float32)

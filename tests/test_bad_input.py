@@ -16,17 +16,11 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from nets import MLP as TEXT
 from onnx import TensorProto, external_data_helper, numpy_helper
 
 from onnxfuse.cli import main
 
-TEXT = """<ir_version: 8, opset_import: ["" : 17]>
-mlp (float[batch,6] x) => (float[batch,4] y) {
-    h = MatMul(x, w1)
-    r = Relu(h)
-    i = Identity(r)
-    y = MatMul(i, w2)
-}"""
 RANDOM = np.random.default_rng(3)
 W1 = RANDOM.standard_normal((6, 512)).astype(np.float32)
 W2 = RANDOM.standard_normal((512, 4)).astype(np.float32)

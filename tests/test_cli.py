@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from nets import MLP as TEXT
 from onnx import numpy_helper
 
 import onnxfuse
@@ -25,13 +26,6 @@ from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
 from onnxfuse.report.console import compress_view, inspect_view, plain_text
 
-TEXT = """<ir_version: 8, opset_import: ["" : 17]>
-mlp (float[batch,6] x) => (float[batch,4] y) {
-    h = MatMul(x, w1)
-    r = Relu(h)
-    i = Identity(r)
-    y = MatMul(i, w2)
-}"""
 RANDOM = np.random.default_rng(3)
 W1 = RANDOM.standard_normal((6, 16)).astype(np.float32)
 W2 = RANDOM.standard_normal((16, 4)).astype(np.float32)
