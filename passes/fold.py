@@ -411,9 +411,12 @@ def _into_previous(folding: Folding, node: Node, x: Tensor) -> Edit | str:
         return affine
     if node.op in ("Add", "Sub") and op.node.op == "MatMul" and op.bias_node is None and affine.scale[0] == 1:
         return "it is the bias of a MatMul already"
-    scales = bool(np.any(affine.scale != 1))
+    scaled = op.weight * affine.scale[:, None]
+    # As stored: a scale that is 1 but for rounding must not break ties.
+    with np.errstate(over="ignore"):  # `overflow` below tells
+        scales = not np.array_equal(scaled.astype(op.dtype), op.weight.astype(op.dtype))
     cost = folding.copy_cost(op) if scales else 0
-    weight = op.weight * affine.scale[:, None] if scales else None
+    weight = scaled if scales else None
     bias = op.bias * affine.scale + affine.shift
     if reason := _too_dear(folding, node, cost) or overflow(op, weight, bias):
         return reason

@@ -18,6 +18,7 @@ from onnx import helper
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import PASS_KEY, Model
 from onnxfuse.pass_manager import Context, Contract, PassManager, StepReport
+from onnxfuse.passes.batchnorm import Batchnorm
 from onnxfuse.passes.fold import Fold
 from onnxfuse.passes.fuse import Fuse
 from onnxfuse.passes.refit import Refit
@@ -386,17 +387,45 @@ def test_each_pass_alone(name: str) -> None:
             assert found is model
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_batchnorm_in_and_out_on_every_kind_of_graph(name: str) -> None:
+    case = CASES[name]
+    model, found, ctx, (step,) = run(case, [Batchnorm(only="*")])
+    assert step.committed, step.reason
+    _check_kept(model, found)
+    sites = [n for n in model.nodes if n.op in ("Conv", "Gemm")]
+    assert len(step.changes) == len(sites) - len(step.skipped)
+    added = [n for n in found.nodes if n.metadata.get(PASS_KEY) == "batchnorm"]
+    assert [n.op for n in added] == ["BatchNormalization"] * len(step.changes)
+    assert len(found.nodes) == len(model.nodes) + len(added)
+    assert bool(sites) == bool(added)
+    assert step.changes or step.notes
+    for batch in (1, 2, 9):
+        feed = {"x": normal(batch, *case.shape, seed=batch), **case.more}
+        (expected,), (got,) = compute(model, feed), compute(found, feed)
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6 * np.abs(expected).max())
+    folded, back = (PassManager([Fold()]).run(m, ctx).model for m in (model, found))
+    assert [(n.op, [t.name for t in n.outputs]) for n in back.nodes] == [
+        (n.op, [t.name for t in n.outputs]) for n in folded.nodes
+    ]
+    for tensor in folded.initializers:
+        old, new = folded.weight(tensor), back.weight(back.tensor(tensor.name))
+        assert old is not None
+        assert new is not None
+        np.testing.assert_allclose(new, old, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_resnet", "mnist1d_conv", "tiny_transformer"])
 def test_shipped_models(name: str) -> None:
     model = Model.load(MODELS / f"{name}.onnx")
     ctx = Context(model, Calibration.open(MODELS / f"{name}.npz", model), RUNTIME)
     mask = "attention_mask" if name == "tiny_transformer" else None
-    passes = [Fold(), Fuse(max_blocks=1, mask=mask, shortlist=4), Refit(mask=mask)]
+    passes = [Batchnorm(), Fold(), Fuse(max_blocks=1, mask=mask, shortlist=4), Refit(mask=mask)]
     outcome = PassManager(passes).run(model, ctx)
     for step in outcome.steps:
         assert step.committed, f"{step.name}: {step.reason}"
-    error = outcome.steps[1].verification and outcome.steps[1].verification.output_error
+    error = outcome.steps[2].verification and outcome.steps[2].verification.output_error
     assert error
     assert 0 < error.worst < 0.3
     assert len(outcome.model.nodes) < len(model.nodes)
