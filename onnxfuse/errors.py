@@ -27,3 +27,7 @@ class NotApplicableError(OnnxfuseError):
     """A well-formed model that the request can't be applied to."""
 
     exit_code = 3
+
+
+class ModelWarning(UserWarning):
+    """Something about a model that its user should know, and that stops nothing."""

@@ -94,10 +94,11 @@ class Model:
     # Loading
 
     @classmethod
-    def load(cls, source: Source) -> "Model":
+    def load(cls, source: Source, folder: Path | None = None) -> "Model":
         """A model from a path, the bytes of a file, or a ModelProto (which is copied).
 
-        External data is only looked at for its place and size. Nodes that are out of order are sorted.
+        External data is only looked at for its place and size; of what is no path, it lies in `folder`. Nodes
+        that are out of order are sorted.
 
         Raises:
             InputError: the file is missing, damaged, no ONNX model, not valid, or too new; or its external
@@ -116,7 +117,7 @@ class Model:
         checks.check_names(proto, what)
         checks.check_versions(proto, what)
         checks.check_functions(proto, what)
-        model = cls(proto, path, Path(os.path.abspath(path)).parent if path is not None else None)
+        model = cls(proto, path, Path(os.path.abspath(path)).parent if path is not None else folder)
         model._external = checks.check_tensors(proto, model.folder)
         with _without_collector():
             model._import()

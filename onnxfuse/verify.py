@@ -525,15 +525,46 @@ def compare(
     problems = interface_problems(a, b, labels)
     if problems:
         return Comparison((), multiple, 0, (), tuple(problems))
-    base, other = runtime.session(a), runtime.session(b)
-    floors = _Floors([] if floor is not None else _variants(a, runtime, base))
+    other = runtime.session(b).run
+    return _compared(a, runtime.session(a), {}, other, batches, runtime, multiple, floor, labels)
+
+
+def compare_run(
+    a: Model,
+    run: Run,
+    batches: Iterable[Batch],
+    runtime: Runtime,
+    *,
+    tensors: Sequence[str],
+    labels: tuple[str, str] = ("the model", "the module"),
+) -> Comparison:
+    """Like `compare`, of some tensors of `a` and what else computes them: `run` takes a feed and returns
+    arrays by name."""
+    kind: dict[str, Any] = {"taps": tuple(tensors), "outputs": ()}
+    base = runtime.session(a, **kind)
+    return _compared(a, base, kind, run, batches, runtime, MULTIPLE, None, labels)
+
+
+def _compared(
+    a: Model,
+    base: Session,
+    kind: dict[str, Any],
+    other: Run,
+    batches: Iterable[Batch],
+    runtime: Runtime,
+    multiple: float,
+    floor: Floors | None,
+    labels: tuple[str, str],
+) -> Comparison:
+    """What `base`, a session of `a` made with `kind`, and `other` give."""
+    floors = _Floors([] if floor is not None else _variants(a, runtime, base, **kind))
     pair = _Pair(labels)
     spreads: dict[str, _Spread] = {}
     sizes: dict[int, None] = {}
     samples = 0
     for feed, outputs, rows in _feeds(a, batches, base.run):
         try:
-            pair.add(outputs, other.run(feed))
+            pair.add(outputs, other(feed))
         except NotApplicableError as error:
             failure = f"{labels[1]} fails where {labels[0]} runs, with a batch of {rows}: {error}"
             return Comparison((), multiple, samples, (*sizes, rows), (failure,))
