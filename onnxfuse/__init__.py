@@ -5,15 +5,15 @@
     result = onnxfuse.compress("model.onnx", "fold,fuse", calib="samples.npz", output="smaller.onnx")
     print(result.ok, result.report.after.parameters)
 
-All of the API is in `onnxfuse.api`. It is imported when it is first asked for, because ONNX and ONNX Runtime
-take a second to load and `onnxfuse --help` should not.
+All of the API is in `onnxfuse.api`; what needs torch is in `onnxfuse.pytorch`. Either is imported when it is
+first asked for, because ONNX and ONNX Runtime take a second to load and `onnxfuse --help` should not.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxfuse.api import Result, compress, diff, inspect
+    from onnxfuse.api import Result, compress, diff, inspect, retrain
     from onnxfuse.errors import InputError, NotApplicableError, OnnxfuseError, VerificationError
     from onnxfuse.graph import Model
 
@@ -30,10 +30,11 @@ __all__ = [
     "compress",
     "diff",
     "inspect",
+    "retrain",
 ]
 
 _HOMES = {
-    "api": ("Result", "compress", "diff", "inspect"),
+    "api": ("Result", "compress", "diff", "inspect", "retrain"),
     "errors": ("InputError", "NotApplicableError", "OnnxfuseError", "VerificationError"),
     "graph": ("Model",),
 }

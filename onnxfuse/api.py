@@ -1,9 +1,9 @@
-"""What the command line does, as functions: `compress`, `inspect`, `verify`, `diff`, `passes`.
+"""What the command line does, as functions: `compress`, `retrain`, `inspect`, `verify`, `diff`, `passes`.
 
 Each takes a model as a path, bytes, a ModelProto or a `Model`, and samples as a path or as arrays
 (`Calibration.open` lists the kinds), and returns plain dataclasses; nothing is printed. Bad input and models
-that ONNX Runtime can't run raise an `OnnxfuseError`; a `compress` that failed its checks is a `Result` whose
-`ok` is False.
+that ONNX Runtime can't run raise an `OnnxfuseError`; a `compress` or `retrain` that failed its checks is a
+result whose `ok` is False.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ from onnxfuse.pass_manager import (
 )
 from onnxfuse.recipe import Option, Settings, options_of
 from onnxfuse.report.files import check_folder, write_report
-from onnxfuse.report.record import MetricChange, Report, Samples
+from onnxfuse.report.record import MetricChange, Report, RetrainReport, Samples
 from onnxfuse.runtime import Runtime
 from onnxfuse.significance import paired_difference
 from onnxfuse.verify import Comparison, Divergence, OutputError
@@ -49,6 +50,7 @@ from onnxfuse.verify import Comparison, Divergence, OutputError
 if TYPE_CHECKING:
     from onnxfuse.cost import Cost, Latency
     from onnxfuse.pass_manager import Progress
+    from onnxfuse.pytorch.retraining import Request, Retrained, Training
     from onnxfuse.runtime import Feed
 
 DEFAULT_PASSES = "fold,fuse"
@@ -90,6 +92,29 @@ class Result:
     @property
     def steps(self) -> tuple[StepReport, ...]:
         return self.report.steps
+
+
+@dataclass(frozen=True)
+class RetrainResult:
+    """What `retrain` did.
+
+    Attributes:
+        model: the retrained model; the given one where `ok` is False.
+        report: everything that was found out on the way.
+        exit_code: 0; 1: training never got better than the start, or its result failed verification.
+        reason: one line why it is not 0.
+        written: where the model was written; None where nothing was.
+    """
+
+    model: Model
+    report: RetrainReport
+    exit_code: int
+    reason: str | None
+    written: Path | None
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_code == 0
 
 
 @dataclass(frozen=True)
@@ -144,6 +169,9 @@ def compress(
     max_error: float | None = None,
     max_drop: float | None = None,
     metric: str | None = None,
+    retrain: Data = None,
+    epochs: int | None = None,
+    lr: float | None = None,
     provider: str = "auto",
     threads: int | None = None,
     seed: int | None = None,
@@ -167,6 +195,11 @@ def compress(
         max_error: the relative error of any output allowed; None leaves a bound to the passes.
         max_drop: the drop of the metric allowed, absolute; needs a metric.
         metric: "top1", "mse" or "file.py:function"; None takes top1 where the labels are class numbers.
+        retrain: samples to retrain on after the passes, with the original as teacher; labels among them
+            only serve a metric. `max_error` and `max_drop` are then held on the retrained model alone: no
+            pass hears of `max_error`, so each goes as far as its own options say. With `max_error`, training
+            minimises what that bounds (loss "mse"), else what "distill" is.
+        epochs, lr: of retraining; None as in `retrain`.
         provider, threads: of ONNX Runtime.
         seed: of everything random; None is 0.
         report: folder for `report.json` and `report.txt`; written for a failed run, too.
@@ -185,6 +218,16 @@ def compress(
     max_drop = settings.max_drop if max_drop is None else max_drop
     seed = seed if seed is not None else settings.seed or 0
     _check_budgets(max_error, max_drop, seed)
+    asked = _asked(
+        retrain,
+        epochs,
+        lr,
+        settings,
+        loss=None if max_error is None else "mse",
+        batch_size=batch_size,
+        held_out=held_out,
+        seed=seed,
+    )
     original = _loaded(model)
     if output is not None:
         _check_output(Path(output), original)
@@ -197,7 +240,9 @@ def compress(
     )
     sample = _one_sample(original, calibration.fit)
     judge = _Judge.make(metric or settings.metric, max_drop, calibration, original, runtime)
-    context = Context(original, calibration, runtime, seed, max_error, progress or NoProgress())
+    training = None if asked is None else asked[1].open(asked[0], original)
+    bound = max_error if asked is None else None
+    context = Context(original, calibration, runtime, seed, bound, progress or NoProgress())
     heard = list(instruments)
     if dump is not None:
         journal = Journal(Path(dump) / "journal.jsonl")
@@ -205,11 +250,21 @@ def compress(
         heard += [Dumps(Path(dump)), journal]
     outcome = PassManager(plan, heard).run(original, context)
     _raise_input_errors(outcome)
-    verdict = _conclude(outcome, context, judge, sample)
+    tail, refusal = None, None
+    if training is not None and _is_changed(outcome, original):
+        try:
+            place = None if output is None or dry_run else _checkpoint_of(output)
+            tail = _retrained(outcome.model, training, context, place)
+        except NotApplicableError as error:
+            refusal = _Verdict(error.exit_code, f"retraining: {error}")
+    final = outcome.model if tail is None or tail.model is None else tail.model
+    verdict = refusal or _conclude(outcome, final, replace(context, max_error=max_error), judge, sample)
     written = None
     if verdict.exit_code == 0 and output is not None and not dry_run:
-        outcome.model.save(output)
+        final.save(output)
         written = Path(output)
+    if tail is not None and tail.checkpoint is not None:
+        tail.checkpoint.remove()
     record = Report(
         version=_version(),
         model=str(original.path) if original.path else None,
@@ -217,7 +272,7 @@ def compress(
         written=written is not None,
         exit_code=verdict.exit_code,
         reason=verdict.reason,
-        warnings=_warnings(calibration, outcome, judge, verdict),
+        warnings=_warnings(calibration, outcome, judge, verdict, tail),
         seed=seed,
         samples=_samples(calibration),
         providers=tuple(runtime.providers),
@@ -231,11 +286,12 @@ def compress(
         output_bound=max_error,
         output_error=verdict.output_error,
         metric=verdict.metric,
+        retraining=tail.record if tail is not None else None,
         seconds=time.perf_counter() - start,
     )
     if report is not None:
         write_report(Path(report), record)
-    model = outcome.model if verdict.exit_code == 0 else original
+    model = final if verdict.exit_code == 0 else original
     return Result(model, record, verdict.exit_code, verdict.reason, written)
 
 
@@ -312,22 +368,44 @@ def _is_slower(found: Latency) -> bool:
     return found.timings[1].ratio_low > _SAME_LATENCY
 
 
-def _conclude(outcome: Outcome, context: Context, judge: _Judge, sample: Feed) -> _Verdict:
-    """Hold the result against the original, on samples that no pass has fitted."""
+def _retrained(model: Model, training: Training, context: Context, place: Path | None) -> Retrained:
+    """The passes' result retrained, from the original, and without what it is going to be judged on."""
+    held_out = context.calibration.held_out
+    found: Retrained = _retraining().retrain(
+        model,
+        training,
+        context.runtime,
+        teacher=context.original,
+        checkpoint=place,
+        unseen=held_out if held_out.samples and not context.calibration.synthetic else None,
+        progress=context.progress,
+    )
+    return found
+
+
+def _is_changed(outcome: Outcome, original: Model) -> bool:
+    """Whether all passes were committed and some has changed the model."""
+    done = all(step.committed for step in outcome.steps) and outcome.model is not original
+    return done and any(step.changes for step in outcome.steps)
+
+
+def _conclude(outcome: Outcome, result: Model, context: Context, judge: _Judge, sample: Feed) -> _Verdict:
+    """Hold `result`, what the passes made, retrained or not, against the original on samples that no pass has
+    fitted."""
     failed = next((step for step in outcome.steps if not step.committed), None)
     if failed is not None:
         return _Verdict(failed.exit_code, f"pass '{failed.name}': {failed.reason}")
-    if outcome.model is context.original or not any(step.changes for step in outcome.steps):
+    if not _is_changed(outcome, context.original):
         return _Verdict(NotApplicableError.exit_code, _idle(outcome.steps))
     try:
-        error = _whole_error(outcome, context)
+        error = _whole_error(outcome, result, context)
     except VerificationError as failure:
         return _Verdict(VerificationError.exit_code, str(failure))
-    scores = judge.change(outcome.model, context)
+    scores = judge.change(result, context)
     reason = _over_budget(error, context, scores)
     if reason is not None:
         return _Verdict(VerificationError.exit_code, reason, error, scores)
-    timed = _timed([context.original, outcome.model], context, sample)
+    timed = _timed([context.original, result], context, sample)
     return _Verdict(0, None, error, scores, timed)
 
 
@@ -337,18 +415,18 @@ def _idle(steps: Sequence[StepReport]) -> str:
     return f"no pass changed the model ({'; '.join(said)})"
 
 
-def _whole_error(outcome: Outcome, context: Context) -> OutputError | None:
-    """The output error on held-out samples; where there are none, on the fitted ones if no pass did fit."""
+def _whole_error(outcome: Outcome, result: Model, context: Context) -> OutputError | None:
+    """The output error on held-out samples; where there are none, on the fitted ones if nothing did fit."""
     changed = [step for step in outcome.steps if step.changes]
     last = changed[-1].verification
-    if last is not None and last.output_error is not None:
+    if result is outcome.model and last is not None and last.output_error is not None:
         return last.output_error
     batches = context.calibration.held_out
     if not batches.samples:
-        if any(step.contract is Contract.APPROXIMATE for step in changed):
+        if result is not outcome.model or any(step.contract is Contract.APPROXIMATE for step in changed):
             return None
         batches = context.calibration.fit
-    return verification.output_error(context.original, outcome.model, batches, context.runtime)
+    return verification.output_error(context.original, result, batches, context.runtime)
 
 
 def _over_budget(error: OutputError | None, context: Context, scores: MetricChange | None) -> str | None:
@@ -418,7 +496,7 @@ class _Judge:
 
 
 def _warnings(
-    calibration: Calibration, outcome: Outcome, judge: _Judge, verdict: _Verdict
+    calibration: Calibration, outcome: Outcome, judge: _Judge, verdict: _Verdict, tail: Retrained | None
 ) -> tuple[str, ...]:
     found = [MADE_UP] if calibration.synthetic else []
     if verdict.latency is not None and verdict.slower:
@@ -435,6 +513,10 @@ def _warnings(
         marked = [note for note in step.notes if note.startswith("warning: ")]
         found += [f"{step.name}: {note.removeprefix('warning: ')}" for note in marked]
         found += [f"{step.name}: {note}" for note in (step.verification.notes if step.verification else ())]
+    if tail is not None:
+        found += [f"retraining: {warning}" for warning in tail.warnings]
+        if tail.reason is not None:
+            found.append(f"retraining: {tail.reason}; what the passes made is kept")
     return tuple(dict.fromkeys(found))
 
 
@@ -458,6 +540,158 @@ def _version() -> str:
     from onnxfuse import __version__
 
     return __version__
+
+
+# --- retrain ------------------------------------------------------------------------------------------------
+
+
+def retrain(
+    model: ModelSource,
+    data: Data,
+    *,
+    teacher: ModelSource | None = None,
+    loss: str | None = None,
+    epochs: int = 10,
+    lr: float | None = None,
+    optimizer: str = "adamw",
+    weight_decay: float | None = None,
+    batch_size: int = 64,
+    freeze: Sequence[str] = (),
+    match: Sequence[str] = (),
+    held_out: float = 0.2,
+    patience: int | None = None,
+    metric: str | None = None,
+    seed: int = 0,
+    provider: str = "auto",
+    device: str = "auto",
+    output: PathOrText | None = None,
+    checkpoint: PathOrText | None = None,
+    progress: Progress | None = None,
+) -> RetrainResult:
+    """Train a model in PyTorch, from labels or from another model, and write the weights back to its graph.
+
+    Under torchrun every process calls this alike; the first one alone writes.
+
+    Args:
+        model: is left as it is.
+        data: samples, as `Calibration.open` takes them, with an array `labels` or without.
+        teacher: a model of the same inputs and outputs to learn from: the original of a compressed one.
+        loss: "ce", cross-entropy against class numbers; "mse"; "distill", to follow the teacher
+            (`onnxfuse.pytorch.objective` defines them). None: distill with a teacher, else ce for integer
+            labels and mse for floats.
+        epochs: passes over the data.
+        lr: the highest learning rate; None is 1e-4 for adamw, 1e-3 for sgd; random weights want ten times as
+            much.
+        optimizer: "adamw" or "sgd" (with Nesterov momentum 0.9).
+        weight_decay: of matrices and kernels; None is 1e-2 for adamw, 1e-4 for sgd.
+        batch_size: rows of a batch, of all processes together, where model and data leave that open.
+        freeze: patterns (fnmatch) of initializers that stay as they are. A BatchNormalization whose scale is
+            frozen keeps its statistics, too, and normalises by them.
+        match: inner tensors that are to follow the teacher's, "NAME" or "NAME=NAME IN THE TEACHER".
+        held_out: share of the samples that no step sees: they choose the best epoch, and measure it.
+        patience: stop once the held-out loss has not improved for so many epochs; None never.
+        metric: "top1", "mse" or "file.py:function"; None takes top1 for class numbers, mse for other labels.
+        seed: of split, order and dropout: equal seeds give equal bytes.
+        provider: of ONNX Runtime, where the teacher runs and the result is judged.
+        device: of torch: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1".
+        output: where to write the result; None writes nothing.
+        checkpoint: keeps the state after each epoch, to go on from after a kill; None is `output` with
+            `.checkpoint` behind it. It is removed at the end.
+        progress: hears of each step.
+
+    Raises:
+        InputError: a bad file, option, sample or label; a teacher that doesn't fit; the output can't be
+            written; torch is not installed.
+        NotApplicableError: an operator that can't be imported to PyTorch; ONNX Runtime can't run a model.
+    """
+    start = time.perf_counter()
+    retraining = _retraining()
+    request = retraining.Request(
+        settings=retraining.Settings(epochs, optimizer, lr, weight_decay, patience, seed),
+        loss=loss,
+        batch_size=batch_size,
+        held_out=held_out,
+        metric=metric,
+        freeze=tuple(freeze),
+        match=tuple(match),
+        device=device,
+    )
+    loaded = _loaded(model)
+    original = None if teacher is None else _loaded(teacher)
+    for source in (loaded, *([original] if original is not None else [])):
+        source.check_finite()
+        if output is not None:
+            _check_output(Path(output), source)
+    place = Path(checkpoint) if checkpoint is not None else None
+    if place is None and output is not None:
+        place = _checkpoint_of(output)
+    runtime = Runtime(provider)
+    training = request.open(data, loaded)
+    found = retraining.retrain(
+        loaded, training, runtime, teacher=original, checkpoint=place, progress=progress
+    )
+    first = retraining.started()[0] == 0
+    written = None
+    if found.model is not None and output is not None and first:
+        found.model.save(output)
+        written = Path(output)
+    if found.checkpoint is not None and first:
+        found.checkpoint.remove()
+    exit_code = 0 if found.model is not None else VerificationError.exit_code
+    report = RetrainReport(
+        version=_version(),
+        model=str(loaded.path) if loaded.path else None,
+        output=None if output is None else str(output),
+        written=written is not None,
+        exit_code=exit_code,
+        reason=found.reason,
+        warnings=found.warnings,
+        seed=seed,
+        providers=tuple(runtime.providers),
+        threads=runtime.threads,
+        retraining=found.record,
+        seconds=time.perf_counter() - start,
+    )
+    return RetrainResult(found.model or loaded, report, exit_code, found.reason, written)
+
+
+def _retraining() -> ModuleType:
+    """What needs torch, which is an extra."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise InputError("retraining needs PyTorch: pip install 'onnxfuse[torch]'") from error
+    from onnxfuse.pytorch import retraining
+
+    return retraining
+
+
+def _checkpoint_of(output: PathOrText) -> Path:
+    return Path(f"{output}.checkpoint")
+
+
+def _asked(
+    data: Data, epochs: int | None, lr: float | None, settings: Settings, **others: Any
+) -> tuple[Data, Request] | None:
+    """The retraining that `compress` was asked for, arguments before the recipe, None if none was.
+
+    Raises:
+        InputError: it can't be had.
+    """
+    asked = settings.retrain
+    if data is None and asked is None:
+        if epochs is not None or lr is not None:
+            raise InputError(f"{'--epochs' if epochs is not None else '--lr'} needs --retrain")
+        return None
+    retraining = _retraining()
+    if retraining.started()[1] > 1:
+        raise InputError("compress runs in one process; run 'onnxfuse retrain' on its output under torchrun")
+    if asked is not None:
+        data = asked.data if data is None else data
+        epochs = asked.epochs if epochs is None else epochs
+        lr = asked.lr if lr is None else lr
+    how = {"lr": lr, "seed": others.pop("seed"), **({} if epochs is None else {"epochs": epochs})}
+    return data, retraining.Request(settings=retraining.Settings(**how), **others)
 
 
 # --- inspect ------------------------------------------------------------------------------------------------

@@ -49,6 +49,11 @@ Samples = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use about
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows in a batch.")]
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: auto, cpu, cuda, ...")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; default all cores.")]
+Rate = Annotated[
+    float | None,
+    typer.Option("--lr", metavar="X", help="The highest learning rate; default 0.0001, of sgd 0.001."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
@@ -179,6 +184,18 @@ def compress(
             help="top1, mse or FILE.py:function; default top1 where labels are class numbers.",
         ),
     ] = None,
+    retrain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Retrain the passes' result on these samples, with MODEL as teacher. --max-error and "
+            "--max-drop then hold for the retrained model.",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Passes over the samples of --retrain; default 10.")
+    ] = None,
+    lr: Rate = None,
     held_out: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of samples that errors are measured on.")
     ] = 0.2,
@@ -203,7 +220,7 @@ def compress(
     ] = False,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random; default 0.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every change.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Run passes over a model, check every one, and write the result.
 
@@ -215,36 +232,40 @@ def compress(
       onnxfuse compress model.onnx --calib samples.npz
       onnxfuse compress model.onnx --passes fold,fuse:max_blocks=4 -o out.onnx
       onnxfuse compress model.onnx --calib samples.npz --max-drop 0.01 --explain
+      onnxfuse compress model.onnx --calib samples.npz --retrain train.npz
     """
     from rich.console import Console
 
     from onnxfuse import api
-    from onnxfuse.instruments import RichProgress
     from onnxfuse.report.console import compress_view
+    from onnxfuse.report.live import LiveProgress
 
-    progress = RichProgress(Console(stderr=True, quiet=quiet))
     target = output if output is not None else f"{Path(model).stem}-compressed.onnx"
-    result = api.compress(
-        model,
-        passes,
-        recipe=recipe,
-        output=target,
-        calib=calib,
-        held_out=held_out,
-        samples=samples,
-        batch_size=batch_size,
-        max_error=max_error,
-        max_drop=max_drop,
-        metric=metric,
-        provider=provider,
-        threads=threads,
-        seed=seed,
-        report=report,
-        dump=dump,
-        dry_run=dry_run,
-        progress=progress,
-        instruments=[progress],
-    )
+    with LiveProgress(Console(stderr=True, quiet=quiet)) as progress:
+        result = api.compress(
+            model,
+            passes,
+            recipe=recipe,
+            output=target,
+            calib=calib,
+            held_out=held_out,
+            samples=samples,
+            batch_size=batch_size,
+            max_error=max_error,
+            max_drop=max_drop,
+            metric=metric,
+            retrain=retrain,
+            epochs=epochs,
+            lr=lr,
+            provider=provider,
+            threads=threads,
+            seed=seed,
+            report=report,
+            dump=dump,
+            dry_run=dry_run,
+            progress=progress,
+            instruments=[progress],
+        )
     if json:
         _print_json(result.report, "compress")
     elif not quiet:
@@ -255,6 +276,142 @@ def compress(
         _say(f"error: {result.reason}; no model was written")
     elif not (json or quiet):
         print(f"\nwrote {result.written}" if result.written else f"\ndry run: would have written {target}")
+    return result.exit_code
+
+
+@app.command()
+def retrain(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX file; it is never written to.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="Samples: .npz (arrays by input name, rows are samples; labels under 'labels'), a folder of "
+            ".npy or .npz, a Polygraphy feed .json, or script.py:load_data.",
+        ),
+    ],
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="A model of the same inputs and outputs to learn from."),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ce|mse|distill",
+            help="Cross-entropy or squared error of the labels, or divergence from the teacher (mse: squared "
+            "error); default distill with a teacher, else by the type of the labels.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Where to write; default NAME-retrained.onnx in the current folder. Replaced if it exists.",
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the samples.")] = 10,
+    lr: Rate = None,
+    optimizer: Annotated[str, typer.Option(metavar="adamw|sgd", help="How weights are updated.")] = "adamw",
+    weight_decay: Annotated[
+        float | None, typer.Option(metavar="X", help="Of matrices and kernels; default 0.01, of sgd 0.0001.")
+    ] = None,
+    batch_size: BatchSize = 64,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Weights to leave as they are: a name, or with * and ?. Repeatable."
+        ),
+    ] = None,
+    match: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TENSOR[=THEIRS]", help="An inner tensor that is to follow the teacher's. Repeatable."
+        ),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of samples that choose and measure the best epoch.")
+    ] = 0.2,
+    patience: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop when N epochs brought nothing; default never.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="top1, mse or FILE.py:function; default by the type of the labels.",
+        ),
+    ] = None,
+    provider: Provider = "auto",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where PyTorch trains.")] = "auto",
+    json: Json = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Train a model further in PyTorch.
+
+    From labels, or from another model, the original of a compressed one for instance, on samples without
+    labels. The weights of the best epoch go back to the same graph; nothing is written unless one is better
+    than the start. A run that was killed goes on after its last epoch when the same command is given again.
+    For several GPUs: torchrun --nproc-per-node 4 -m onnxfuse retrain ...
+
+    \b
+    Examples:
+      onnxfuse retrain model.onnx --data train.npz --epochs 5
+      onnxfuse retrain small.onnx --data images.npz --teacher big.onnx -o out.onnx
+    """
+    from rich.console import Console
+
+    from onnxfuse import api
+    from onnxfuse.report.console import retrain_view
+    from onnxfuse.report.live import LiveProgress
+
+    target = output if output is not None else f"{Path(model).stem}-retrained.onnx"
+    silent = int(os.environ.get("RANK", 0)) > 0  # torchrun: the first process speaks for all
+    try:
+        with LiveProgress(Console(stderr=True, quiet=quiet or silent)) as progress:
+            result = api.retrain(
+                model,
+                data,
+                teacher=teacher,
+                loss=loss,
+                epochs=epochs,
+                lr=lr,
+                optimizer=optimizer,
+                weight_decay=weight_decay,
+                batch_size=batch_size,
+                freeze=freeze or (),
+                match=match or (),
+                held_out=held_out,
+                patience=patience,
+                metric=metric,
+                seed=seed,
+                provider=provider,
+                device=device,
+                output=target,
+                progress=progress,
+            )
+    except OnnxfuseError as error:
+        if silent:
+            return error.exit_code
+        raise
+    except KeyboardInterrupt:
+        if Path(f"{target}.checkpoint").exists():
+            _say(f"the same command goes on from '{target}.checkpoint'")
+        raise
+    if silent:
+        return result.exit_code
+    if json:
+        _print_json(result.report, "retrain")
+    elif not quiet:
+        _show(retrain_view(result.report))
+    sys.stdout.flush()
+    _warn(result.report.warnings)
+    if not result.ok:
+        _say(f"error: {result.reason}; no model was written")
+    elif not (json or quiet):
+        print(f"\nwrote {result.written}")
     return result.exit_code
 
 
@@ -304,7 +461,7 @@ def verify(
     provider: Provider = "auto",
     threads: Threads = None,
     json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Check that two models compute the same.
 

@@ -12,6 +12,7 @@ scalars or lists (`kernel=3`, `mode=paper`, `kernels=[1,3]`). The long form is a
       - fuse: {kernel: 3, max_blocks: 4}
     max_error: 0.05
     seed: 0
+    retrain: {data: train.npz, epochs: 5, lr: 0.0001}
 
 Both end in the same place: the pass's own pydantic options, which refuse unknown names and wrong values.
 Every refusal is one InputError line that names the pass and the option and says what is allowed.
@@ -32,6 +33,16 @@ from onnxfuse.errors import InputError
 from onnxfuse.pass_manager import Pass, load_pass, unknown_name
 
 
+class Retrain(pydantic.BaseModel):
+    """Retraining after the passes, as a recipe asks for it."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    data: str = pydantic.Field(description="samples to retrain on")
+    epochs: int | None = pydantic.Field(None, ge=1, description="passes over the samples")
+    lr: float | None = pydantic.Field(None, gt=0, description="the highest learning rate")
+
+
 class Settings(pydantic.BaseModel):
     """What a recipe may say beside its passes; None leaves it to the command line or the default."""
 
@@ -41,6 +52,7 @@ class Settings(pydantic.BaseModel):
     max_drop: float | None = pydantic.Field(None, ge=0, description="drop of the metric allowed")
     metric: str | None = pydantic.Field(None, description="top1, mse or file.py:function")
     seed: int | None = pydantic.Field(None, ge=0, description="seed of everything random")
+    retrain: Retrain | None = pydantic.Field(None, description="retraining after the passes")
 
 
 @dataclass(frozen=True)

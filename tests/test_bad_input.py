@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+import torch
 from nets import MLP as TEXT
 from onnx import TensorProto, external_data_helper, numpy_helper
 
@@ -135,12 +136,13 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["compress", "inspect", "verify", "diff"])
+@pytest.mark.parametrize("command", ["compress", "retrain", "inspect", "verify", "diff"])
 @pytest.mark.parametrize("case", FILES)
 def test_model_files(command: str, case: str, folder: Path, refused: Refused) -> None:
     make, said = FILES[case]
     make(folder)
     others = ["good.onnx"] if command in ("verify", "diff") else []
+    others += ["--data", "good.npz"] if command == "retrain" else []
     assert said in refused(command, "bad.onnx", *others)
 
 
@@ -156,7 +158,10 @@ def test_weights_that_are_no_numbers(value: float, kind: str, folder: Path, refu
     weight[2, 3] = value
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w1"))
     onnx.save(proto, folder / "bad.onnx")
-    assert refused("compress", "bad.onnx") == f"weight 'w1' has {kind} value"
+    said = f"weight 'w1' has {kind} value"
+    assert refused("compress", "bad.onnx") == said
+    assert refused("retrain", "bad.onnx", "--data", "good.npz") == said
+    assert refused("retrain", "good.onnx", "--data", "good.npz", "--teacher", "bad.onnx") == said
 
 
 def test_unknown_domain(folder: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +233,7 @@ def test_samples(case: str, folder: Path, refused: Refused) -> None:
     arrays, said = SAMPLES[case]
     np.savez(folder / "bad.npz", **arrays)
     assert said in refused("compress", "good.onnx", "--calib", "bad.npz")
+    assert said in refused("retrain", "good.onnx", "--data", "bad.npz")
 
 
 def test_sample_places(folder: Path, refused: Refused) -> None:
@@ -308,6 +314,137 @@ def test_flags(arguments: list[str], said: str, refused: Refused) -> None:
 def test_recipes(text: str, folder: Path, refused: Refused) -> None:
     (folder / "recipe.yaml").write_text(text)
     assert refused("compress", "good.onnx", "--recipe", "recipe.yaml").startswith("recipe 'recipe.yaml': ")
+
+
+# --- retraining ---------------------------------------------------------------------------------------------
+
+TRAIN = ("retrain", "good.onnx", "--data", "good.npz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--epochs", "many"], "Invalid value for '--epochs'"),
+        (["--lr", "-0.1"], "--lr must be above 0 and at most 1e+09, not -0.1"),
+        (["--lr", "0"], "--lr must be above 0"),
+        (["--lr", "nan"], "not nan"),
+        (["--lr", "1e39"], "not 1e+39"),
+        (["--weight-decay", "-1"], "--weight-decay must be between 0 and 1e+09, not -1"),
+        (["--patience", "0"], "--patience must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--batch-size", "0"], "Invalid value for '--batch-size'"),
+        (["--held-out", "1"], "held-out share"),
+        (["--optimizer", "adam"], "there is no optimizer 'adam'; did you mean 'adamw'? known: adamw, sgd"),
+        (["--loss", "cee"], "there is no loss 'cee'; did you mean 'ce'? known: ce, mse, distill"),
+        (["--loss", "distill"], "--loss distill needs a --teacher"),
+        (["--loss", "mse"], "has the shape of no output: 'y'"),
+        (["--metric", "f1"], "unknown metric 'f1'"),
+        (["--metric", "mse"], "metric mse wants labels of the shape of output 'y'"),
+        (["--provider", "abacus"], "provider 'abacus' is not in this build"),
+        (["--device", "abacus"], "unknown device 'abacus'; choose from auto, cpu, cuda"),
+        (["--device", "meta"], "unknown device 'meta'"),
+        (["--freeze", "w3"], "--freeze w3: no weight has such a name; there are 'w"),
+        (["--freeze", "w*"], "--freeze leaves nothing to train"),
+        (["--match", "h"], "--match needs a --teacher"),
+        (["--teacher", "none.onnx"], "no such file: 'none.onnx'"),
+        (["--teacher", "good.onnx", "--match", "w1"], "there is no tensor of the model named 'w1'"),
+        (["--teacher", "good.onnx", "--loss", "ce"], "--loss ce learns nothing from the teacher"),
+    ],
+)
+def test_flags_of_retrain(arguments: list[str], said: str, refused: Refused) -> None:
+    assert said in refused(*TRAIN, *arguments)
+
+
+def test_retrain_without_data(refused: Refused) -> None:
+    assert "Missing option '--data'" in refused("retrain", "good.onnx")
+    assert refused("retrain", "good.onnx", "--data", "none.npz") == "no calibration data at 'none.npz'"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(refused: Refused) -> None:
+    assert "finds 0 CUDA devices here" in refused(*TRAIN, "--device", "cuda")
+
+
+LABELLED: dict[str, tuple[np.ndarray, list[str], str]] = {
+    "too large": (
+        np.where(np.arange(40) == 7, 4, LABELS),
+        [],
+        "'bad.npz' array 'labels' holds 4 in row 7, output 'y' has the classes 0 to 3",
+    ),
+    "negative": (np.where(np.arange(40) == 9, -1, LABELS), [], "holds -1 in row 9"),
+    "fractions": (LABELS + 0.25, ["--loss", "ce"], "in row 0: --loss ce wants class numbers as integers"),
+    "NaN": (np.where(np.arange(40) == 3, np.nan, 1.0), [], "array 'labels' holds NaN or infinity in row 3"),
+    "too many": (np.zeros((40, 2), np.int64), [], "holds no class numbers of any output: 'y' [32, 4]"),
+    "text": (np.array(["a"] * 40), [], "must hold numbers"),
+}
+
+
+@pytest.mark.parametrize("case", LABELLED)
+def test_labels_to_train_on(case: str, folder: Path, refused: Refused) -> None:
+    labels, arguments, said = LABELLED[case]
+    np.savez(folder / "bad.npz", x=X, labels=labels)
+    assert said in refused("retrain", "good.onnx", "--data", "bad.npz", *arguments)
+
+
+def test_teachers_of_another_kind(folder: Path, refused: Refused) -> None:
+    onnx.save(
+        network(TEXT.replace("y = MatMul", "z = MatMul").replace("] y)", "] z)")), folder / "named.onnx"
+    )
+    said = refused(*TRAIN, "--teacher", "named.onnx")
+    assert said == (
+        "the teacher does not fit: output 'y' is in the model 'good.onnx' and not in the teacher 'named.onnx'"
+    )
+    narrow = network(TEXT.replace("float[batch,4] y", "float[batch,3] y"))
+    narrow.graph.initializer[1].CopyFrom(numpy_helper.from_array(W2[:, :3].copy(), "w2"))
+    onnx.save(narrow, folder / "narrow.onnx")
+    said = refused(*TRAIN, "--teacher", "narrow.onnx")
+    assert "output 'y' is [batch, 4] in the model 'good.onnx' and [batch, 3] in the teacher" in said
+
+
+def test_a_model_that_torch_cannot_run(folder: Path, refused: Refused) -> None:
+    """ONNX Runtime can. The node is named, and nothing is left behind."""
+    text = TEXT.replace("float[batch,4] y", "float d").replace("y = MatMul(i, w2)", "d = Det(i)")
+    proto = network(text.replace("mlp (float[batch,6] x)", "mlp (float[4,6] x)"))
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(W1[:, :4].copy(), "w1"))
+    proto.graph.node[3].name = "the_determinant"
+    onnx.save(proto, folder / "bad.onnx")
+    np.savez(folder / "bad.npz", x=X)
+    said = refused("retrain", "bad.onnx", "--data", "bad.npz", "--teacher", "bad.onnx", code=3)
+    assert "node 'the_determinant' (Det) can't be imported to PyTorch: there is no rule" in said
+
+
+def test_one_row_to_train_on(folder: Path, refused: Refused) -> None:
+    np.savez(folder / "one.npz", x=X[:1], labels=LABELS[:1])
+    assert "too few samples, 1" in refused("retrain", "good.onnx", "--data", "one.npz")
+
+
+def test_output_places_of_retrain(folder: Path, refused: Refused) -> None:
+    (folder / "link.onnx").symlink_to("good.onnx")
+    onnx.save(network(), folder / "big.onnx")
+    for same in ("good.onnx", "link.onnx"):
+        assert refused(*TRAIN, "-o", same) == f"the output '{same}' is the input file; choose another name"
+    assert "is the input file" in refused(*TRAIN, "--teacher", "big.onnx", "-o", "big.onnx")
+    assert refused(*TRAIN, "-o", "none/out.onnx") == "cannot write 'none/out.onnx': its folder does not exist"
+    assert refused(*TRAIN, "-o", "/dev/null") == "cannot write '/dev/null': it is not a regular file"
+    (folder / "out.onnx.checkpoint").write_text("notes of mine")
+    assert "'out.onnx.checkpoint' is no checkpoint of onnxfuse" in refused(*TRAIN, "-o", "out.onnx")
+
+
+def test_a_training_that_goes_nowhere_leaves_nothing(refused: Refused) -> None:
+    said = refused(*TRAIN, "--lr", "1e9", "--epochs", "2", "-q", code=1)
+    assert said.startswith("training never got better than the start")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits and signals of POSIX")
+def test_full_disk_while_training(folder: Path) -> None:
+    before = contents(folder)
+    process = start(folder, *TRAIN, "--epochs", "2", "-o", "out.onnx", "-q", limit=LIMIT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("onnxfuse: error: cannot write the checkpoint 'out.onnx.checkpoint': ")
+    assert err.count("\n") == 1
+    assert contents(folder) == before
 
 
 # --- places to write to -------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ W1 = RANDOM.standard_normal((6, 16)).astype(np.float32)
 W2 = RANDOM.standard_normal((16, 4)).astype(np.float32)
 X = RANDOM.standard_normal((100, 6)).astype(np.float32)
 LABELS = (np.maximum(X @ W1, 0) @ W2).argmax(axis=1)
-COMMANDS = ("compress", "inspect", "verify", "diff", "passes")
+COMMANDS = ("compress", "retrain", "inspect", "verify", "diff", "passes")
 
 
 def network() -> onnx.ModelProto:
@@ -51,6 +51,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 Captured = pytest.CaptureFixture[str]
 RUN = ("compress", "mlp.onnx", "--calib", "mlp.npz", "--passes", "fold")
+RETRAIN = ("retrain", "other.onnx", "--data", "mlp.npz", "--epochs", "3", "--lr", "0.01")
+
+
+def save_other() -> None:
+    """A network to retrain: its last weights are off."""
+    proto = network()
+    noise = np.random.default_rng(5).standard_normal(W2.shape).astype(np.float32)
+    proto.graph.initializer[1].CopyFrom(numpy_helper.from_array(W2 + noise, "w2"))
+    onnx.save(proto, "other.onnx")
 
 
 # --- output -------------------------------------------------------------------------------------------------
@@ -84,6 +93,8 @@ def test_dry_run_writes_nothing(folder: Path, capsys: Captured) -> None:
     "arguments",
     [
         (*RUN, "-v"),
+        (*RUN, "--retrain", "mlp.npz", "--epochs", "1"),
+        RETRAIN,
         ("inspect", "mlp.onnx"),
         ("verify", "mlp.onnx", "mlp.onnx"),
         ("diff", "mlp.onnx", "mlp.onnx"),
@@ -91,6 +102,7 @@ def test_dry_run_writes_nothing(folder: Path, capsys: Captured) -> None:
     ],
 )
 def test_json_and_nothing_else_on_stdout(arguments: tuple[str, ...], capsys: Captured) -> None:
+    save_other()
     assert main([*arguments, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert (content["onnxfuse"], content["format"]) == (arguments[0], 1)
@@ -160,6 +172,72 @@ def test_verify(capsys: Captured) -> None:
     assert main(["verify", "mlp.onnx", "other.onnx", "-q", "--calib", "mlp.npz"]) == 1
     assert main(["diff", "mlp.onnx", "other.onnx", "--calib", "mlp.npz"]) == 0
     assert "w2 [16, 4]: changed by 0.5 relative" in capsys.readouterr().out
+
+
+def test_retrain(capsys: Captured) -> None:
+    save_other()
+    assert main(RETRAIN) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.endswith("\nwrote other-retrained.onnx\n")
+    assert max(map(len, out.splitlines())) <= 80
+    for word in (
+        "cross-entropy of 'y' against the labels, 4 classes on axis 1",
+        "160 parameters on 80 samples, batches of 64, adamw at 0.01, weight decay",
+        "held-out loss",
+        "in ONNX Runtime, on 20 held-out samples",
+        "top1",
+    ):
+        assert word in out
+    assert len(re.findall(r"^ +[0-3]  ", out, re.MULTILINE)) == 4
+    assert main([*RETRAIN, "--teacher", "mlp.onnx", "--loss", "mse", "-o", "taught.onnx", "-q"]) == 0
+    assert capsys.readouterr() == ("", "")
+    more = ("--teacher", "mlp.onnx", "-o", "taught.onnx", "--match", "h", "--freeze", "w1")
+    assert main([*RETRAIN, *more]) == 0
+    out, _ = capsys.readouterr()
+    for word in ("relative squared error of tensor 'h' against the teacher", "teacher  mlp.onnx", "64 param"):
+        assert word in out
+    assert main(["retrain", "mlp.onnx", "--data", "mlp.npz", "--teacher", "mlp.onnx", "--epochs", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert "epoch" in out
+    assert err.startswith("onnxfuse: error: training never got better than the start: held-out loss ")
+    assert err.endswith("; no model was written\n")
+
+
+def test_a_long_training_is_shown_in_part(capsys: Captured) -> None:
+    save_other()
+    assert main([*RETRAIN, "--epochs", "90", "--patience", "200"]) == 0
+    out = capsys.readouterr().out
+    shown = [int(line.split()[0]) for line in out.splitlines() if re.match(r"^ +\d+  +\S", line)]
+    assert {0, 90} <= set(shown)
+    assert 15 < len(shown) < 25
+    assert len(re.findall(r"  best$", out, re.MULTILINE)) == 1
+
+
+def test_compress_and_retrain(capsys: Captured) -> None:
+    assert main(["compress", "mlp.onnx", "--calib", "mlp.npz", "--passes", "fuse:max_blocks=1",
+                 "--retrain", "mlp.npz", "--epochs", "2", "--lr", "0.01"]) == 0  # fmt: skip
+    out, _ = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    for word in (
+        "fuse",
+        "retraining\n",
+        "divergence of 'y' from the teacher, temperature 2",
+        "latency",
+        "top1",
+    ):
+        assert word in out
+    assert out.endswith("\nwrote mlp-compressed.onnx\n")
+
+
+def test_other_processes_are_silent(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun the first process speaks and writes."""
+    save_other()
+    monkeypatch.setenv("RANK", "1")
+    assert main([*RETRAIN, "--json"]) == 0
+    assert main([*RETRAIN, "--lr", "-1"]) == 2
+    assert capsys.readouterr() == ("", "")
+    assert not Path("other-retrained.onnx").exists()
 
 
 def test_inspect(capsys: Captured) -> None:

@@ -170,7 +170,7 @@ def test_long_form_may_be_short(text: str) -> None:
         (
             "passes: [fold]\nmax_eror: 1",
             "the recipe: there is no option 'max_eror'; did you mean 'max_error'? "
-            "known: passes, max_error, max_drop, metric, seed",
+            "known: passes, max_error, max_drop, metric, seed, retrain",
         ),
         ("passes: [fold]\nmax_error: -1", "the recipe: option 'max_error' should be greater than 0, not -1"),
         ("passes: [fold]\nseed: 1\nseed: 2", "not valid YAML in line 3: 'seed' is given twice"),
@@ -205,3 +205,15 @@ def test_options_for_people() -> None:
     assert first.help == "side of the fitted kernel"
     assert (second.type, second.default) == ("int", "8")
     assert third.type == "Literal['joint', 'paper']"
+
+
+def test_retraining_is_a_setting(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("passes: [fold]\nretrain: {data: train.npz, epochs: 3, lr: 0.01}")
+    found = load_recipe(path).settings.retrain
+    assert found is not None
+    assert (found.data, found.epochs, found.lr) == ("train.npz", 3, 0.01)
+    for wrong in ("{epochs: 3}", "{data: a.npz, epochs: 0}", "{data: a.npz, speed: 1}"):
+        path.write_text(f"passes: [fold]\nretrain: {wrong}")
+        with pytest.raises(InputError):
+            load_recipe(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import keyword
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -186,11 +187,10 @@ class Scope:
 
     def host(self, value: Value) -> Host | None:
         """The numbers of the value, if they are known on the host: shapes, and small constants."""
-        if value.host is None and value.load is not None and not value.trainable:
-            array = value.load()
-            most = 1 if array.dtype.kind == "f" else MOST_ON_HOST
-            if array.dtype.kind in "fiub" and array.size <= most:
-                value.host = object_array(array.tolist())
+        if value.host is None and value.load is not None and not value.trainable and value.dtype is not None:
+            most = 1 if value.dtype.is_floating_point else MOST_ON_HOST
+            if math.prod(size or 0 for size in value.sizes or ()) <= most:
+                value.host = object_array(value.load().tolist())
         return value.host
 
     def size(self, node: fx.Node, axis: int) -> fx.Node:
@@ -248,10 +248,10 @@ class Scope:
         weight = self.root.weights.get((self.path, name))
         if weight is None:
             array = load()
-            self._values[name] = Value(name, torch_type(array.dtype), array.ndim, load=load)
-            return
-        value = Value(name, torch_type(weight.dtype), len(weight.shape), load=load, key=weight.key)
-        value.trainable = weight.key in self.root.trainable
+            value = Value(name, torch_type(array.dtype), array.ndim, load=load, sizes=array.shape)
+        else:
+            value = Value(name, torch_type(weight.dtype), len(weight.shape), load=load, sizes=weight.shape)
+            value.key, value.trainable = weight.key, weight.key in self.root.trainable
         self._values[name] = value
 
     def look_up(self, name: str) -> Value:
@@ -420,7 +420,7 @@ class _Body(Scope):
         return self._values[name]
 
     def _captured_value(self, outer: Value) -> Value:
-        value = Value(outer.name, outer.dtype, outer.rank, load=outer.load, key=outer.key)
+        value = Value(outer.name, outer.dtype, outer.rank, load=outer.load, sizes=outer.sizes, key=outer.key)
         value.trainable = outer.trainable
         if outer.stored:
             return value

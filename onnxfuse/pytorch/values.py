@@ -45,7 +45,7 @@ class Value:
         load: reads a stored value.
         key: where a stored value is registered in the module.
         trainable: whether it is a Parameter.
-        sizes: what the file says of its shape; None for an open axis.
+        sizes: its shape, of a stored value, or what the file says of it; None for an open axis.
     """
 
     name: str
@@ -142,8 +142,7 @@ class Call:
 
     def known_sizes(self, index: int) -> tuple[int | None, ...] | None:
         """What is known at import of an input's shape: for what depends on a size being 0 or 1."""
-        value = self.value(index)
-        return value.sizes if value.load is None else tuple(value.load().shape)
+        return self.value(index).sizes
 
     def dtype(self, index: int) -> torch.dtype | None:
         return self.value(index).dtype
@@ -160,14 +159,6 @@ class Call:
 
     def tensors(self) -> list[fx.Node]:
         return [self.tensor(index) for index in range(len(self.inputs)) if self.has(index)]
-
-    def operand(self, index: int) -> fx.Node | float | int | bool:
-        """A single number as such where it is known on the host, else a tensor: for elementwise operators."""
-        found = self.value(index)
-        if found.host is not None and found.host.size == 1 and not found.stored:
-            number: Any = found.host.reshape(-1)[0]
-            return number
-        return self.scope.tensor(found)
 
     def host(self, index: int) -> Host | None:
         """The input's numbers where they are known on the host, else None."""

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from onnxfuse.difference import NodeChange, NodeSummary, WeightChange
     from onnxfuse.inspection import Inspection, LinearSummary
     from onnxfuse.pass_manager import Skip, StepReport
-    from onnxfuse.report.record import MetricChange, Report
+    from onnxfuse.report.record import Epoch, MetricChange, Report, Retraining, RetrainReport
     from onnxfuse.shapes import TensorInfo
+    from onnxfuse.significance import PairedDifference
     from onnxfuse.verify import Comparison
 
 WIDTH = 80
@@ -165,6 +166,8 @@ def compress_view(
         for note in step.notes
         if not note.startswith("warning: ")
     )
+    if report.retraining is not None:
+        yield from _retraining(report.retraining)
     if report.output_error is not None or report.before != report.after:
         yield Text()
         yield _costs(report)
@@ -321,6 +324,72 @@ def _place(nodes: tuple[str, ...]) -> str:
     if len(nodes) <= 2:
         return " .. ".join(_name(node, 34 if len(nodes) == 2 else 72) for node in nodes)
     return f"{_name(nodes[0], 28)} .. {_name(nodes[-1], 28)} ({len(nodes)} nodes)"
+
+
+# --- retrain ------------------------------------------------------------------------------------------------
+
+
+def retrain_view(report: RetrainReport) -> Iterator[RenderableType]:
+    """A run of `retrain`."""
+    found = report.retraining
+    provider = report.providers[0].removesuffix("ExecutionProvider")
+    facts = [("model", printable(report.model or "in memory"))]
+    if found.teacher is not None:
+        facts.append(("teacher", printable(found.teacher)))
+    facts.append(("samples", printable(found.samples.description)))
+    facts.append(("runtime", f"{provider}, {_count(report.threads, 'thread')}, seed {report.seed}"))
+    yield _facts(facts)
+    yield from _retraining(found)
+    table = _table("", "before", "after", "change", right=(1, 2), fold=(3,))
+    if found.loss is not None:
+        table.add_row(*_loss_row(found.loss))
+        if found.metric is not None:
+            table.add_row(*_metric_row(found.metric))
+        yield _title(f"in ONNX Runtime, on {found.loss.samples} held-out samples")
+        yield table
+
+
+def _retraining(found: Retraining) -> Iterator[RenderableType]:
+    """What was trained, how, and how it went."""
+    yield _title("retraining")
+    yield from (_line(about, 2) for about in found.objective)
+    where = found.device if found.processes == 1 else f"{found.processes} x {found.device}"
+    decay = f", weight decay {found.weight_decay:g}" if found.weight_decay else ""
+    yield _line(
+        f"{found.trained:,} parameters on {found.samples.fitted:,} samples, batches of {found.batch_size}, "
+        f"{found.optimizer} at {found.lr:g}{decay}, {where}, {found.precision}",
+        2,
+    )
+    if found.resumed is not None:
+        yield _line(f"resumed after epoch {found.resumed}", 2)
+    yield Text()
+    yield _epochs(found)
+    if found.stopped is not None:
+        yield _line(f"stopped early: {found.stopped}", 2)
+
+
+def _epochs(found: Retraining) -> Table:
+    scored = [_name(found.scored, 20)] if found.scored is not None else []
+    titles = ("  epoch", "loss", "held-out loss", *scored, "seconds", "")
+    table = _table(*titles, right=range(len(titles) - 1))
+    for epoch in _some(found.history, found.best):
+        figures = [epoch.loss, epoch.held_out, *([epoch.metric] if scored else [])]
+        shown = ["" if figure is None else f"{figure:.4g}" for figure in figures]
+        mark = "best" if epoch.number == found.best else "start" if epoch.number == 0 else ""
+        table.add_row(str(epoch.number), *shown, f"{epoch.seconds:.1f}", mark)
+    return table
+
+
+def _some(history: Sequence[Epoch], best: int) -> list[Epoch]:
+    """All epochs of a short training; of a long one the first, the last, the best, and some between."""
+    step = -(-len(history) // (2 * _SHOWN))
+    wanted = {*range(0, len(history), step), best, len(history) - 1}
+    return [epoch for epoch in history if epoch.number in wanted]
+
+
+def _loss_row(loss: PairedDifference) -> tuple[str, str, str, str]:
+    said = f"{loss.difference:+.4g} (95%: {loss.low:+.4g} to {loss.high:+.4g})"
+    return "loss", f"{loss.before:.4g}", f"{loss.after:.4g}", said
 
 
 # --- inspect ------------------------------------------------------------------------------------------------

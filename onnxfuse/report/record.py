@@ -1,4 +1,4 @@
-"""What a run of `compress` leaves behind for machines: plain dataclasses, and JSON made of them.
+"""What a run of `compress` or `retrain` leaves behind for machines: plain dataclasses, and JSON made of them.
 
 `format` is raised when a key changes its meaning or goes away; new keys may come any time.
 """
@@ -44,6 +44,69 @@ class MetricChange:
 
 
 @dataclass(frozen=True)
+class Epoch:
+    """One epoch of a training: its mean loss, and loss and metric on the held-out samples after it. Epoch 0
+    is the model before training."""
+
+    number: int
+    loss: float | None
+    held_out: float | None
+    metric: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """One retraining.
+
+    `objective` says which tensors were trained for what, a line each; `trained` counts the parameters that
+    were; `scored` names the metric. `history` begins with epoch 0, the start; the weights are those of epoch
+    `best`. `resumed` is the epoch after which a run that was killed was taken up, `stopped` why training
+    ended early. `loss` and `metric` are measured in ONNX Runtime on the held-out samples, before and after;
+    of the loss, less is better.
+    """
+
+    samples: Samples
+    teacher: str | None
+    objective: tuple[str, ...]
+    trained: int
+    optimizer: str
+    lr: float
+    weight_decay: float
+    batch_size: int
+    epochs: int
+    device: str
+    precision: str
+    processes: int
+    scored: str | None
+    history: tuple[Epoch, ...]
+    best: int
+    resumed: int | None
+    stopped: str | None
+    loss: PairedDifference | None
+    metric: MetricChange | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RetrainReport:
+    """One run of `retrain`. `providers` and `threads` are ONNX Runtime's."""
+
+    version: str
+    model: str | None
+    output: str | None
+    written: bool
+    exit_code: int
+    reason: str | None
+    warnings: tuple[str, ...]
+    seed: int
+    providers: tuple[str, ...]
+    threads: int
+    retraining: Retraining
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Report:
     """One run of `compress`.
 
@@ -73,6 +136,7 @@ class Report:
     output_bound: float | None
     output_error: OutputError | None
     metric: MetricChange | None
+    retraining: Retraining | None
     seconds: float
 
 

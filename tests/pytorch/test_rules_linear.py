@@ -28,7 +28,7 @@ UNEVEN = {
     "lower, even kernel": ('<auto_pad="SAME_LOWER", strides=[1,1]>', (4, 3, 2, 4), (3, 8, 9)),
     "upper, strides": ('<auto_pad="SAME_UPPER", strides=[2,3]>', (4, 3, 3, 2), (3, 8, 9)),
     "lower, strides": ('<auto_pad="SAME_LOWER", strides=[3,2]>', (4, 3, 5, 3), (3, 8, 9)),
-    "upper, stride beyond kernel": ('<auto_pad="SAME_UPPER", strides=[3,3]>', (4, 3, 1, 2), (3, 8, 9)),
+    "upper, stride beyond kernel": ('<auto_pad="SAME_UPPER", strides=[2,3]>', (4, 3, 1, 2), (3, 8, 9)),
     "1-D lower, strides": ('<auto_pad="SAME_LOWER", strides=[2]>', (4, 3, 4), (3, 11)),
 }
 
@@ -67,6 +67,14 @@ def test_conv_by_a_kernel_that_is_computed(attributes: str) -> None:
 def test_auto_pad_of_a_kernel_of_unknown_size_is_refused() -> None:
     model = net('y = Conv<auto_pad="SAME_UPPER">(x, k)', {}, "float[N,3,8,9] x, float[4,3,A,B] k", "float y")
     with pytest.raises(NotApplicableError, match=r"\(Conv\).*auto_pad needs"):
+        to_torch(model)
+
+
+def test_auto_pad_with_strides_far_beyond_the_kernel_is_refused() -> None:
+    model = net(
+        'y = Conv<auto_pad="SAME_UPPER", strides=[4,4]>(x, w)', {"w": (4, 3, 2, 2)}, "float[N,3,8,9] x"
+    )
+    with pytest.raises(NotApplicableError, match=r"\(Conv\).*strides beyond the window"):
         to_torch(model)
 
 

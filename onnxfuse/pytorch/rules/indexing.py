@@ -46,8 +46,8 @@ def gather(call: Call) -> Value:
     if places == 0:
         return Value("", call.dtype(0), after, call.emit(taken, x, axis, call.tensor(1)))
     if axis == 0 and rank == 2 and call.value(0).stored and _is_float(call, 0):
-        counted = host is not None and all(not isinstance(i, fx.Node) and i >= 0 for i in host.flat)
-        node = call.emit(F.embedding if counted else embedding, call.tensor(1), x)
+        positive = host is not None and all(not isinstance(i, fx.Node) and i >= 0 for i in host.flat)
+        node = call.emit(F.embedding if positive else embedding, call.tensor(1), x)
     else:
         index = (*[slice(None)] * axis, call.tensor(1))
         node = call.emit(operator.getitem, x, index if axis else index[0])

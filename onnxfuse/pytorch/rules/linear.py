@@ -10,22 +10,17 @@ import torch.nn.functional as F
 from torch import fx
 
 from onnxfuse.pytorch.rules import rule
-from onnxfuse.pytorch.rules.windows import convolution, flat, need_kernel, padded, stored_shape, told
+from onnxfuse.pytorch.rules.windows import check_same, convolution, flat, is_same, known_shape, padded, told
 from onnxfuse.pytorch.values import Call
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-def _is_same(call: Call) -> bool:
-    return (call.attr("auto_pad") or "NOTSET").startswith("SAME")
-
-
 @rule("Conv", weights=(1, 2))
 def conv(call: Call) -> fx.Node:
     frame = convolution(call, 1)
-    if _is_same(call):
-        need_kernel(call, frame)
+    check_same(call, frame)
     x, padding = call.tensor(0), frame.before
     if not frame.symmetric:
         x, padding = padded(call, x, frame), (0,) * frame.rank
@@ -42,7 +37,7 @@ def conv_transpose(call: Call) -> fx.Node:
     group = call.attr("group", 1)
     x, weight, bias = call.tensor(0), call.tensor(1), call.optional(2)
     shape = call.attr("output_shape")
-    if shape or _is_same(call):
+    if shape or is_same(call):
         upper = call.attr("auto_pad") == "SAME_UPPER"
         shape = shape and shape[-frame.rank :]
         return call.emit(
@@ -122,8 +117,8 @@ def gemm(call: Call) -> fx.Node:
     alpha, beta = _number(call.attr("alpha", 1.0)), _number(call.attr("beta", 1.0))
     if call.attr("transA", 0):
         a = call.method("t", a)
-    columns = stored_shape(call, 1) or ()
-    c = stored_shape(call, 2)
+    columns = known_shape(call, 1) or ()
+    c = known_shape(call, 2)
     if call.attr("transB", 0):
         if alpha == 1 and (not call.has(2) or (beta == 1 and c is not None and c == columns[:1])):
             return call.emit(F.linear, a, b, call.optional(2))

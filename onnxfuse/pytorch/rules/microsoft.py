@@ -10,7 +10,7 @@ from torch import fx
 
 from onnxfuse.pytorch.rules import rule
 from onnxfuse.pytorch.rules.linear import conv, gemm
-from onnxfuse.pytorch.rules.windows import stored_shape
+from onnxfuse.pytorch.rules.windows import known_shape
 from onnxfuse.pytorch.values import Call
 
 _DOMAIN = "com.microsoft::"
@@ -52,9 +52,9 @@ def _with_skip(call: Call, bias: int) -> tuple[fx.Node, tuple[int, ...]]:
     """What is normalised: the sum of the inputs and, in input `bias`, of a bias; and the weight's shape."""
     if call.wants(1) or call.wants(2):
         call.refuse("mean and deviation are not supported as outputs")
-    shape = stored_shape(call, 2)
+    shape = known_shape(call, 2)
     if shape is None:
-        call.refuse("its weight has to be stored in the file")
+        call.refuse("the size of its weight is not known")
     total = call.emit(torch.add, call.tensor(0), call.tensor(1))
     return call.emit(torch.add, total, call.tensor(bias)) if call.has(bias) else total, shape
 

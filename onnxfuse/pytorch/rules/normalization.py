@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from onnxfuse.pytorch.rules import rule
-from onnxfuse.pytorch.rules.windows import stored_shape
+from onnxfuse.pytorch.rules.windows import known_shape
 from onnxfuse.pytorch.values import Call
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -93,7 +93,7 @@ def normalize_layer(call: Call, bias: fx.Node | None) -> Any:
     axis, epsilon = call.attr("axis", -1), call.attr("epsilon", 1e-5)
     x, scale = call.tensor(0), call.tensor(1)
     shape = _plain_shape(call, axis)
-    bias_shape = stored_shape(call, 2) if bias is not None else shape
+    bias_shape = known_shape(call, 2) if bias is not None else shape
     if shape is not None and bias_shape == shape:
         y = call.emit(F.layer_norm, x, shape, scale, bias, epsilon)
     else:
@@ -108,7 +108,7 @@ def normalize_layer(call: Call, bias: fx.Node | None) -> Any:
 
 def _plain_shape(call: Call, axis: int) -> tuple[int, ...] | None:
     """The shape of the normalised axes, if the weight's says it beyond doubt: ones may be broadcast."""
-    shape, rank = stored_shape(call, 1), call.rank(0)
+    shape, rank = known_shape(call, 1), call.rank(0)
     axes = -axis if axis < 0 else None if rank is None else rank - axis
     return shape if shape is not None and len(shape) == axes and 1 not in shape else None
 

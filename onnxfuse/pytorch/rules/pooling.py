@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import fx
 
 from onnxfuse.pytorch.rules import rule
-from onnxfuse.pytorch.rules.windows import Window, ceil_ends, flat, padded, same_ends, told, window
+from onnxfuse.pytorch.rules.windows import (
+    Window,
+    ceil_ends,
+    check_same,
+    flat,
+    is_same,
+    padded,
+    same_ends,
+    told,
+    window,
+)
 from onnxfuse.pytorch.values import Call
 
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -30,7 +40,8 @@ def _frame(call: Call) -> Window:
     if len(kernel) not in _MAX:
         call.refuse(f"torch has no pooling over {len(kernel)} axes")
     frame = window(call, kernel)
-    if (call.attr("auto_pad") or "").startswith("SAME") and any(d != 1 for d in frame.dilations):
+    check_same(call, frame)
+    if is_same(call) and any(d != 1 for d in frame.dilations):
         call.refuse("ONNX and ONNX Runtime differ in what auto_pad is for dilated pooling")
     return frame
 
@@ -41,7 +52,7 @@ def _fits(frame: Window) -> bool:
 
 
 def _ceil(call: Call) -> bool:
-    return bool(call.attr("ceil_mode", 0)) and not (call.attr("auto_pad") or "").startswith("SAME")
+    return bool(call.attr("ceil_mode", 0)) and not is_same(call)
 
 
 def _everything(frame: Window, ceil: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from onnxfuse.pytorch.rules import rule
-from onnxfuse.pytorch.rules.windows import convolution, need_kernel, padded
+from onnxfuse.pytorch.rules.windows import check_same, convolution, padded
 from onnxfuse.pytorch.values import Call
 
 _TYPES = {2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: torch.int32}
@@ -129,8 +129,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def _convolution(call: Call, x: fx.Node, weight: int) -> tuple[fx.Node, dict[str, Any]]:
     """The input with its padding, and the other settings of a convolution by the weight in that input."""
     frame = convolution(call, weight)
-    if (call.attr("auto_pad") or "").startswith("SAME"):
-        need_kernel(call, frame)
+    check_same(call, frame)
     settings = {"stride": frame.strides, "dilation": frame.dilations, "groups": call.attr("group", 1)}
     return padded(call, x, frame), settings
 

@@ -146,29 +146,28 @@ def _flat_weights(
     w: Tensor, r: Tensor, b: Tensor | None, permute: Callable[[Tensor, int], Tensor]
 ) -> list[Tensor]:
     """The weights as torch wants them: W, R and both biases of each direction, gates in torch's order."""
-    hidden = r.size(-1)
-    biases = [] if b is None else _per_direction(b)
-    flat: list[Tensor] = []
-    for direction, (ours, theirs) in enumerate(zip(_per_direction(w), _per_direction(r), strict=True)):
-        flat += [permute(ours, hidden), permute(theirs, hidden)]
-        if biases:
-            flat += [permute(half, hidden) for half in biases[direction].chunk(2)]
-    return flat
+    pairs = zip(_per_direction(permute(w, 1)), _per_direction(permute(r, 1)), strict=True)
+    if b is None:
+        return [tensor for pair in pairs for tensor in pair]
+    of_w, of_r = permute(b.unflatten(1, (2, -1)), 2).unbind(1)
+    biases = zip(_per_direction(of_w), _per_direction(of_r), strict=True)
+    return [tensor for pair, bias in zip(pairs, biases, strict=True) for tensor in (*pair, *bias)]
 
 
-def _ifco(gates: Tensor, hidden: int) -> Tensor:
+def _ifco(gates: Tensor, axis: int) -> Tensor:
     """LSTM gates from ONNX's order (i, o, f, c) to torch's (i, f, c, o)."""
-    i, o, fc = gates.split([hidden, hidden, 2 * hidden])
-    return torch.cat((i, fc, o))
+    hidden = gates.size(axis) // 4
+    i, o, fc = gates.split([hidden, hidden, 2 * hidden], axis)
+    return torch.cat((i, fc, o), axis)
 
 
-def _rzh(gates: Tensor, hidden: int) -> Tensor:
+def _rzh(gates: Tensor, axis: int) -> Tensor:
     """GRU gates from ONNX's order (z, r, h) to torch's (r, z, h)."""
-    z, r, h = gates.split(hidden)
-    return torch.cat((r, z, h))
+    z, r, h = gates.chunk(3, axis)
+    return torch.cat((r, z, h), axis)
 
 
-def _same(gates: Tensor, hidden: int) -> Tensor:
+def _same(gates: Tensor, axis: int) -> Tensor:
     return gates
 
 
@@ -208,8 +207,9 @@ def lstm(
     batch_first: bool,
 ) -> tuple[Tensor, ...]:
     """ONNX's LSTM: all hidden states, the last hidden state, the last cell state."""
-    state = (_initial(x, r, h, batch_first), _initial(x, r, c, batch_first))
-    return _run(torch.lstm, x, state, _flat_weights(w, r, b, _ifco), direction, batch_first)
+    hidden = _initial(x, r, h, batch_first)
+    cell = hidden if h is None and c is None else _initial(x, r, c, batch_first)
+    return _run(torch.lstm, x, (hidden, cell), _flat_weights(w, r, b, _ifco), direction, batch_first)
 
 
 def gru(

@@ -94,7 +94,8 @@ def _by_scales(by_axis: dict[int, Any], rank: int, how: dict[str, Any]) -> dict[
 def _by_sizes(call: Call, by_axis: dict[int, Any], rank: int, how: dict[str, Any]) -> dict[str, Any] | None:
     """What interpolate has to be told for these sizes; None if it can't do that."""
     now = [call.scope.size(call.tensor(0), axis) for axis in range(rank)]
-    if any(by_axis.get(axis, now[axis]) is not now[axis] for axis in (0, 1)):
+    known = call.known_sizes(0) or [None] * rank
+    if any(by_axis.get(axis, now[axis]) not in (now[axis], known[axis]) for axis in (0, 1)):
         return None
     sizes = [by_axis.get(axis, now[axis]) for axis in range(2, rank)]
     mode = _torch_mode(rank, how, None)
@@ -179,7 +180,7 @@ def resize(
         if policy != "stretch":
             common = min(scales) if policy == "not_larger" else max(scales)
             scales = [common] * len(axes)
-            sizes = [math.floor(common * x.size(axis) + 0.5) for axis in axes]
+            sizes = [int(np.float32(common) * np.float32(x.size(axis)) + 0.5) for axis in axes]
     else:
         assert scales is not None
         # In float32, as ONNX Runtime multiplies.

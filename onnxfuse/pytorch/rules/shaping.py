@@ -26,7 +26,7 @@ def _on_host(call: Call, array: Any) -> Value | None:
 @rule("Shape", host=lambda call, array: hosted(object_array(_part(call, list(array.shape))), torch.int64))
 def shape(call: Call) -> Value:
     value = call.value(0)
-    sizes: list[Any] | None = call.shape(0) if value.load is None else list(value.load().shape)
+    sizes: list[Any] | None = list(value.sizes or ()) if value.stored else call.shape(0)
     if sizes is not None:
         return Value("", torch.int64, 1, host=object_array(_part(call, sizes)))
     node = call.emit(shape_of, call.tensor(0), call.attr("start", 0), call.attr("end"))

@@ -48,10 +48,11 @@ class Window:
         return not self.same and self.before == self.after and min(self.before, default=0) >= 0
 
 
-def stored_shape(call: Call, index: int) -> tuple[int, ...] | None:
-    """The shape of an input that is stored in the file, None of others."""
-    load = call.value(index).load if call.has(index) else None
-    return None if load is None else load().shape
+def known_shape(call: Call, index: int) -> tuple[int, ...] | None:
+    """The shape of an input, if all of it is known at import."""
+    found = call.known_sizes(index) if call.has(index) else None
+    sizes = [size for size in found or () if size is not None]
+    return None if found is None or len(sizes) < len(found) else tuple(sizes)
 
 
 def window(call: Call, kernel: Sequence[int]) -> Window:
@@ -80,7 +81,7 @@ def convolution(call: Call, index: int) -> Window:
 
     A kernel whose size nobody knows before the module runs counts as one of 0.
     """
-    shape = stored_shape(call, index)
+    shape = known_shape(call, index)
     kernel = shape[2:] if shape is not None else call.attr("kernel_shape")
     if kernel is None:
         rank = call.rank(index) or call.rank(0)
@@ -92,10 +93,17 @@ def convolution(call: Call, index: int) -> Window:
     return window(call, kernel)
 
 
-def need_kernel(call: Call, frame: Window) -> None:
-    """Refuse a convolution whose kernel's size has to be known and isn't."""
-    if 0 in frame.kernel:
+def is_same(call: Call) -> bool:
+    """Whether auto_pad asks for as many outputs as there are inputs, or strides."""
+    return (call.attr("auto_pad") or "NOTSET").startswith("SAME")
+
+
+def check_same(call: Call, frame: Window) -> None:
+    """Refuse what auto_pad can't be known to mean."""
+    if is_same(call) and 0 in frame.kernel:
         call.refuse("the size of its kernel, which auto_pad needs, is not known")
+    if frame.same and any(e + 1 < s for e, s in zip(frame.extent, frame.strides, strict=True)):
+        call.refuse("with strides beyond the window, ONNX and ONNX Runtime differ in what auto_pad is")
 
 
 def padded(call: Call, x: fx.Node, frame: Window, value: float = 0.0) -> fx.Node:
