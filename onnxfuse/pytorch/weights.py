@@ -122,8 +122,9 @@ def _is_mask(array: np.ndarray) -> bool:
     values = array.astype(np.float32, copy=False)
     if not np.isfinite(values).all() or np.abs(values).max(initial=0) >= MASKED:
         return True
-    both = values.ndim > 1 and values.min() == 0 and values.max() == 1
-    return bool(both and ((values == 0) | (values == 1)).all())
+    # Nothing but 0 and one other number: 0 and 1 switch by a product, 0 and -100 (Swin) by a sum.
+    other = values[values != 0]
+    return bool(values.ndim > 1 and 0 < other.size < values.size and (other == other[0]).all())
 
 
 def check_ties(weights: Iterable[Weight]) -> None:

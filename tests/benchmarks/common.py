@@ -70,6 +70,12 @@ def mnist_as_svhn(limit: int) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(images[:, :, at[:, None], at], 3, axis=1), labels
 
 
+def fashion_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """All images of "train" (60,000) or "test" (10,000), float32 (n, 1, 28, 28) in 0..1, and labels (n,)."""
+    images, labels = _reader().fashion_mnist(split)
+    return images[:, None].astype(np.float32) / np.float32(255), labels.astype(np.int64)
+
+
 def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """0..255 -> (x / 255 - mean) / std per channel, float32."""
     shift, scale = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (mean, std))

@@ -56,8 +56,9 @@ def test_a_weight_knows_where_it_is_used_through_what_hands_it_on() -> None:
 
 def test_a_class_token_in_a_concat_is_a_weight_and_a_mask_is_not() -> None:
     model = net(
-        "k = Concat<axis=1>(token, x) h = Add(k, mask) y = Mul(h, gate)",
+        "k = Concat<axis=1>(token, x) h = Add(k, mask) i = Add(h, windows) y = Mul(i, gate)",
         {
+            "windows": -100 * np.tri(3, 6, dtype=np.float32),
             "token": np.full((1, 1, 6), 0.1, np.float32),
             "mask": np.array([[0.0, np.finfo(np.float32).min]], np.float32).repeat(3, 1)[None].repeat(1, 0),
             "gate": np.tri(6, dtype=np.float32)[:3],
