@@ -23,6 +23,8 @@ from onnxfuse import recipe as recipes
 from onnxfuse import saving
 from onnxfuse import verify as verification
 from onnxfuse.calibration import Batches, Calibration, Data
+from onnxfuse.channels import find_groups
+from onnxfuse.channels.summary import summarise
 from onnxfuse.cost import count, latency, measure
 from onnxfuse.difference import Structure, structure
 from onnxfuse.errors import InputError, NotApplicableError, OnnxfuseError, VerificationError
@@ -702,6 +704,7 @@ def inspect(
     *,
     calib: Data = None,
     measure_latency: bool = True,
+    channels: bool = False,
     provider: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -713,6 +716,7 @@ def inspect(
         calib: samples whose sizes count for MACs and latency; None makes one up. A model that can't be run
             on made-up samples is inspected without.
         measure_latency: whether to run the model for its latency.
+        channels: whether to find the groups of coupled channels, too.
         provider, threads: of ONNX Runtime.
         seed: of made-up samples.
 
@@ -723,14 +727,17 @@ def inspect(
     runtime = Runtime(provider, threads)
     try:
         calibration = Calibration.open(
-            calib, found, limit=None if calib is not None else 1, held_out=0.0, seed=seed
+            calib, found, limit=None if calib is not None else 2, held_out=0.0, seed=seed
         )
+        several = next(iter(calibration.fit)).feed
         feed = _one_sample(found, calibration.fit)
     except OnnxfuseError as error:
         if calib is not None:
             raise
-        return examine(found, None, None, (str(error),))
-    return examine(found, feed, runtime if measure_latency else None, ())
+        groups = summarise(find_groups(found)) if channels else None
+        return examine(found, None, None, groups, (str(error),))
+    groups = summarise(find_groups(found, several)) if channels else None
+    return examine(found, feed, runtime if measure_latency else None, groups, ())
 
 
 # --- verify and diff ----------------------------------------------------------------------------------------

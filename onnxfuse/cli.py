@@ -422,26 +422,40 @@ def inspect(
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", show_default=False, help="Time the model on one sample.")
     ] = True,
+    channels: Annotated[
+        bool, typer.Option("--channels", help="List the groups of coupled channels and all they touch.")
+    ] = False,
     provider: Provider = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> int:
     """Show what is in a model.
 
-    Operators, cost, linear operators, and the regions that could be fused.
+    Operators, cost, linear operators, and the regions that could be fused; with --channels the groups of
+    channels that only make sense together.
 
     \b
     Example:
       onnxfuse inspect model.onnx --no-latency
     """
     from onnxfuse import api
+    from onnxfuse.report.channels_view import channels_view
     from onnxfuse.report.console import inspect_view
 
-    found = api.inspect(model, calib=calib, measure_latency=latency, provider=provider, threads=threads)
+    found = api.inspect(
+        model,
+        calib=calib,
+        measure_latency=latency,
+        channels=channels,
+        provider=provider,
+        threads=threads,
+    )
     if json:
         _print_json(found, "inspect")
     else:
         _show(inspect_view(found))
+        if found.channels is not None:
+            _show(channels_view(found.channels))
     sys.stdout.flush()
     _warn(found.warnings)
     return 0

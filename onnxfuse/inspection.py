@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from onnxfuse.channels.summary import GroupSummary
 from onnxfuse.cost import Cost, Latency, count, dimension_sizes, latency, node_macs, shapes_at
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import DEFAULT_DOMAINS, Feed, Model, TensorInfo
@@ -61,7 +62,7 @@ class Inspection:
 
     `sizes` is the shape of every input at which MACs and latency were taken: one sample, or the smallest
     batch that the model takes; empty where there was none. `operators` counts nodes by operator (with its
-    domain, if not the default one), bodies included.
+    domain, if not the default one), bodies included. `channels` is None where nobody asked for them.
     """
 
     path: str | None
@@ -78,11 +79,16 @@ class Inspection:
     regions: tuple[RegionSummary, ...]
     skipped: tuple[Skip, ...]
     latency: Latency | None
+    channels: tuple[GroupSummary, ...] | None
     warnings: tuple[str, ...]
 
 
 def examine(
-    model: Model, feed: Feed | None, runtime: Runtime | None, warnings: tuple[str, ...]
+    model: Model,
+    feed: Feed | None,
+    runtime: Runtime | None,
+    channels: tuple[GroupSummary, ...] | None,
+    warnings: tuple[str, ...],
 ) -> Inspection:
     """Gather everything, in time linear in the number of nodes.
 
@@ -90,6 +96,7 @@ def examine(
         model: is not changed.
         feed: one sample of every input; None leaves out what needs a run.
         runtime: where latency is measured; None leaves it out.
+        channels: the groups of coupled channels, if somebody asked for them.
         warnings: to go with the result.
     """
     try:
@@ -122,6 +129,7 @@ def examine(
         regions=tuple(_region(region) for region in regions),
         skipped=tuple(skipped),
         latency=timed,
+        channels=channels,
         warnings=warnings,
     )
 

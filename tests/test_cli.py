@@ -427,3 +427,22 @@ def test_a_reader_that_leaves_is_no_error(arguments: tuple[str, ...]) -> None:
             command, stdout=stream, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, timeout=120
         )
     assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_inspect_lists_channel_groups_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(Path(__file__).parents[1] / "models" / "digits_resnet.onnx")
+    assert main(["inspect", model, "--no-latency", "--channels"]) == 0
+    shown = capsys.readouterr().out
+    assert "channel groups, " in shown
+    assert "frozen, it reaches the graph output 'logits'" in shown
+    assert main(["inspect", model, "--no-latency", "--channels", "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)["channels"]
+    (found,) = [g for g in groups if g["name"] == "/blocks.1.conv1/Conv"]
+    assert (found["size"], found["frozen"]) == (16, None)
+    assert {(t["weight"], t["axis"]) for t in found["touches"]} >= {
+        ("blocks.1.conv1.weight", 0),
+        ("blocks.1.bn1.running_var", 0),
+        ("blocks.1.conv2.weight", 1),
+    }
+    assert main(["inspect", model, "--no-latency", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["channels"] is None

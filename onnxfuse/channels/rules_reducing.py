@@ -1,0 +1,160 @@
+"""Axes through reductions, normalisations, softmax and pooling.
+
+A sum over channels does not see a channel that is zero. A mean does, by its divisor: there, and in
+normalisations built on means, the channels that are left get the statistics of those that are left, and the
+site says so ("mean", "norm", "rms norm"). A maximum, a softmax, a product over channels have no value
+that leaves the others alone: those channels are frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from onnxfuse.channels.dims import factor
+from onnxfuse.channels.site import SINGLE, Axes, Kind, Rule, Site, StopRuleError
+
+_SUMS: Mapping[str, Kind] = {
+    "ReduceSum": "sum",
+    "ReduceL1": "sum",
+    "ReduceL2": "sum",
+    "ReduceSumSquare": "sum",
+    "ReduceLogSum": "sum",
+    "ReduceMean": "mean",
+}
+_EXTREMES = ("ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp")
+_SLIDING = ("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+
+
+def _reduce(site: Site) -> list[Axes | None]:
+    axes = site.axes(0)
+    listed = site.integers(1, "axes")
+    if not listed:
+        if site.attribute("noop_with_empty_axes", 0):
+            return [axes]
+        listed = list(range(len(axes)))
+    reduced = {axis % len(axes) for axis in listed}
+    for axis in sorted(reduced):
+        if site.op in _SUMS:
+            site.sums(0, axis, _SUMS[site.op])
+        else:
+            site.freeze((axes[axis],), f"{site.op} over it")
+    if site.attribute("keepdims", 1):
+        return [tuple(site.fresh(1, frozen=SINGLE) if i in reduced else d for i, d in enumerate(axes))]
+    return [tuple(d for i, d in enumerate(axes) if i not in reduced)]
+
+
+def _arg(site: Site) -> list[Axes | None]:
+    axes = site.axes(0)
+    axis = site.axis("axis", 0, len(axes))
+    site.freeze((axes[axis],), f"{site.op} over it")
+    kept = (site.fresh(1, frozen=SINGLE),) if site.attribute("keepdims", 1) else ()
+    return [(*axes[:axis], *kept, *axes[axis + 1 :])]
+
+
+def _softmax(site: Site) -> list[Axes | None]:
+    axes = site.axes(0)
+    if site.opset >= 13:
+        over = axes[site.axis("axis", -1, len(axes)) :][:1]
+    else:
+        over = axes[site.axis("axis", 1, len(axes)) :]
+    site.freeze(over, f"{site.op} over it")
+    return [axes]
+
+
+def _along(site: Site) -> list[Axes | None]:
+    """Operators that mix the positions of one axis and leave the tensor's shape."""
+    axes = site.axes(0)
+    if site.op == "CumSum":
+        listed = site.integers(1, "axis")
+        axis = (listed or [0])[0] % len(axes)
+    else:
+        axis = site.axis("axis", -1, len(axes))
+    site.freeze((axes[axis],), f"{site.op} along it")
+    return [axes]
+
+
+def _lp_normalization(site: Site) -> list[Axes | None]:
+    axes = site.axes(0)
+    site.sums(0, site.axis("axis", -1, len(axes)))
+    return [axes]
+
+
+def _layer_norm(site: Site) -> list[Axes | None]:
+    """LayerNormalization and RMSNormalization: over the last axes, from `axis` on."""
+    axes = site.axes(0)
+    kind: Kind = "norm" if site.op == "LayerNormalization" else "rms norm"
+    first = site.axis("axis", -1, len(axes))
+    if site.used_output(1) or site.used_output(2):
+        site.freeze(axes[first:], "its mean or deviation is used elsewhere")
+    for axis in range(first, len(axes)):
+        site.sums(0, axis, kind)
+        for slot in (1, 2):
+            own = site.axes(slot) if site.has(slot) else ()
+            offset = axis - len(axes)
+            if len(own) >= -offset and own[offset].size != 1:
+                site.same(axes[axis], own[offset])
+                site.weight(slot, len(own) + offset, "along")
+    return [axes, None, None]
+
+
+def _instance_norm(site: Site) -> list[Axes | None]:
+    axes = site.axes(0)
+    for axis in range(2, len(axes)):
+        site.sums(0, axis, "norm")
+    for slot in (1, 2):
+        site.same(axes[1], site.axes(slot)[0])
+        site.weight(slot, 0, "along")
+    return [axes]
+
+
+def _group_norm(site: Site) -> list[Axes | None]:
+    """Whole groups can go; a channel of a group has a share in the statistics of the others. Scale and bias
+    have a value for each group before opset 21, then for each channel."""
+    axes = site.axes(0)
+    groups = int(site.attribute("num_groups"))
+    group, inner = site.divided(factor, axes[1], [groups, axes[1].size // groups])
+    site.freeze((inner,), "GroupNormalization takes statistics over it")
+    site.number(group, attribute="num_groups")
+    for slot in (1, 2):
+        site.same(group if site.opset < 21 else axes[1], site.axes(slot)[0])
+        site.weight(slot, 0, "along")
+    return [axes]
+
+
+def _local_response(site: Site) -> list[Axes | None]:
+    axes = site.axes(0)
+    site.freeze(axes[1:2], "LRN mixes neighbouring channels")
+    return [axes]
+
+
+def _mean_variance(site: Site) -> list[Axes | None]:
+    axes = site.axes(0)
+    for axis in site.attribute("axes", [0, 2, 3]):
+        site.freeze((axes[int(axis)],), "MeanVarianceNormalization takes statistics over it")
+    return [axes]
+
+
+def _pool(site: Site) -> list[Axes | None]:
+    axes = site.axes(0)
+    if site.used_output(1):
+        raise StopRuleError("MaxPool tells where it found its maxima, counted over all channels")
+    site.freeze(axes[2:], "a window slides over it")
+    places = () if site.op.startswith("Global") else axes[2:]
+    return [(*axes[:2], *site.sizes(of=places)[2:]), None]
+
+
+RULES: Mapping[tuple[str, str], Rule] = {
+    **{("", op): _reduce for op in (*_SUMS, *_EXTREMES)},
+    **{("", op): _arg for op in ("ArgMax", "ArgMin")},
+    **{("", op): _softmax for op in ("Softmax", "LogSoftmax", "Hardmax")},
+    **{("", op): _along for op in ("CumSum",)},
+    **{("", op): _pool for op in _SLIDING},
+    **{(domain, "LayerNormalization"): _layer_norm for domain in ("", "com.microsoft")},
+    ("", "RMSNormalization"): _layer_norm,
+    ("", "SimplifiedLayerNormalization"): _layer_norm,
+    ("", "InstanceNormalization"): _instance_norm,
+    ("", "GroupNormalization"): _group_norm,
+    ("", "LpNormalization"): _lp_normalization,
+    ("", "LRN"): _local_response,
+    ("", "MeanVarianceNormalization"): _mean_variance,
+}

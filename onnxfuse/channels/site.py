@@ -1,0 +1,377 @@
+"""What a rule sees of one node, and what it can say about it.
+
+A rule states how the axes of a node's outputs come from those of its inputs: it returns them, made of the
+same `Dim`s. On the way it says which axes are the same (`Site.same`), over which the operator sums up
+(`Site.contract`, `Site.sums`), which numbers stand for lengths (`Site.number`), and what can't be taken at
+all (`Site.freeze`). Axes that it takes from `Site.sizes` are places that the operator slides over or makes
+up, nothing to take.
+
+What is recorded here refers to tensors and nodes by name, so it holds for every copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from onnxfuse.channels.dims import ClashError, Dim, freeze, is_dynamic, leaves, mark_channel, unify
+from onnxfuse.channels.lengths import Numbers, Tag, of_constant, worth_reading
+from onnxfuse.constants import label
+from onnxfuse.graph import Constant, Model, Node, Tensor, TensorInfo
+from onnxfuse.linear import weight_type
+
+Axes = tuple[Dim, ...]
+Rule = Callable[["Site"], "list[Axes | None]"]
+Kind = Literal["sum", "mean", "norm", "rms norm"]
+Role = Literal["producer", "consumer", "along"]
+SINGLE = "a single index"
+TO_THE_END = 2**31 - 1  # a Slice bound of this size or more lies behind every axis
+UNKNOWN_SIZE = 1_000_003  # stands for a size that nothing is known of; no size of a real axis
+
+
+class StopRuleError(Exception):
+    """A rule's reason why nothing that the node touches can be taken."""
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A place where an operator sums up over an axis: where a removed channel must count as zero.
+
+    Attributes:
+        node: name of the first output of the node.
+        slot, axis: of the input that is read; `tensor` is its name, `rank` its rank.
+        dim: the axis.
+        kind: "sum"; or "mean", "norm", "rms norm", where the number of channels counts too.
+    """
+
+    node: str
+    slot: int
+    axis: int
+    tensor: str
+    rank: int
+    dim: Dim
+    kind: Kind = "sum"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a number is written: in an attribute (an entry of it if that is a list), or in an element of an
+    input that lists lengths.
+
+    Attributes:
+        node: name of the first output of the node.
+        attribute: its name, or None.
+        slot: of the input, or None.
+        entry: element of the list.
+    """
+
+    node: str
+    attribute: str | None = None
+    slot: int | None = None
+    entry: int | None = None
+
+    def __str__(self) -> str:
+        where = self.attribute if self.attribute is not None else f"input {self.slot}"
+        return where if self.entry is None else f"{where}[{self.entry}]"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of the graph that must stay `sign` times the length of `dim`. `tag` says what it is computed
+    from, if it is no constant; `inferable` that a Reshape may be told to infer it (-1), having no other such.
+    """
+
+    place: Place
+    dim: Dim
+    sign: int = 1
+    tag: Tag = None
+    inferable: bool = False
+
+
+@dataclass(frozen=True)
+class EvenSplit:
+    """A Split whose sizes are not written down one by one, because they are equal: its node's first output,
+    the axes."""
+
+    node: str
+    dims: Axes
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Something that the lengths of `dims` go into and that must not follow them: an input of a node that is
+    used as a number, or an attribute whose default is computed from a length."""
+
+    node: str
+    dims: frozenset[Dim]
+    slot: int | None = None
+    attribute: str | None = None
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class Use:
+    """What an axis of a stored tensor is to the operator that multiplies by it: its output ("producer"), its
+    input ("consumer") or both at once, channel by channel ("along"). `node` is the operator's name; `axis` is
+    None where the tensor was rearranged before it got there."""
+
+    tensor: Tensor
+    axis: int | None
+    dim: Dim
+    role: Role
+    node: str
+
+
+@dataclass
+class System:
+    """The axes of a model's tensors and what ties them: what all rules together have said.
+
+    Attributes:
+        model: as it was; nothing here is changed.
+        shapes: sizes at one run.
+        static: sizes that are the same in every run.
+        axes: of each tensor that is known, its axes.
+        sequences: of each tensor that is a sequence of known length, its elements' axes.
+        numbers: of small integer tensors, by name, their values (see the module `lengths`).
+        roots: of tensors that depend on constants alone, the stored ones they come from.
+        sinks, written, splits, pins, uses: see the classes.
+    """
+
+    model: Model
+    shapes: Mapping[str, TensorInfo]
+    static: Mapping[str, TensorInfo]
+    axes: dict[Tensor, Axes] = field(default_factory=dict)
+    sequences: dict[Tensor, list[Axes]] = field(default_factory=dict)
+    numbers: dict[str, Numbers] = field(default_factory=dict)
+    roots: dict[Tensor, tuple[Tensor, ...]] = field(default_factory=dict)
+    sinks: list[Sink] = field(default_factory=list)
+    written: list[Number] = field(default_factory=list)
+    splits: list[EvenSplit] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+
+    def axes_of(self, tensor: Tensor) -> Axes | None:
+        """The axes of a tensor; of a stored one or a graph input they are made here."""
+        if tensor not in self.axes:
+            made = self._made(tensor)
+            if made is None:
+                return None
+            self.axes[tensor] = made
+        return self.axes[tensor]
+
+    def _made(self, tensor: Tensor) -> Axes | None:
+        if self.model.is_weight(tensor):
+            self.roots[tensor] = (tensor,)
+            sizes = weight_type(self.model, tensor)[1]
+            return tuple(Dim(size, frozen=SINGLE if size == 1 else None) for size in sizes)
+        if self.model.producer(tensor) is None and tensor.name:
+            return self.positions(tensor, f"graph input '{tensor.name}'", position=False)
+        return None
+
+    def numbers_of(self, tensor: Tensor) -> Numbers | None:
+        """What is known of a small tensor of numbers; a stored one is read here."""
+        if tensor.name not in self.numbers and self.model.is_weight(tensor):
+            if not worth_reading(*weight_type(self.model, tensor)):
+                return None
+            value = self.model.weight(tensor)
+            assert value is not None
+            self.numbers[tensor.name] = of_constant(value)
+        return self.numbers.get(tensor.name)
+
+    def positions(self, tensor: Tensor, frozen: str, *, position: bool = True) -> Axes | None:
+        """Axes of the tensor's sizes that nothing can be taken of; None where not even the rank is known."""
+        info = self.shapes.get(tensor.name)
+        if info is None or info.shape is None:
+            return None
+        static = self.static.get(tensor.name)
+        known = static.shape if static is not None and static.shape is not None else ()
+        sizes = [size if isinstance(size, int) else UNKNOWN_SIZE for size in info.shape]
+        fixed = (
+            [isinstance(size, int) for size in known] if len(known) == len(sizes) else [False] * len(sizes)
+        )
+        return tuple(
+            Dim(size, frozen=frozen, dynamic=not own, position=position)
+            for size, own in zip(sizes, fixed, strict=True)
+        )
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether it depends on stored tensors alone."""
+        return tensor in self.roots or self.model.is_weight(tensor)
+
+
+class Site:
+    """One node, as its rule sees it."""
+
+    def __init__(self, system: System, node: Node) -> None:
+        self.system = system
+        self.node = node
+        self.key = next((t.name for t in node.outputs if t.name), node.name)
+        self.declared: set[tuple[int, int]] = set()  # (slot, element) of numbers that the rule cares for
+
+    # Looking
+
+    @property
+    def opset(self) -> int:
+        return self.system.model.opset
+
+    @property
+    def op(self) -> str:
+        return self.node.op
+
+    def has(self, slot: int) -> bool:
+        """Whether the node has that input."""
+        return slot < len(self.node.inputs) and bool(self.node.inputs[slot].name)
+
+    def axes(self, slot: int = 0) -> Axes:
+        """Axes of an input. Stops the rule if they are unknown."""
+        tensor = self.node.inputs[slot]
+        found = self.system.axes_of(tensor)
+        if found is None:
+            raise StopRuleError(f"the shape of '{tensor.name}' is unknown")
+        return found
+
+    def data(self) -> list[int]:
+        """The inputs that are there."""
+        return [slot for slot in range(len(self.node.inputs)) if self.has(slot)]
+
+    def used_output(self, index: int) -> bool:
+        """Whether the node has that output and something uses it."""
+        if index >= len(self.node.outputs) or not self.node.outputs[index].name:
+            return False
+        tensor = self.node.outputs[index]
+        model = self.system.model
+        return bool(model.consumers(tensor)) or model.is_output(tensor)
+
+    def is_constant(self, slot: int) -> bool:
+        """Whether an input depends on stored tensors alone."""
+        return self.has(slot) and self.system.is_constant(self.node.inputs[slot])
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        value = self.node.attrs.get(name, default)
+        return value.values if isinstance(value, Constant) else value
+
+    def axis(self, name: str, default: int, rank: int) -> int:
+        """An axis attribute, counted from the front."""
+        return int(self.attribute(name, default)) % max(rank, 1)
+
+    def numbers(self, slot: int) -> Numbers | None:
+        """The value of an input that lists numbers, with its tags; None if it is unknown."""
+        if not self.has(slot):
+            return None
+        return self.system.numbers_of(self.node.inputs[slot])
+
+    def integers(self, slot: int, attribute: str) -> list[int] | None:
+        """A list of numbers that older opsets have as an attribute and newer ones as an input, or None where
+        there is neither. Stops the rule if it is not the same in every run; it may still be computed from
+        lengths, for which `number` is there."""
+        if attribute in self.node.attrs:
+            value = self.attribute(attribute)
+            return [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+        if not self.has(slot):
+            return None
+        known = self.numbers(slot)
+        if known is None or any(map(is_dynamic, known.depends())):
+            raise StopRuleError(f"its {attribute} are computed")
+        return [int(v) for v in known.value.reshape(-1)]
+
+    def sizes(self, index: int = 0, *, of: Sequence[Dim] | None = None) -> Axes:
+        """Sizes of an output, as axes of positions. They are fixed if inference says so, or if they come from
+        the sizes `of` other axes alone and those are. Stops the rule if the rank is unknown."""
+        tensor = self.node.outputs[index]
+        found = self.system.positions(tensor, f"positions of {self.node.label}")
+        if found is None:
+            raise StopRuleError(f"the shape of '{tensor.name}' is unknown")
+        if of is not None and not any(map(is_dynamic, of)):
+            for dim in found:
+                dim.dynamic = False
+        return found
+
+    def fresh(self, size: int, *, position: bool = False, frozen: str | None = None) -> Dim:
+        """A new axis of a fixed size."""
+        return Dim(size, position=position, frozen=frozen)
+
+    # Saying
+
+    def freeze(self, dims: Iterable[Dim], reason: str) -> None:
+        """These can't be taken because of this node."""
+        for dim in dims:
+            freeze(dim, f"{reason} ({self.node.label})")
+
+    def places(self, dims: Iterable[Dim], reason: str) -> None:
+        """These are no channels, but places that the operator treats in its own way."""
+        for dim in dims:
+            self.freeze((dim,), reason)
+            for leaf in leaves(dim):
+                leaf.position = True
+
+    def same(self, first: Dim, second: Dim) -> None:
+        """Both axes are one."""
+        try:
+            unify(first, second)
+        except ClashError as clash:
+            self.freeze((first, second), str(clash))
+
+    def divided(
+        self, divide: Callable[[Dim, Sequence[int]], list[Dim]], dim: Dim, sizes: Sequence[int]
+    ) -> Axes:
+        """The axis by `dims.segment` or `dims.factor`; frozen positions where it can't be done."""
+        try:
+            return tuple(divide(dim, sizes))
+        except ClashError as clash:
+            self.freeze((dim,), str(clash))
+            reason = f"{clash} ({self.node.label})"
+            return tuple(self.fresh(size, position=True, frozen=reason) for size in sizes)
+
+    def sums(self, slot: int, axis: int, kind: Kind = "sum") -> None:
+        """The operator sums up over this axis of an input."""
+        tensor = self.node.inputs[slot]
+        dim = self.axes(slot)[axis]
+        info = self.system.shapes.get(tensor.name)
+        if info is None or info.dtype is None or info.dtype.kind in "iub":
+            self.freeze((dim,), "a sum that is not in floating point")
+        rank = len(self.axes(slot))
+        self.system.sinks.append(Sink(self.key, slot, axis, tensor.name, rank, dim, kind))
+
+    def contract(self, slot: int, axis: int, other: int, other_axis: int) -> None:
+        """The operator multiplies two inputs along these axes and sums up."""
+        self.same(self.axes(slot)[axis], self.axes(other)[other_axis])
+        if self.is_constant(other):
+            self.weight(other, other_axis, "consumer")
+            self.sums(slot, axis)
+        elif self.is_constant(slot):
+            self.weight(slot, axis, "consumer")
+            self.sums(other, other_axis)
+        else:
+            self.sums(slot, axis)
+            self.sums(other, other_axis)
+
+    def weight(self, slot: int, axis: int, role: Role, part: Dim | None = None) -> None:
+        """What an axis of the node's weights, or a part of it, is to the node; says nothing of an input that
+        is no weight."""
+        tensor = self.node.inputs[slot]
+        if not self.is_constant(slot):
+            return
+        dim = part or self.axes(slot)[axis]
+        mark_channel(dim)
+        for root in self.system.roots.get(tensor, (tensor,)):
+            at = axis % len(self.axes(slot)) if root is tensor else None
+            self.system.uses.append(Use(root, at, dim, role, label(self.node)))
+
+    def number(
+        self,
+        dim: Dim,
+        *,
+        attribute: str | None = None,
+        slot: int | None = None,
+        entry: int | None = None,
+        sign: int = 1,
+        inferable: bool = False,
+    ) -> None:
+        """A number that must follow the length of an axis."""
+        tag: Tag = None
+        if slot is not None and entry is not None:
+            self.declared.add((slot, entry))
+            known = self.numbers(slot)
+            tag = None if known is None else known.tags.reshape(-1)[entry]
+        self.system.written.append(Number(Place(self.key, attribute, slot, entry), dim, sign, tag, inferable))
