@@ -112,7 +112,7 @@ def is_trainable(weight: Weight) -> bool:
     if not weight.is_float or weight.size <= 1:
         return False
     slots = [use for use in weight.uses if use.op in TABLE and use.slot in TABLE[use.op].weights]
-    if not slots:
+    if not slots or any((use.op, use.slot) in _STATISTICS for use in weight.uses):
         return False
     return not all(TABLE[use.op].elementwise for use in slots) or not _is_mask(weight.load())
 

@@ -111,3 +111,13 @@ def test_tensors_of_bodies_are_found_with_the_way_to_them() -> None:
     keys = [weight.key for weight in stored(model)]
     assert len(set(keys)) == 3
     assert all(is_trainable(weight) for weight in stored(model))
+
+
+def test_a_running_variance_is_no_weight_even_where_it_is_a_scale_too() -> None:
+    ones = np.ones(3, np.float32)
+    model = net(
+        "y = BatchNormalization(x, ones, zeros, zeros, ones)",
+        {"ones": ones, "zeros": 0 * ones},
+        "float[N,3,H,W] x",
+    )
+    assert not any(is_trainable(weight) for weight in stored(model))
