@@ -1250,11 +1250,15 @@ def chain_of(length: int) -> onnx.ModelProto:
 
 
 def test_time_is_linear_in_the_nodes():
-    times = []
+    # Processor time: other work on the machine must not decide.
+    times = {}
     for length in (500, 4000):
-        model = Model.load(chain_of(length))
-        start = time.perf_counter()
-        result = Fold().run(model, None)  # type: ignore[arg-type]
-        times.append(time.perf_counter() - start)
-        assert len(result.model.nodes) == length // 2
-    assert times[1] < 8 * 3 * times[0], times
+        seconds = []
+        for _ in range(2):
+            model = Model.load(chain_of(length))
+            start = time.process_time()
+            result = Fold().run(model, None)  # type: ignore[arg-type]
+            seconds.append(time.process_time() - start)
+            assert len(result.model.nodes) == length // 2
+        times[length] = min(seconds)
+    assert times[4000] < 8 * 3 * times[500], times
