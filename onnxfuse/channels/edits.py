@@ -168,7 +168,9 @@ def _with_entries(
     model: Model, system: System, tensor: Tensor, entries: Mapping[int, int], user: Node | None, by: str
 ) -> Tensor:
     """A tensor like this one with some elements replaced, for one user; without, for a new node."""
-    producer = model.producer(tensor)
+    known = system.numbers.get(tensor.name)
+    computed = not model.is_weight(tensor) and known is not None and not known.fixed
+    producer = model.producer(tensor) if computed else None
     if producer is not None and producer.op in ("Cast", "Identity"):
         inner = _with_entries(model, system, producer.inputs[0], entries, None, by)
         return model.add_node(producer.op, [inner], [tensor.name], producer.attrs, by=by).outputs[0]

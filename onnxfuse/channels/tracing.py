@@ -263,8 +263,8 @@ def _replaceable(system: System, tensor: Tensor, entry: int) -> bool:
     no other element, or is put together by a Concat from lists of which that is true."""
     producer = system.model.producer(tensor)
     known = system.numbers_of(tensor)
-    if known is None:
-        return False
+    if known is None or known.fixed:
+        return known is not None
     if producer is not None and producer.op in ("Cast", "Identity"):
         return _replaceable(system, producer.inputs[0], entry)
     if producer is not None and producer.op == "Concat" and known.value.ndim == 1:
@@ -274,4 +274,4 @@ def _replaceable(system: System, tensor: Tensor, entry: int) -> bool:
             if entry < own.value.size:
                 return _replaceable(system, piece, entry)
             entry -= own.value.size
-    return known.fixed or known.value.size == 1
+    return known.value.size == 1
