@@ -450,17 +450,18 @@ def latency(
         raise InputError("there is no model to time")
     sessions = [runtime.session(model) for model in models]
     runs = [session.bind(feed).run for session in sessions]
-    for run in runs:
-        for _ in range(warmup):
-            run()
-    times = _rounds(runs, repeats, seconds, np.random.default_rng(seed))
+    times = interleaved(runs, repeats=repeats, seconds=seconds, warmup=warmup, seed=seed)
     return Latency(summarise(times, seed), len(times), tuple(sessions[0].providers), runtime.threads)
 
 
-def _rounds(
-    runs: Sequence[Callable[[], Any]], repeats: int, seconds: float, random: np.random.Generator
+def interleaved(
+    runs: Sequence[Callable[[], Any]], *, repeats: int, seconds: float, warmup: int = 3, seed: int = 0
 ) -> np.ndarray:
-    """Nanoseconds, (rounds, models)."""
+    """Nanoseconds of calls, (rounds, runs); arguments as `latency`."""
+    for run in runs:
+        for _ in range(warmup):
+            run()
+    random = np.random.default_rng(seed)
     deadline = time.perf_counter() + seconds
     times: list[np.ndarray] = []
     while len(times) < max(repeats, 1) and (len(times) < 3 or time.perf_counter() < deadline):

@@ -50,6 +50,9 @@ PASS_KEY = "onnxfuse.pass"
 REPLACES_KEY = "onnxfuse.replaces"
 
 
+IndexMap = tuple[np.ndarray | None, ...]
+
+
 class CycleError(ValueError):
     """Nodes depend on each other in a circle: a bad file, or after an edit a bug of that edit."""
 
@@ -68,6 +71,9 @@ class Model:
         initializers: in the file's order; a dict for its order, the values mean nothing.
         listed: the initializers that the file also lists as inputs, by name.
         declared: what the file declares of inputs, outputs and inner tensors, by name.
+        index_maps: of every computed tensor that no longer has the indices it was loaded with, for each axis
+            the old positions in their new order, None where they are all there; None for a tensor of which
+            no fixed positions can be told. Kept by `channels.take`.
     """
 
     def __init__(self, source: ModelProto, path: Path | None, folder: Path | None) -> None:
@@ -77,6 +83,7 @@ class Model:
         self.initializers: dict[Constant, None] = {}
         self.listed: dict[str, Constant] = {}
         self.declared: dict[str, ValueInfoProto] = {}
+        self.index_maps: dict[str, IndexMap | None] = {}
         self._nodes: list[Node] = []
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
@@ -507,6 +514,7 @@ class Model:
         other.initializers = dict.fromkeys(constants.values())
         other.listed = {name: constants.get(t, t) for name, t in self.listed.items()}
         other.declared, other._external = self.declared, self._external
+        other.index_maps = dict(self.index_maps)
         other._unused_at_load = {constants[t] for t in self._unused_at_load if t in constants}
         other._dead_at_load = {nodes[n] for n in self._dead_at_load if n in nodes}
         other._tensors = {t.name: t for t in twins.values() if t.name}

@@ -4,7 +4,8 @@ A pass rewrites a copy of a model and declares, by its contract, what the rewrit
 
 - `EXACT`: the function, up to float noise. Checked: outputs before = outputs after.
 - `MASKED`: the function of the model before with some channels multiplied by zero. The pass hands that masked
-  model over as its `oracle`; checked: outputs of the oracle = outputs after.
+  model over as its `oracle`; checked: outputs of the oracle = outputs after. A pass that then fits weights
+  hands over the `cut` model that it had before, too, and both contracts are checked.
 - `APPROXIMATE`: nothing exactly, but the pass knows by how much it is off: every rewritten tensor comes with
   a `Prediction` of its error. Checked: predicted = measured, on the same samples and positions.
 
@@ -91,10 +92,12 @@ class Prediction:
     |tensor - reference|^2 summed over `channel_axis` and averaged over rows (samples x positions) equals
     `error`.
 
-    `tensor` names a tensor of the rewritten model, `reference` one of `context.original` with the same shape.
-    `error` and `variance` (the reference's, about its mean, also summed over channels) are in squared units
-    of the tensor. `positions` is the number of positions sampled in each sample; None means all of them.
-    `mask` names a graph input of the tensor's leading dimensions: rows where it is 0 don't count.
+    `tensor` names a tensor of the rewritten model, `reference` one of `context.original` with the same
+    shape, up to `channels`. `error` and `variance` (the reference's, about its mean, also summed over
+    channels) are in squared units of the tensor. `positions` is the number of positions sampled in each
+    sample; None means all of them. `mask` names a graph input of the tensor's leading dimensions: rows where
+    it is 0 don't count. `channels` are those of the reference that the tensor has, in its order; None means
+    all.
     """
 
     tensor: str
@@ -104,13 +107,15 @@ class Prediction:
     positions: int | None = None
     channel_axis: int = 1
     mask: str | None = None
+    channels: tuple[int, ...] | None = None
 
 
 @dataclass
 class PassResult:
     """What a pass returns: its rewritten copy, what it did, what it refused and why, and what it claims.
 
-    `oracle` is the masked model that a MASKED pass is compared with; other contracts leave it None.
+    `oracle` is the masked model that a MASKED pass is compared with. An APPROXIMATE pass that cuts channels
+    and then fits weights has one too, and `cut`, its model before the fit, which is compared with that.
     """
 
     model: Model
@@ -119,6 +124,7 @@ class PassResult:
     predictions: list[Prediction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     oracle: Model | None = None
+    cut: Model | None = None
 
 
 class Advance(Protocol):
@@ -397,7 +403,7 @@ def _check_exact(before: Model, result: PassResult, context: Context) -> Verific
 def _check_masked(before: Model, result: PassResult, context: Context) -> Verification:
     if result.oracle is None:
         return Verification(False, "the pass gave no masked model to compare its result with")
-    return _same_function(result.oracle, result.model, context)
+    return _same_function(result.oracle, result.cut or result.model, context)
 
 
 def _same_function(reference: Model, after: Model, context: Context) -> Verification:
@@ -414,8 +420,13 @@ def _same_function(reference: Model, after: Model, context: Context) -> Verifica
 
 
 def _check_approximate(before: Model, result: PassResult, context: Context) -> Verification:
-    if not result.predictions:
+    fitted = result.cut is None or result.model is not result.cut
+    if fitted and not result.predictions:
         return Verification(False, "the pass changed the model and predicted no error")
+    masked = None if result.oracle is None else _check_masked(before, result, context)
+    if masked is not None and not masked.passed:
+        return masked
+    comparison = None if masked is None else masked.comparison
     checks = tuple(
         verify.check_predictions(
             context.original,
@@ -428,12 +439,12 @@ def _check_approximate(before: Model, result: PassResult, context: Context) -> V
     )
     failed = next((check for check in checks if not check.passed), None)
     if failed is not None:
-        return Verification(False, failed.reason, predictions=checks)
+        return Verification(False, failed.reason, comparison, predictions=checks)
     held_out = context.calibration.held_out
     if not held_out.samples:
         budget = "there are no held-out samples to measure the output error on"
         passed = context.max_error is None
-        return Verification(passed, None if passed else budget, predictions=checks, notes=(budget,))
+        return Verification(passed, None if passed else budget, comparison, None, checks, None, (budget,))
     error = verify.output_error(context.original, result.model, held_out, context.runtime)
     reason = UNSEEN if _is_unseen(result, error) else None
     if context.max_error is not None and not error.worst <= context.max_error:
@@ -442,7 +453,7 @@ def _check_approximate(before: Model, result: PassResult, context: Context) -> V
             f"the relative error of output '{name}' on held-out samples is {error.worst:.3g}, "
             f"above the allowed {context.max_error:g}"
         )
-    return Verification(reason is None, reason, predictions=checks, output_error=error)
+    return Verification(reason is None, reason, comparison, predictions=checks, output_error=error)
 
 
 def _is_unseen(result: PassResult, error: OutputError) -> bool:

@@ -642,12 +642,14 @@ def first_divergence(
     halving the interval would not find it. For explaining a failed comparison, not for making one: names that
     were given a new meaning diverge rightly.
     """
-    theirs = {tensor.name for node in b.nodes for tensor in node.outputs}
+    theirs = {tensor.name for node in b.nodes for tensor in node.outputs if tensor.name}
     common = {
         tensor.name: node
         for node in a.nodes
         for tensor in node.outputs
-        if tensor.name and tensor.name in theirs and not a.is_weight(tensor)
+        if tensor.name in theirs
+        and not a.is_weight(tensor)
+        and (tensor.name in a.index_maps) == (tensor.name in b.index_maps)  # a cut one can't be compared
     }
     names = list(common)
     for feed, rows, chunk in _attempts(a, batch):
@@ -755,6 +757,8 @@ class _Measured:
 
     def add(self, batch: Batch, reference: np.ndarray, tensor: np.ndarray, seed: int) -> None:
         claim = self.claim
+        if claim.channels is not None:
+            reference = np.take(reference, claim.channels, claim.channel_axis)
         self.problem = self.problem or _mismatch(
             claim.tensor, reference, tensor, ("the original", "the result")
         )

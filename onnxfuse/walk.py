@@ -78,6 +78,7 @@ class Site:
         fresh: solve from nothing, not from the weights the operator has.
         mask: name of a graph input. Where it has the leading dimensions of `tensor`, rows where it is 0 are
             left out.
+        channels: the channels of `reference` that `tensor` has, None for all.
     """
 
     op: LinearOp
@@ -86,6 +87,7 @@ class Site:
     rest: str | None = None
     fresh: bool = False
     mask: str | None = None
+    channels: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,15 @@ class Solved:
 
     def prediction(self) -> Prediction:
         """The claim for the verifier."""
-        axis = 1 if self.site.op.kind == "conv" else -1
         return Prediction(
             self.site.tensor,
             self.site.reference,
             self.error,
             self.variance,
             self.positions,
-            axis,
+            _channel_axis(self.site.op),
             self.site.mask,
+            self.site.channels,
         )
 
 
@@ -202,7 +204,9 @@ def refit_sites(
     """
     same = unchanged(before or original, rewritten)
     known = original.shapes(feed)
-    shapes = {name: fill(info, known.get(name)) for name, info in rewritten.shapes().items()}
+    shapes = {
+        name: fill(info, _cut_info(rewritten, known.get(name))) for name, info in rewritten.shapes().items()
+    }
     new = dict(fresh)
     ops: list[tuple[int, LinearOp]] = []
     skipped: list[Skip] = []
@@ -226,16 +230,23 @@ def refit_sites(
     sites: list[Site] = []
     for index, op in ops:
         own = mask if op.kind == "token" else None
+        axis = _channel_axis(op)
         if op.node in new:
-            sites.append(Site(op, new[op.node], new[op.node], fresh=True, mask=own))
+            channels = kept_channels(rewritten, new[op.node], axis)
+            assert not isinstance(channels, str)
+            sites.append(Site(op, new[op.node], new[op.node], None, True, own, channels))
             continue
         rest = _sum_with(rewritten, op, shapes)
-        if rest is not None and last_site.get(rest[1], -1) < index and not _obstacle(rest[0], shapes, known):
-            sites.append(Site(op, rest[0], rest[0], rest[1], mask=own))
-        elif reason := _obstacle(op.y, shapes, known):
-            skipped.append(Skip((op.name,), reason))
+        if rest is not None and last_site.get(rest[1], -1) < index:
+            channels = _comparable(rewritten, rest[0], axis, shapes, known)
+            if not isinstance(channels, str):
+                sites.append(Site(op, rest[0], rest[0], rest[1], False, own, channels))
+                continue
+        channels = _comparable(rewritten, op.y, axis, shapes, known)
+        if isinstance(channels, str):
+            skipped.append(Skip((op.name,), channels))
         else:
-            sites.append(Site(op, op.y, op.y, mask=own))
+            sites.append(Site(op, op.y, op.y, None, False, own, channels))
     return sites, skipped
 
 
@@ -279,8 +290,41 @@ def _sum_with(model: Model, op: LinearOp, shapes: Mapping[str, TensorInfo]) -> t
     return total, rest.name
 
 
-def _obstacle(name: str, shapes: Mapping[str, TensorInfo], known: Mapping[str, TensorInfo]) -> str | None:
-    """Why this tensor of the rewritten model can't be compared with the original's of the same name."""
+def _channel_axis(op: LinearOp) -> int:
+    return 1 if op.kind == "conv" else -1
+
+
+def kept_channels(model: Model, name: str, axis: int) -> tuple[int, ...] | str | None:
+    """The channels of the original's tensor that the model's of the same name has left, None for all; or why
+    that is no matter of one axis."""
+    maps = model.index_maps.get(name, ())
+    if maps is None:
+        return f"which indices of '{name}' are left differs from run to run"
+    changed = {number: places for number, places in enumerate(maps) if places is not None}
+    if not changed:
+        return None
+    if set(changed) != {axis % len(maps)}:
+        return f"'{name}' was cut along other axes than its channels"
+    return tuple(changed[axis % len(maps)].tolist())
+
+
+def _cut_info(model: Model, info: TensorInfo | None) -> TensorInfo | None:
+    """What is known of the original's tensor, for the model's of the same name."""
+    maps = None if info is None else model.index_maps.get(info.name, ())
+    if info is None or info.shape is None or not maps:
+        return info if maps is not None else None
+    sizes = (size if own is None else len(own) for size, own in zip(info.shape, maps, strict=True))
+    return replace(info, shape=tuple(sizes))
+
+
+def _comparable(
+    model: Model,
+    name: str,
+    axis: int,
+    shapes: Mapping[str, TensorInfo],
+    known: Mapping[str, TensorInfo],
+) -> tuple[int, ...] | str | None:
+    """`kept_channels` of a tensor, or why it can't be compared with the original's of the same name."""
     if name not in known:
         return f"its output '{name}' is not a tensor of the original"
     ours, theirs = shapes[name].shape, known[name].shape
@@ -288,11 +332,18 @@ def _obstacle(name: str, shapes: Mapping[str, TensorInfo], known: Mapping[str, T
         return f"the shape of its output '{name}' is not known"
     if len(ours) < 2:
         return f"its output '{name}' has no batch axis"
-    pairs = zip(ours, theirs, strict=False)
-    clash = any(a != b and isinstance(a, int) and isinstance(b, int) for a, b in pairs)
+    channels = kept_channels(model, name, axis)
+    if isinstance(channels, str):
+        return channels
+    sizes = list(theirs)
+    if channels is not None:
+        sizes[axis] = len(channels)
+    clash = any(
+        a != b and isinstance(a, int) and isinstance(b, int) for a, b in zip(ours, sizes, strict=False)
+    )
     if clash or len(ours) != len(theirs):
         return f"its output '{name}' has another shape in the original"
-    return None
+    return channels
 
 
 # --- the walk -----------------------------------------------------------------------------------------------
@@ -520,6 +571,8 @@ class _Task:
 
     def add(self, batch: int, held: bool, reference: np.ndarray, found: Feed) -> None:
         op, x = self.site.op, found[self.site.op.x]
+        if self.site.channels is not None:
+            reference = np.take(reference, self.site.channels, _channel_axis(op))
         target = reference
         if self.site.rest is not None:
             rest = found[self.site.rest]

@@ -22,22 +22,18 @@ Four steps:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
-from scipy.special import log_softmax
 from threadpoolctl import threadpool_limits
 
-from onnxfuse import verify
-from onnxfuse.calibration import Calibration
 from onnxfuse.cost import node_macs, shapes_at
-from onnxfuse.errors import NotApplicableError, VerificationError
+from onnxfuse.errors import NotApplicableError
 from onnxfuse.graph import Model, Node
 from onnxfuse.pass_manager import (
     Change,
@@ -52,14 +48,11 @@ from onnxfuse.pass_manager import (
 )
 from onnxfuse.passes.refit import refit_change
 from onnxfuse.regions import Region, check_geometry, describe, find_regions, site_name
-from onnxfuse.runtime import Feed, Runtime
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.solve import Affine
 from onnxfuse.survey import Candidate, Fit, survey
-from onnxfuse.walk import MOST_COLUMNS, Solved, check_mask, refit_sites, walk
-
-CAREFUL = 0.1
-"""Bound on the relative output error where the user gives neither a bound nor a number of blocks."""
+from onnxfuse.trials import Trials, error_bound, longest, probe
+from onnxfuse.walk import MOST_COLUMNS, Solved, check_mask, kept_channels, refit_sites, walk
 
 AUTO_KERNEL = 3
 """Largest kernel that is chosen unasked: a larger one costs more than the two 3x3 it replaces."""
@@ -124,28 +117,6 @@ class _Ranked:
         return self.change / self.saved, self.fit.candidate.region.v
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """What trials fit on, some of the fit samples, and judge by: the original's outputs on others of them."""
-
-    calibration: Calibration
-    feeds: list[Feed]
-    outputs: list[Feed]
-    measure: str
-
-    @classmethod
-    def of(cls, context: Context, options: FuseOptions) -> _Trials:
-        few = context.calibration.part(options.samples)
-        feeds = [batch.feed for batch in few.held_out]
-        base = context.runtime.session(context.original)
-        return cls(few, feeds, [base.run(feed) for feed in feeds], options.rank)
-
-    def change(self, trial: Model, runtime: Runtime) -> float:
-        """How far the outputs of `trial` are from the original's."""
-        session = runtime.session(trial)
-        return _output_change(self.outputs, [session.run(feed) for feed in self.feeds], self.measure)
-
-
 class Fuse(Pass):
     """Fewer, affine operators in place of whole regions."""
 
@@ -172,7 +143,7 @@ class Fuse(Pass):
             mask=self.options.mask,
             progress=context.progress,
         )
-        trials = _Trials.of(context, self.options)
+        trials = Trials.of(context, self.options.samples, self.options.rank)
         shortlist, refused = self._shortlist(model, fits, [saved for _, saved in candidates], context, trials)
         skipped += refused
         chosen = self._rank(model, shortlist, context, trials)
@@ -215,6 +186,8 @@ class Fuse(Pass):
                 skipped.append(Skip(region.sites, candidate))
             elif region.v not in known:
                 skipped.append(Skip(region.sites, f"its output '{region.v}' is not a tensor of the original"))
+            elif isinstance(cut := kept_channels(model, region.v, 1 if region.kind == "conv" else -1), str):
+                skipped.append(Skip(region.sites, cut))
             elif candidate.columns > MOST_COLUMNS:
                 skipped.append(
                     Skip(
@@ -259,7 +232,7 @@ class Fuse(Pass):
         return f"no pads give a kernel of {wanted} the same output size for every input"
 
     def _shortlist(
-        self, model: Model, fits: Sequence[Fit], saved: Sequence[float], context: Context, trials: _Trials
+        self, model: Model, fits: Sequence[Fit], saved: Sequence[float], context: Context, trials: Trials
     ) -> tuple[list[_Ranked], list[Skip]]:
         """The best disjoint candidates by the output change of their local fits; and why not the others."""
         skipped: list[Skip] = []
@@ -304,7 +277,7 @@ class Fuse(Pass):
         return shortlist, skipped
 
     def _rank(
-        self, model: Model, shortlist: Sequence[_Ranked], context: Context, trials: _Trials
+        self, model: Model, shortlist: Sequence[_Ranked], context: Context, trials: Trials
     ) -> list[_Ranked]:
         """The shortlist by the output change that each alone leaves, with all behind it refitted.
 
@@ -336,20 +309,19 @@ class Fuse(Pass):
                 f"fused {count} of {len(ranked)} regions, as asked for (max_blocks={self.options.max_blocks})"
             ]
             return (self._fuse(model, ranked[:count], context) if count else None), notes
-        bound = CAREFUL if context.max_error is None else context.max_error
-        which = "the careful default" if context.max_error is None else "--max-error"
         if not context.calibration.held_out.samples:
             return None, ["no held-out samples to hold the error bound on; give max_blocks instead"]
+        bound, which = error_bound(context)
         # One that breaks the bound alone would end the prefix, however many MACs it saves: it goes last.
         ranked = sorted(ranked, key=lambda item: self.options.rank == "error" and item.change > bound**2)
         errors: dict[int, float] = {}
 
-        def probe(count: int) -> _Fused | None:
+        def attempt(count: int) -> _Fused | None:
             fused, errors[count] = self._probe(model, ranked[:count], context)
             return fused if errors[count] <= bound else None
 
         guess = sum(math.sqrt(total) <= bound for total in accumulate(item.change for item in ranked))
-        best, count = _longest(len(ranked), guess, probe)
+        best, count = longest(len(ranked), guess, attempt)
         note = f"fused {count} of {len(ranked)} regions: held-out output error within {bound:g} ({which})"
         if count + 1 in errors:
             note += f"; with one more it would be {errors[count + 1]:.3g}"
@@ -359,16 +331,9 @@ class Fuse(Pass):
         self, model: Model, ranked: Sequence[_Ranked], context: Context
     ) -> tuple[_Fused | None, float]:
         """These regions fused, and the held-out output error; infinite where that fails."""
-        try:
-            fused = self._fuse(model, ranked, context)
-            error = verify.output_error(
-                context.original, fused.model, context.calibration.held_out, context.runtime
-            )
-        except (NotApplicableError, VerificationError) as failure:
-            context.journal("fuse probe", blocks=len(ranked), failure=str(failure))
-            return None, math.inf
-        context.journal("fuse probe", blocks=len(ranked), output_error=error.worst)
-        return fused, error.worst
+        fused, error = probe(lambda: self._fuse(model, ranked, context), context)
+        context.journal("fuse probe", blocks=len(ranked), output_error=error)
+        return fused, error
 
     def _fuse(
         self, model: Model, ranked: Sequence[_Ranked], context: Context, *, quick: bool = False
@@ -503,37 +468,6 @@ def _disjoint(ranked: Sequence[_Ranked]) -> tuple[list[_Ranked], list[Skip]]:
     return chosen, skipped
 
 
-def _output_change(
-    before: Sequence[dict[str, np.ndarray]], after: Sequence[dict[str, np.ndarray]], measure: str
-) -> float:
-    """How far the outputs moved, summed over those that are numbers; infinite where they are not finite."""
-    total = 0.0
-    for name in before[0]:
-        if not np.issubdtype(np.asarray(before[0][name]).dtype, np.floating):
-            continue
-        pairs = [(np.asarray(x[name]), np.asarray(y[name])) for x, y in zip(before, after, strict=True)]
-        if any(x.shape != y.shape or not np.isfinite(y).all() for x, y in pairs):
-            return math.inf
-        width = pairs[0][0].shape[-1] if measure == "kl" and pairs[0][0].ndim else 1
-        a, b = (
-            np.concatenate([pair[i].reshape(-1, width) for pair in pairs]).astype(np.float64) for i in (0, 1)
-        )
-        total += _divergence(a, b) if measure == "kl" else _squared(a, b)
-    return total
-
-
-def _squared(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared difference over variance."""
-    spread = float(np.var(a))
-    return float(np.mean((a - b) ** 2)) / spread if spread > 0 else 0.0
-
-
-def _divergence(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence of softmax(b) from softmax(a), rows of logits."""
-    p, q = log_softmax(a, axis=1), log_softmax(b, axis=1)
-    return float(np.mean(np.sum(np.exp(p) * (p - q), axis=1)))
-
-
 def _replace(model: Model, candidate: Candidate, affine: Affine, by: str) -> Node:
     """Put one affine operator in the region's place; returns the node that holds the weights.
 
@@ -578,18 +512,3 @@ def _replace(model: Model, candidate: Candidate, affine: Affine, by: str) -> Nod
         node = add("Gemm", [x, weight, bias], v, label, transB=1)
     model.prune()
     return node
-
-
-def _longest(count: int, guess: int, probe: Callable[[int], _Fused | None]) -> tuple[_Fused | None, int]:
-    """The result for the longest prefix that `probe` accepts, which is taken to be monotone; its length."""
-    best: _Fused | None = None
-    low, high, middle = 0, count, min(max(guess, 1), count)
-    while low < high:
-        found = probe(middle)
-        if found is None:
-            high = middle - 1
-        else:
-            best, low = found, middle
-        # The guess is usually near: look beside it before halving what is left.
-        middle = min(low + 1, high) if best is not None and middle == guess else (low + high + 1) // 2
-    return best, low

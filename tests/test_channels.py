@@ -7,7 +7,8 @@ import pytest
 from channel_cases import CASES, check, close, drawn, found, parameters
 from nets import compute, weight
 
-from onnxfuse.channels import take
+from onnxfuse.channels import mask, take
+from onnxfuse.graph import Model
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,3 +114,52 @@ def test_growing_is_taking_with_repetitions(name: str) -> None:
     for group in groups.free:
         for touch in group.touches:
             np.testing.assert_array_equal(now[touch.weight], weight(model, touch.weight))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_tensor_knows_the_indices_it_has_left(name: str) -> None:
+    """`Model.index_maps` after one cut and after two: what is computed there is what the masked network
+    computes at those places."""
+    case = CASES[name]
+    model = case.model()
+    feed = case.feed(model, 3)
+    groups = found(case, model)
+    first = drawn(groups.free, 0.8)
+    cut, masked = model.copy(), mask(model, first)
+    take(cut, first)
+    assert cut.index_maps
+    again = {group: np.arange(group.size)[::-1][: max(1, group.size - 1)] for group in found(case, cut).free}
+    twice = cut.copy()
+    take(twice, again)
+    for reference, after, maps in (
+        (masked, cut, cut.index_maps),
+        (mask(cut, again), twice, {k: _since(cut, twice, k) for k in twice.index_maps}),
+    ):
+        alive = {t.name for n in after.nodes for t in n.outputs} & {
+            t.name for n in reference.nodes for t in n.outputs
+        }
+        names = [key for key, own in maps.items() if own is not None and key in alive]
+        assert names
+        for key, got, whole in zip(
+            names, compute(after, feed, *names), compute(reference, feed, *names), strict=True
+        ):
+            for axis, places in enumerate(maps[key] or ()):
+                if places is not None:
+                    whole = np.take(whole, places, axis)
+            close(got, whole)
+
+
+def _since(cut: Model, twice: Model, name: str) -> tuple[np.ndarray | None, ...] | None:
+    """The second cut's share of a composed index map."""
+    before, after = cut.index_maps.get(name, ()), twice.index_maps[name]
+    if before is None or after is None:
+        return None
+    shares = []
+    for number, own in enumerate(after):
+        old = before[number] if before else None
+        if own is None or old is None:
+            shares.append(own)
+        else:
+            where = {int(place): index for index, place in enumerate(old)}
+            shares.append(np.array([where[int(place)] for place in own]))
+    return tuple(shares)

@@ -11,10 +11,12 @@ import onnx.checker
 from channel_cases import close, ints, norm, parameters
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nets import compute, net, normal
+from nets import compute, context, net, normal
 
 from onnxfuse.channels import find_groups, mask, take
 from onnxfuse.graph import Model
+from onnxfuse.pass_manager import PassManager
+from onnxfuse.passes.select import Select
 
 
 @dataclass
@@ -231,3 +233,15 @@ def test_every_cut_is_the_masked_network(model: Model, data: st.DataObject) -> N
     for batch in (1, 3):
         feed = {"x": normal(batch, 3, 4, 4, seed=batch)}
         close(compute(cut, feed)[0], compute(masked, feed)[0])
+
+
+@settings(
+    max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None
+)
+@given(networks(), st.sampled_from([0.2, 0.5, 0.8]), st.booleans(), st.sampled_from([None, 1, 3]))
+def test_select_keeps_its_word(model: Model, ratio: float, compensate: bool, step: int | None) -> None:
+    """The manager holds every cut against the masked network, and errors against what was predicted."""
+    ctx = context(model, {"x": normal(48, 3, 4, 4, seed=1)})
+    (report,) = PassManager([Select(ratio=ratio, compensate=compensate, step=step)]).run(model, ctx).steps
+    assert report.committed, report.reason
+    assert bool(report.changes) == (report.after.parameters < report.before.parameters)

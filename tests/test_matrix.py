@@ -12,16 +12,18 @@ import numpy as np
 import onnx
 import onnx.checker
 import pytest
+from channel_cases import CASES as CHANNEL_CASES
 from nets import RUNTIME, Feed, compute, fitted, net, normal
 from onnx import helper
 
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import PASS_KEY, Model
-from onnxfuse.pass_manager import Context, Contract, PassManager, StepReport
+from onnxfuse.pass_manager import Context, Contract, PassManager, Prediction, StepReport
 from onnxfuse.passes.batchnorm import Batchnorm
 from onnxfuse.passes.fold import Fold
 from onnxfuse.passes.fuse import Fuse
 from onnxfuse.passes.refit import Refit
+from onnxfuse.passes.select import Select
 
 LINEAR = ("Conv", "Gemm", "MatMul")
 MODELS = Path(__file__).parents[1] / "models"
@@ -364,15 +366,24 @@ def _check_claims(model: Model, found: Model, ctx: Context, steps: Sequence[Step
         return
     feeds = [b.feed for b in ctx.calibration.fit] if len(model.inputs) > 1 else [fitted(ctx)]
     for claim in claims.values():
-        assert claim.positions is None
-        found_rows: list[list[np.ndarray]] = [[], []]
-        for feed in feeds:
-            for side, (net_, tensor) in enumerate(((model, claim.reference), (found, claim.tensor))):
-                y = np.moveaxis(compute(net_, feed, tensor)[0], claim.channel_axis, -1)
-                found_rows[side].append(y.reshape(-1, y.shape[-1]).astype(np.float64))
-        a, b = map(np.concatenate, found_rows)
-        assert ((a - b) ** 2).sum(1).mean() == pytest.approx(claim.error, rel=5e-3, abs=1e-9)
-        assert a.var(0).sum() == pytest.approx(claim.variance, rel=1e-4)
+        error, variance = _measured(model, found, claim, feeds)
+        assert error == pytest.approx(claim.error, rel=5e-3, abs=1e-9)
+        assert variance == pytest.approx(claim.variance, rel=1e-4)
+
+
+def _measured(model: Model, found: Model, claim: Prediction, feeds: Sequence[Feed]) -> tuple[float, float]:
+    """Error and variance of one tensor on all rows."""
+    assert claim.positions is None
+    rows: list[list[np.ndarray]] = [[], []]
+    for feed in feeds:
+        (y,), (x,) = compute(model, feed, claim.reference), compute(found, feed, claim.tensor)
+        if claim.channels is not None:
+            y = np.take(y, claim.channels, claim.channel_axis)
+        for side, value in enumerate((y, x)):
+            last = np.moveaxis(value, claim.channel_axis, -1)
+            rows[side].append(last.reshape(-1, last.shape[-1]).astype(np.float64))
+    a, b = map(np.concatenate, rows)
+    return float(((a - b) ** 2).sum(1).mean()), float(a.var(0).sum())
 
 
 @pytest.mark.parametrize("name", ["conv", "residual", "attention", "captured by a branch"])
@@ -413,6 +424,46 @@ def test_batchnorm_in_and_out_on_every_kind_of_graph(name: str) -> None:
         assert old is not None
         assert new is not None
         np.testing.assert_allclose(new, old, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_select_on_every_kind_of_graph(name: str) -> None:
+    case = CASES[name]
+    model, found, ctx, steps = run(case, [Select(ratio=0.25), Refit()])
+    for step in steps:
+        assert step.committed, f"{step.name}: {step.reason}"
+    _check_kept(model, found)
+    if case.fused:
+        assert steps[0].after.parameters < steps[0].before.parameters
+        _check_outputs(case, model, found)
+        _check_claims(model, found, ctx, steps)
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+@pytest.mark.parametrize("name", CHANNEL_CASES)
+def test_select_on_every_kind_of_coupling(name: str, compensate: bool) -> None:
+    """All groups narrower: the cut was held against the masked network, errors against what was predicted."""
+    case = CHANNEL_CASES[name]
+    model = case.model()
+    feeds = [case.feed(model, 12, seed=seed) for seed in range(10)]
+    ctx = Context(model, Calibration.open(feeds, model, batch_size=12, held_out=0.3), RUNTIME)
+    outcome = PassManager([Select(ratio=0.3, compensate=compensate, only="*")]).run(model, ctx)
+    (step,) = outcome.steps
+    assert step.committed, step.reason
+    assert len([c for c in step.changes if "group" in c.detail]) >= 1
+    assert step.after.parameters < step.before.parameters
+    assert step.verification is not None
+    assert step.verification.comparison is not None
+    assert step.verification.comparison.passed
+    onnx.checker.check_model(outcome.model.to_proto(), full_check=True)
+    for batch in (1, 5):
+        feed = case.feed(model, batch, seed=batch)
+        for got, before in zip(compute(outcome.model, feed), compute(model, feed), strict=True):
+            assert got.shape == before.shape
+            assert np.isfinite(got).all()
+    for claim in step.predictions:
+        error, variance = _measured(model, outcome.model, claim, [b.feed for b in ctx.calibration.fit])
+        assert error == pytest.approx(claim.error, rel=5e-3, abs=1e-3 * variance)
 
 
 @pytest.mark.slow

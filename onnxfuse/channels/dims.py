@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 
 import numpy as np
 
@@ -353,7 +353,7 @@ def crossed(dim: Dim) -> list[Dim]:
 # Evaluating ---------------------------------------------------------------------------------------
 
 
-def length(dim: Dim, kept: Kept) -> int:
+def length(dim: Dim, kept: Mapping[Dim, Sized]) -> int:
     """Number of positions on the axis when of the leaves in `kept` these channels are taken."""
     dim = find(dim)
     if dim._kind is Kind.LEAF:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 
@@ -79,6 +80,7 @@ def take(model: Model, choice: Choice, *, by: str = "take") -> Edits:
         if changed:
             model.set_weight(tensor, np.ascontiguousarray(value))
     numbers = _rewrite(model, system, kept, by)
+    _note_maps(model, system, kept)
     model.prune()
     return Edits(weights, tuple(numbers))
 
@@ -99,6 +101,31 @@ def chosen(choice: Choice) -> tuple[System | None, Kept]:
         system = group.system
         kept.update(group.spread(indices))
     return system, kept
+
+
+def _note_maps(model: Model, system: System, kept: Kept) -> None:
+    """Which indices the computed tensors have now; composed with what was taken before."""
+    known: dict[Dim, np.ndarray | None] = {}
+
+    def moved(dim: Dim) -> np.ndarray | None:
+        dim = algebra.find(dim)
+        if dim not in known:
+            places = algebra.indices(dim, kept)
+            known[dim] = None if np.array_equal(places, np.arange(dim.size)) else places
+        return known[dim]
+
+    for tensor, axes in system.axes.items():
+        touched = [any(leaf in kept for leaf in algebra.leaves(dim)) for dim in axes]
+        if not any(touched) or system.model.is_weight(tensor):
+            continue
+        before = model.index_maps.get(tensor.name, (None,) * len(axes))
+        if before is None or any(map(algebra.is_dynamic, compress(axes, touched))):
+            model.index_maps[tensor.name] = None
+            continue
+        after = [moved(dim) if own else None for dim, own in zip(axes, touched, strict=True)]
+        both = tuple(b if a is None else a if b is None else b[a] for a, b in zip(after, before, strict=True))
+        if any(places is not None for places in both):
+            model.index_maps[tensor.name] = both
 
 
 # Numbers ------------------------------------------------------------------------------------------

@@ -209,10 +209,14 @@ def _outcome(step: StepReport) -> str:
     found = step.verification
     if found is None:
         return "nothing to do"
+    said = []
     if found.comparison is not None:
         ratio = max((output.ratio for output in found.comparison.outputs), default=0.0)
-        return f"same to {ratio:.1f} noise floors" if ratio else "bit for bit the same"
-    return f"{_count(len(found.predictions), 'predicted error')} = measured"
+        what = "cut = masked" if found.predictions else "same"
+        said.append(f"{what} to {ratio:.1f} noise floors" if ratio else "bit for bit the same")
+    if found.predictions:
+        said.append(f"{_count(len(found.predictions), 'predicted error')} = measured")
+    return ", ".join(said)
 
 
 def _costs(report: Report) -> Table:

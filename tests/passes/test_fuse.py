@@ -20,6 +20,7 @@ from nets import (
     weight,
 )
 
+from onnxfuse import trials
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model
 from onnxfuse.pass_manager import Context, PassManager, PassResult, StepReport
@@ -481,7 +482,7 @@ def test_sizes_that_do_not_hold_are_refused(
 def test_a_candidate_that_breaks_the_network_is_passed_over(
     mlp: tuple[Model, Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = module._output_change, []
+    real, calls = trials.output_change, []
 
     def once(*args: Any) -> float:
         calls.append(1)
@@ -489,7 +490,7 @@ def test_a_candidate_that_breaks_the_network_is_passed_over(
             raise NotApplicableError("shapes")
         return real(*args)
 
-    monkeypatch.setattr(module, "_output_change", once)
+    monkeypatch.setattr(trials, "output_change", once)
     result = fuse(*mlp, max_blocks=1)
     assert sum("fails without it: shapes" in skip.reason for skip in result.skipped) == 1
     assert len(fused_op(result)) == 1
@@ -615,7 +616,7 @@ def test_longest_finds_the_longest_prefix_from_any_guess(count: int) -> None:
                 probes.append(length)
                 return f"result {length}" if length <= limit else None
 
-            found, length = module._longest(count, guess, probe)
+            found, length = trials.longest(count, guess, probe)
             assert length == limit
             assert found == (f"result {limit}" if limit else None)  # type: ignore[comparison-overlap]
             assert len(set(probes)) == len(probes)

@@ -1,0 +1,158 @@
+"""What a group's width costs in milliseconds: the nodes around it, cut to each width, timed on this machine.
+
+Multiply-accumulates don't say it. A kernel computes channels by the vector: on a CPU with vectors of
+sixteen floats, 63 channels can take longer than 64, and 24 as long as 32. So a group's neighbourhood, the
+nodes that read or make a tensor with its channels, is taken out of the network, cut, and timed, all widths
+interleaved. Neighbourhoods of the same operators and shapes, as the blocks of a network have them, are
+timed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnxfuse.channels.dims import leaves
+from onnxfuse.channels.edits import take
+from onnxfuse.channels.groups import ChannelGroups, Group
+from onnxfuse.cost import interleaved
+from onnxfuse.errors import OnnxfuseError
+from onnxfuse.graph import Model, Node
+from onnxfuse.pass_manager import NoProgress, Progress
+from onnxfuse.runtime import Feed, Runtime
+
+REPEATS, SECONDS = 100, 1.5
+"""Rounds of one neighbourhood at all its widths, and how long they may take together."""
+
+FASTER = 0.985
+"""A width counts as faster than a larger one if it takes at most this share of its time."""
+
+
+@dataclass(frozen=True)
+class _Neighbourhood:
+    """The tensors that enter and leave the nodes around a group."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def rewarded(
+    model: Model,
+    found: ChannelGroups,
+    candidates: Mapping[Group, Sequence[int]],
+    runtime: Runtime,
+    feed: Feed,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[Group, dict[int, float]]:
+    """For each group the milliseconds at its size and at those candidate widths that are faster than all
+    larger ones.
+
+    Args:
+        model: that the groups were found in.
+        candidates: widths, from the group's size downwards.
+        feed: one sample.
+
+    A group whose neighbourhood can't be run by itself has no entry.
+    """
+    around = {group: _around(model, found, group) for group in candidates}
+    fed = {info.name for info in model.inputs}
+    taps = dict.fromkeys(name for own in around.values() for name in own.inputs if name not in fed)
+    values = {**feed, **runtime.session(model, taps=list(taps), outputs=()).run(feed)} if taps else dict(feed)
+    advance = (progress or NoProgress()).task("timing", total=len(candidates))
+    known: dict[tuple[object, ...], dict[int, float]] = {}
+    result: dict[Group, dict[int, float]] = {}
+    for group, widths in candidates.items():
+        advance()
+        try:
+            key = (_signature(model.extract(around[group].inputs, around[group].outputs)), *widths)
+            if key not in known:
+                known[key] = _timed(model, group, around[group], widths, values, runtime, seed)
+        except OnnxfuseError:
+            continue
+        result[group] = known[key]
+    return result
+
+
+def _around(model: Model, found: ChannelGroups, group: Group) -> _Neighbourhood:
+    members = set(group.leaves)
+
+    def concerned(node: Node) -> bool:
+        tensors = (*node.inputs, *node.outputs)
+        return any(
+            leaf in members for t in tensors for dim in found.system.axes.get(t, ()) for leaf in leaves(dim)
+        )
+
+    nodes = [node for node in model.nodes if node.constant_form is None and concerned(node)]
+    inside = set(nodes)
+    made = {tensor for node in nodes for tensor in node.outputs if tensor.name}
+    inputs = dict.fromkeys(
+        t.name for node in nodes for t in node.inputs if t.name and t not in made and not model.is_weight(t)
+    )
+    outputs = [
+        t.name
+        for node in nodes
+        for t in node.outputs
+        if t.name and (model.is_output(t) or any(user not in inside for user in model.consumers(t)))
+    ]
+    return _Neighbourhood(tuple(inputs), tuple(outputs))
+
+
+def _signature(proto: onnx.ModelProto) -> bytes:
+    """What decides about the time of a small model: operators, attributes, shapes, how they hang together."""
+    names: dict[str, str] = {"": ""}
+
+    def number(name: str) -> str:
+        return names.setdefault(name, str(len(names)))
+
+    plain = onnx.GraphProto()
+    for value in (*proto.graph.input, *proto.graph.output):
+        kept = plain.value_info.add()
+        kept.CopyFrom(value)
+        kept.name = number(value.name)
+    for tensor in proto.graph.initializer:
+        plain.initializer.add(name=number(tensor.name), dims=tensor.dims, data_type=tensor.data_type)
+    for node in proto.graph.node:
+        kept_node = plain.node.add(op_type=node.op_type, domain=node.domain)
+        kept_node.input.extend(map(number, node.input))
+        kept_node.output.extend(map(number, node.output))
+        kept_node.attribute.extend(node.attribute)
+    return plain.SerializeToString(deterministic=True)
+
+
+def _timed(
+    model: Model,
+    group: Group,
+    around: _Neighbourhood,
+    widths: Sequence[int],
+    values: Feed,
+    runtime: Runtime,
+    seed: int,
+) -> dict[int, float]:
+    runs = []
+    for width in widths:
+        cut = model.copy()
+        take(cut, {group: np.arange(width)})
+        left = {
+            tensor.name for tensor in cut.tensors()
+        }  # a number that the cut wrote down is computed no more
+        inputs = [name for name in around.inputs if name in left]
+        session = runtime.session(cut.extract(inputs, around.outputs))
+        runs.append(session.bind({name: _taken(cut, name, values[name]) for name in inputs}).run)
+    times = np.median(interleaved(runs, repeats=REPEATS, seconds=SECONDS, seed=seed), axis=0) / 1e6
+    found: dict[int, float] = {}
+    for width, time in zip(widths, times.tolist(), strict=True):
+        if not found or time <= FASTER * min(found.values()):
+            found[width] = time
+    return found
+
+
+def _taken(cut: Model, name: str, value: np.ndarray) -> np.ndarray:
+    for axis, places in enumerate(cut.index_maps.get(name) or ()):
+        if places is not None:
+            value = np.take(value, places, axis)
+    return np.ascontiguousarray(value)

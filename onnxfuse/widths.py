@@ -1,0 +1,208 @@
+"""How wide each channel group is to be, under a budget.
+
+What a width costs the network's outputs is a curve of its own for each group; what it saves depends on the
+widths of its neighbours, for a multiply-accumulate is a product of inputs and outputs. So the best widths
+can't be found one by one. They are found greedily: of all steps to a narrower width, the one with the least
+loss per unit saved is taken, until the budget holds; a step may skip widths, so that a bad step in front of
+a good one does not hide it. What the last, coarse step saved too much is given back where that is worth
+most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from onnxfuse.channels import ChannelGroups, Group
+from onnxfuse.channels.dims import Dim, leaves, length
+from onnxfuse.cost import RULES, node_macs
+from onnxfuse.errors import NotApplicableError
+from onnxfuse.graph import Model, Node
+from onnxfuse.linear import weight_type
+from onnxfuse.protos import DEFAULT_DOMAINS
+from onnxfuse.shapes import TensorInfo
+
+Widths = dict[Group, int]
+Lengths = Mapping[Dim, range]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A group's candidate widths, from its size downwards, and the loss at each, 0 at the first."""
+
+    group: Group
+    widths: Sequence[int]
+    losses: Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A part of a cost that depends on the widths of some groups."""
+
+    groups: tuple[Group, ...]
+    value: Callable[[Lengths], float]
+
+
+class Total:
+    """A cost: the sum of its terms."""
+
+    def __init__(self, terms: Sequence[Term], groups: Sequence[Group]) -> None:
+        self._terms = terms
+        self._known: dict[tuple[int, tuple[int, ...]], float] = {}
+        self._by_group: dict[Group, list[int]] = {group: [] for group in groups}
+        for index, term in enumerate(terms):
+            for group in term.groups:
+                self._by_group[group].append(index)
+
+    def at(self, widths: Widths) -> float:
+        """At these widths of all groups."""
+        return sum(self._term(index, widths) for index in range(len(self._terms)))
+
+    def saved(self, widths: Widths, group: Group, width: int) -> float:
+        """What another width of one group saves."""
+        other = {**widths, group: width}
+        return sum(self._term(i, widths) - self._term(i, other) for i in self._by_group[group])
+
+    def neighbours(self, group: Group) -> set[Group]:
+        """Groups whose savings depend on this one's width, itself included."""
+        return {group, *(other for index in self._by_group[group] for other in self._terms[index].groups)}
+
+    def _term(self, index: int, widths: Widths) -> float:
+        term = self._terms[index]
+        key = index, tuple(widths[group] for group in term.groups)
+        if key not in self._known:
+            kept = {leaf: own for group in term.groups for leaf, own in _lengths(group, widths[group])}
+            self._known[key] = term.value(kept)
+        return self._known[key]
+
+
+def _lengths(group: Group, width: int) -> Iterator[tuple[Dim, range]]:
+    """Any way to keep so many: the leaves of a group lie alike wherever they lie."""
+    for leaf in group.leaves:
+        own = min(width, leaf.size)
+        width -= own
+        yield leaf, range(own)
+
+
+# What counts --------------------------------------------------------------------------------------
+
+
+def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
+    """Multiply-accumulates at the sizes of the run that the groups were found on.
+
+    Raises:
+        NotApplicableError: they can't be counted.
+    """
+    axes = found.system.axes
+    owner = {leaf: group for group in groups for leaf in group.leaves}
+    static = found.system.shapes
+
+    def term(node: Node) -> Term:
+        own = {tensor.name: axes.get(tensor) for tensor in (*node.inputs, *node.outputs) if tensor.name}
+        touched = dict.fromkeys(
+            owner[leaf] for dims in own.values() for leaf in _leaves(dims) if leaf in owner
+        )
+
+        def value(kept: Lengths) -> float:
+            shapes = {
+                name: static[name]
+                if dims is None
+                else TensorInfo(name, None, tuple(length(d, kept) for d in dims))
+                for name, dims in own.items()
+                if dims is not None or name in static
+            }
+            count = node_macs([node], shapes, model.opset)
+            if count is None:
+                raise NotApplicableError(
+                    f"the MACs of {node.label} can't be counted; give ratio, params or latency"
+                )
+            return count
+
+        return Term(tuple(touched), value)
+
+    return Total(
+        [term(n) for n in model.nodes if n.op in RULES or n.bodies or n.domain not in DEFAULT_DOMAINS], groups
+    )
+
+
+def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
+    """Elements of the stored tensors."""
+    axes = found.system.axes
+    owner = {leaf: group for group in groups for leaf in group.leaves}
+
+    def term(name: str) -> Term:
+        tensor = model.tensor(name)
+        dims = axes.get(tensor)
+        touched = dict.fromkeys(owner[leaf] for leaf in _leaves(dims) if leaf in owner)
+        size = math.prod(weight_type(model, tensor)[1])
+        return Term(
+            tuple(touched),
+            lambda kept: size if dims is None else math.prod(length(dim, kept) for dim in dims),
+        )
+
+    used = {t.name for node in model.nodes for t in node.inputs if model.is_weight(t)}
+    counted = (name for name in used if weight_type(model, model.tensor(name))[0].kind == "f")
+    return Total([term(name) for name in sorted(counted)], groups)
+
+
+def _leaves(dims: Sequence[Dim] | None) -> Iterator[Dim]:
+    return (leaf for dim in dims or () for leaf in leaves(dim))
+
+
+# Choosing -----------------------------------------------------------------------------------------
+
+
+def choose(curves: Sequence[Curve], total: Total, target: float) -> Widths | None:
+    """Widths at which `total` is at most `target`, at as little loss as the greedy search finds; None where
+    the narrowest of all candidates are not enough."""
+    widths = {curve.group: curve.widths[0] for curve in curves}
+    by_group = {curve.group: curve for curve in curves}
+    at = dict.fromkeys(by_group, 0)
+    now = total.at(widths)
+    moves: dict[Group, tuple[float, int, float]] = {}
+    stale = set(by_group)
+    while now > target:
+        for group in stale & set(by_group):
+            moves.pop(group, None)
+            best = _best_move(by_group[group], at[group], total, widths)
+            if best is not None:
+                moves[group] = best
+        if not moves:
+            return None
+        group = min(moves, key=lambda g: (moves[g][0], g.name))
+        _, at[group], saved = moves[group]
+        widths[group] = by_group[group].widths[at[group]]
+        now -= saved
+        stale = total.neighbours(group)
+    return _given_back(by_group, at, widths, total, target)
+
+
+def _best_move(curve: Curve, at: int, total: Total, widths: Widths) -> tuple[float, int, float] | None:
+    """(loss per unit saved, where to, what it saves) of the best step to a narrower width, if any saves."""
+    found = []
+    for place in range(at + 1, len(curve.widths)):
+        saved = total.saved(widths, curve.group, curve.widths[place])
+        if saved > 0:
+            found.append(((curve.losses[place] - curve.losses[at]) / saved, place, saved))
+    return min(found, default=None)
+
+
+def _given_back(
+    curves: Mapping[Group, Curve], at: dict[Group, int], widths: Widths, total: Total, target: float
+) -> Widths:
+    room = target - total.at(widths)
+    while True:
+        found = []
+        for group, curve in curves.items():
+            for place in range(at[group]):
+                taken = -total.saved(widths, group, curve.widths[place])
+                gain = curve.losses[at[group]] - curve.losses[place]
+                if taken <= room and (gain > 0 or taken <= 0):
+                    found.append((gain, -taken, group.name, group, place))
+        if not found:
+            return widths
+        _, taken, _, group, place = max(found, key=lambda item: item[:3])
+        room += taken
+        at[group] = place
+        widths[group] = curves[group].widths[place]
