@@ -95,7 +95,8 @@ def test_convolutions_of_quantised_tensors() -> None:
     weights = {
         "xs": SCALE,
         "xz": np.uint8(90),
-        "w": integers(-127, 127, 4, 3, 3, 2, dtype=np.int8),
+        # Seven bits: on processors without VNNI ONNX Runtime's kernel saturates the sum of two products.
+        "w": integers(-64, 63, 4, 3, 3, 2, dtype=np.int8),
         "ws": np.abs(normal(4)) / 50,
         "wz": np.zeros(4, np.int8),
         "ys": np.float32(0.2),
