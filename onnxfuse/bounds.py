@@ -122,7 +122,8 @@ def intervals(model: Model, shapes: Shapes) -> dict[str, Interval]:
     Args:
         model: the model.
         shapes: of its tensors, as `Model.shapes` or `cost.shapes_at` gives them. They are believed: where
-            they have the sizes of one feed, the bounds hold for feeds of those sizes.
+            they have the sizes of one feed, the bounds hold for feeds of those sizes. Where a file may
+            declare inner tensors wrongly, `constants.proven_shapes` is the one to give.
     """
     known: dict[str, Interval] = {}
     with np.errstate(all="ignore"):
@@ -387,7 +388,11 @@ def _dense(op: LinearOp, x: Interval, bias: np.ndarray, form: _Format, extra: in
         groups = np.arange(rows)[part] // (rows // op.groups)
         used = Interval(grouped.low[groups], grouped.high[groups])
         products = _scaled(weight[part], used).map(lambda bound: bound.reshape(len(bound), -1))
-        parts.append(_sums(products, bias[part], form, extra))
+        own = bias[part]
+        if extra > 1:  # then the bias is a product as well
+            products = Interval(*(np.column_stack([side, own]) for side in (products.low, products.high)))
+            own = np.zeros(len(own))
+        parts.append(_sums(products, own, form, extra))
     return Interval(np.concatenate([p.low for p in parts]), np.concatenate([p.high for p in parts]))
 
 
@@ -435,8 +440,9 @@ def _mul(site: _Site) -> Interval:
         return _squared(site)
     for gate, other in ((a, 1), (b, 0)):
         source = site.model.producer(gate)
-        gated = source is not None and source.op == "Sigmoid" and is_main_domain(source)
-        if gated and source.inputs[0] is site.node.inputs[other]:
+        if source is None or source.op != "Sigmoid" or not is_main_domain(source):
+            continue
+        if source.inputs[0] is site.node.inputs[other]:
             return _dip(site.at(other), site.format, *_SWISH, keeps=True)
     x, y = site.operands()
     return _corners(_times, x, y, site.format)

@@ -133,6 +133,7 @@ class Select(Pass):
     """Fewer channels in every layer, chosen by what those who read them lose."""
 
     name = "select"
+    contract = Contract.APPROXIMATE
     summary = "cut out the channels that matter least, through all that is coupled, and make up for them"
     Options = SelectOptions
     options: SelectOptions
@@ -142,8 +143,8 @@ class Select(Pass):
         super().__init__(options, **settings)
         if self.options.ratio == 0:
             self.contract = Contract.EXACT
-        else:
-            self.contract = Contract.APPROXIMATE if self.options.compensate else Contract.MASKED
+        elif not self.options.compensate:
+            self.contract = Contract.MASKED
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for bad samples, NotApplicableError for activations that are not finite,

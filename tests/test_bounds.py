@@ -145,9 +145,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "square": ("y = Mul(c, c)", {}, {}),
     "Pow": ("y = Pow(c, two)", {"two": np.float32(2)}, {}),
     "Where": ("q = Greater(c, k) y = Where(q, c, k)", {"k": (4, 1, 1)}, {}),
-    "Where of constants": ("y = Where(q, c, k)", {"q": np.arange(4).reshape(4, 1, 1) > 1, "k": (4, 1, 1)}, {}),
+    "Where of constants": (
+        "y = Where(q, c, k)",
+        {"q": np.arange(4).reshape(4, 1, 1) > 1, "k": (4, 1, 1)},
+        {},
+    ),
     "Cast": ("h = Cast<to=10>(c) d = Cast<to=11>(h) y = Cast<to=1>(d)", {}, {}),
-    "Cast to integers": ("i = Cast<to=7>(c) j = Clip(i, p, q) y = Cast<to=1>(j)", {"p": ints(-1)[0], "q": ints(1)[0]}, {}),
+    "Cast to integers": (
+        "i = Cast<to=7>(c) j = Clip(i, p, q) y = Cast<to=1>(j)",
+        {"p": ints(-1)[0], "q": ints(1)[0]},
+        {},
+    ),
     "Dropout": ("y = Dropout(c)", {}, {}),
     "Dropout switched off": ("y = Dropout(c, r, t)", {"r": np.float32(0.5), "t": np.array(False)}, {}),
     "Expand": ("y = Expand(c, s)", {"s": ints(2, 1, 4, 6, 6)}, {}),
@@ -168,36 +176,84 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Concat of rows": ("m = Mul(c, k) y = Concat<axis=-2>(c, m)", {"k": (4, 1, 1)}, {}),
     "Split": ("m = Mul(c, k) y, b = Split<axis=1>(m, s)", {"k": (4, 1, 1), "s": ints(1, 3)}, {}),
     "Split evenly": ("m = Mul(c, k) y, b = Split<axis=1>(m)", {"k": (4, 1, 1)}, {}),
-    "Split unevenly": ("m = Mul(c, k) y, b, d = Split<axis=1, num_outputs=3>(m)", {"k": (5, 1, 1)}, {"x": "float[N,5,2,1] x", "opset": 18}),
+    "Split unevenly": (
+        "m = Mul(c, k) y, b, d = Split<axis=1, num_outputs=3>(m)",
+        {"k": (5, 1, 1)},
+        {"x": "float[N,5,2,1] x", "opset": 18},
+    ),
     "Slice": (
         "m = Mul(c, k) y = Slice(m, s, e, a, t)",
         {"k": (4, 1, 6), "s": ints(-1, 1), "e": ints(-(2**62), 2**62), "a": ints(1, -1), "t": ints(-2, 2)},
         {},
     ),
-    "Slice by attributes": ("m = Mul(c, k) y = Slice<starts=[1], ends=[3], axes=[1]>(m)", {"k": (4, 1, 1)}, {"opset": 9}),
-    "Slice of computed ends": ("m = Mul(c, k) e = Shape(m) s = Sub(e, e) y = Slice(m, s, e)", {"k": (4, 1, 1)}, {}),
-    "Pad": ("m = Mul(c, k) y = Pad(m, p, v)", {"k": (4, 1, 1), "p": ints(0, 1, 2, 0, 0, 3, 0, 1), "v": np.float32(9)}, {}),
-    "Pad some axes": ("m = Mul(c, k) y = Pad(m, p, , a)", {"k": (4, 1, 6), "p": ints(1, -1, 2, 2), "a": ints(-1, 1)}, {"opset": 18}),
+    "Slice by attributes": (
+        "m = Mul(c, k) y = Slice<starts=[1], ends=[3], axes=[1]>(m)",
+        {"k": (4, 1, 1)},
+        {"opset": 9},
+    ),
+    "Slice of computed ends": (
+        "m = Mul(c, k) e = Shape(m) s = Sub(e, e) y = Slice(m, s, e)",
+        {"k": (4, 1, 1)},
+        {},
+    ),
+    "Pad": (
+        "m = Mul(c, k) y = Pad(m, p, v)",
+        {"k": (4, 1, 1), "p": ints(0, 1, 2, 0, 0, 3, 0, 1), "v": np.float32(9)},
+        {},
+    ),
+    "Pad some axes": (
+        "m = Mul(c, k) y = Pad(m, p, , a)",
+        {"k": (4, 1, 6), "p": ints(1, -1, 2, 2), "a": ints(-1, 1)},
+        {"opset": 18},
+    ),
     "Pad by attributes": ("y = Pad<pads=[0,1,0,0,0,0,0,0], value=5.0>(c)", {}, {"opset": 10}),
-    "Pad by reflection": ('m = Mul(c, k) y = Pad<mode="reflect">(m, p)', {"k": (4, 1, 6), "p": ints(0, 1, 0, 2, 0, 0, 0, 2)}, {}),
+    "Pad by reflection": (
+        'm = Mul(c, k) y = Pad<mode="reflect">(m, p)',
+        {"k": (4, 1, 6), "p": ints(0, 1, 0, 2, 0, 0, 0, 2)},
+        {},
+    ),
     "Reshape": ("m = Mul(c, k) y = Reshape(m, s)", {"k": (4, 1, 1), "s": ints(0, 2, 2, -1)}, {}),
     "Reshape of all": ("m = Mul(c, k) y = Reshape(m, s)", {"k": (4, 1, 1), "s": ints(-1, 144)}, {}),
     "Reshape across": ("m = Mul(c, k) y = Reshape(m, s)", {"k": (4, 1, 1), "s": ints(-1, 2, 3)}, {}),
-    "Reshape of dynamic axes": ("m = Mul(c, k) y = Reshape(m, s)", {"k": (4, 1, 1), "s": ints(0, 4, -1)}, {"x": "float[N,4,H,W] x"}),
+    "Reshape of dynamic axes": (
+        "m = Mul(c, k) y = Reshape(m, s)",
+        {"k": (4, 1, 1), "s": ints(0, 4, -1)},
+        {"x": "float[N,4,H,W] x"},
+    ),
     "Flatten": ("m = Mul(c, k) y = Flatten(m)", {"k": (4, 1, 6)}, {}),
     "Flatten in the middle": ("m = Mul(c, k) y = Flatten<axis=2>(m)", {"k": (4, 1, 1)}, {}),
-    "Transpose": ("m = Mul(c, k) t = Transpose<perm=[0,2,3,1]>(m) y = Add(t, b)", {"k": (4, 1, 1), "b": (4,)}, {}),
+    "Transpose": (
+        "m = Mul(c, k) t = Transpose<perm=[0,2,3,1]>(m) y = Add(t, b)",
+        {"k": (4, 1, 1), "b": (4,)},
+        {},
+    ),
     "Transpose reversed": ("m = Mul(c, k) y = Transpose(m)", {"k": (4, 1, 6)}, {}),
-    "Squeeze": ("m = Mul(c, k) g = GlobalMaxPool(m) y = Squeeze(g, a)", {"k": (4, 1, 1), "a": ints(2, -1)}, {}),
+    "Squeeze": (
+        "m = Mul(c, k) g = GlobalMaxPool(m) y = Squeeze(g, a)",
+        {"k": (4, 1, 1), "a": ints(2, -1)},
+        {},
+    ),
     "Unsqueeze": ("m = Mul(c, k) y = Unsqueeze(m, a)", {"k": (6,), "a": ints(1, 3)}, {"x": ROWS}),
-    "Gather": ("m = Mul(c, k) y = Gather<axis=1>(m, i)", {"k": (4, 1, 1), "i": np.array([[3, -4], [1, 1]])}, {}),
+    "Gather": (
+        "m = Mul(c, k) y = Gather<axis=1>(m, i)",
+        {"k": (4, 1, 1), "i": np.array([[3, -4], [1, 1]])},
+        {},
+    ),
     "Gather one": ("m = Mul(c, k) y = Gather<axis=1>(m, i)", {"k": (4, 1, 1), "i": np.array(2)}, {}),
-    "Gather computed": ("m = Mul(c, k) h = Cast<to=7>(s) i = Identity(h) y = Gather<axis=1>(m, i)", {"k": (4, 1, 1), "s": vector(3, 0)}, {}),
+    "Gather computed": (
+        "m = Mul(c, k) h = Cast<to=7>(s) i = Identity(h) y = Gather<axis=1>(m, i)",
+        {"k": (4, 1, 1), "s": vector(3, 0)},
+        {},
+    ),
     "Tile": ("m = Mul(c, k) y = Tile(m, t)", {"k": (4, 1, 1), "t": ints(1, 2, 1, 1)}, {}),
     "DepthToSpace": ("m = Mul(c, k) y = DepthToSpace<blocksize=2>(m)", {"k": (4, 1, 1)}, {}),
     "Resize": ("m = Mul(c, k) y = Resize(m, , s)", {"k": (4, 1, 6), "s": vector(1, 1, 2, 1.5)}, {}),
-    "Resize linear": ('m = Mul(c, k) y = Resize<mode="linear">(m, , s)', {"k": (4, 1, 6), "s": vector(1, 1, 2, 1.7)}, {}),
-}  # fmt: skip
+    "Resize linear": (
+        'm = Mul(c, k) y = Resize<mode="linear">(m, , s)',
+        {"k": (4, 1, 6), "s": vector(1, 1, 2, 1.7)},
+        {},
+    ),
+}
 
 
 def case(name: str) -> Model:
@@ -225,11 +281,24 @@ def test_unbounded_inputs_make_no_false_bounds(name: str) -> None:
 
 
 POINTWISE = {
-    "Relu": "Relu", "Abs": "Abs", "Neg": "Neg", "Softplus": "Softplus", "Sigmoid": "Sigmoid", "Tanh": "Tanh",
-    "Erf": "Erf", "Exp": "Exp", "Softsign": "Softsign", "HardSigmoid": "HardSigmoid", "HardSwish": "HardSwish",
-    "Gelu": "Gelu", "Elu": "Elu<alpha=2.5>", "Selu": "Selu", "Celu": "Celu<alpha=0.4>",
-    "LeakyRelu": "LeakyRelu<alpha=0.2>", "falling LeakyRelu": "LeakyRelu<alpha=-0.3>",
-}  # fmt: skip
+    "Relu": "Relu",
+    "Abs": "Abs",
+    "Neg": "Neg",
+    "Softplus": "Softplus",
+    "Sigmoid": "Sigmoid",
+    "Tanh": "Tanh",
+    "Erf": "Erf",
+    "Exp": "Exp",
+    "Softsign": "Softsign",
+    "HardSigmoid": "HardSigmoid",
+    "HardSwish": "HardSwish",
+    "Gelu": "Gelu",
+    "Elu": "Elu<alpha=2.5>",
+    "Selu": "Selu",
+    "Celu": "Celu<alpha=0.4>",
+    "LeakyRelu": "LeakyRelu<alpha=0.2>",
+    "falling LeakyRelu": "LeakyRelu<alpha=-0.3>",
+}
 
 
 @pytest.mark.parametrize(
@@ -317,7 +386,10 @@ def test_factors_of_gemm_count() -> None:
     assert bound.low.reshape(-1).tolist() == pytest.approx([-2 + 2, -4 + 2], abs=1e-5)
     assert bound.high.reshape(-1).tolist() == pytest.approx([4 + 2, 8 + 2], abs=1e-5)
     assert (bound.high.reshape(-1) > [6, 10]).all()
-    assert ends(affine([[0]], [4], more="<beta=0.3>"))[0][1] == pytest.approx(1.2, abs=1e-6)
+    check_held(net("y = Gemm<beta=0.3>(x, w, b)", {"w": np.zeros((6, 99), np.float32), "b": normal(99)}))
+    high = ends(affine([[0]], [4], more="<beta=0.3>"))[0][1]
+    assert 1.2 < high == pytest.approx(1.2, abs=2e-6)
+    assert ends(affine([[0]], [-4], more="<beta=0.3>"))[0][1] < 0
 
 
 def conv(attributes: str, op: str = "Conv", low: float = 1.0, channels: int = 1, **weights: Any) -> Interval:
@@ -412,7 +484,7 @@ def test_batch_norm_maps_the_bounds_by_the_sign_of_the_scale() -> None:
         ("y = MaxPool<kernel_shape=[2,2], dilations=[5,5], pads=[1,1,1,1]>(c)", -math.inf, 3),
         ("y = MaxPool<kernel_shape=[2,2], dilations=[2,2]>(c)", -2, 3),
     ],
-)  # fmt: skip
+)
 def test_bounds_of_inputs_from_minus_2_to_3(body: str, low: float, high: float) -> None:
     weights = {"r": np.float32(0.5), "t": np.array(True), "k": np.array(1), "s": vector(1, 1, 2, 2)}
     used = {
@@ -490,7 +562,12 @@ def moved(body: str, weights: dict[str, Any] | None = None, x: str = "float[N,4,
 
 MOVES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], list[float]]] = {
     "Flatten": ("y = Flatten(m)", {}, (1, 24), [v for v in (1, 2, 3, 4) for _ in range(6)]),
-    "Reshape to flat": ("y = Reshape(m, s)", {"s": ints(-1, 24)}, (1, 24), [v for v in (1, 2, 3, 4) for _ in range(6)]),
+    "Reshape to flat": (
+        "y = Reshape(m, s)",
+        {"s": ints(-1, 24)},
+        (1, 24),
+        [v for v in (1, 2, 3, 4) for _ in range(6)],
+    ),
     "Reshape of positions": ("y = Reshape(m, s)", {"s": ints(0, 4, -1)}, (1, 4, 1), [1, 2, 3, 4]),
     "Reshape of channels": ("y = Reshape(m, s)", {"s": ints(0, 2, 2, 2, 3)}, (1, 2, 2, 1, 1), [1, 2, 3, 4]),
     "Reshape across samples": ("y = Reshape(m, s)", {"s": ints(-1, 6)}, (1, 1), [4]),
@@ -503,18 +580,33 @@ MOVES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], list[float]]] = {
     ),
     "Squeeze": ("g = GlobalMaxPool(m) y = Squeeze(g, a)", {"a": ints(2, 3)}, (1, 4), [1, 2, 3, 4]),
     "Unsqueeze": ("y = Unsqueeze(m, a)", {"a": ints(1, 5)}, (1, 1, 4, 1, 1, 1), [1, 2, 3, 4]),
-    "Slice": ("y = Slice(m, s, e, a, t)", {"s": ints(-1), "e": ints(-9), "a": ints(1), "t": ints(-2)}, (1, 2, 1, 1), [4, 2]),
+    "Slice": (
+        "y = Slice(m, s, e, a, t)",
+        {"s": ints(-1), "e": ints(-9), "a": ints(1), "t": ints(-2)},
+        (1, 2, 1, 1),
+        [4, 2],
+    ),
     "Gather": ("y = Gather<axis=1>(m, i)", {"i": np.array([[3, -4]])}, (1, 1, 2, 1, 1), [4, 1]),
     "Concat": ("y = Concat<axis=1>(m, c)", {}, (1, 8, 1, 1), [1, 2, 3, 4, 1, 1, 1, 1]),
-    "Concat elsewhere": ("y = Concat<axis=2>(m, c)", {}, (1, 4, 4, 1), [v for v in (1, 2, 3, 4) for v in (v, v, 1, 1)]),
+    "Concat elsewhere": (
+        "y = Concat<axis=2>(m, c)",
+        {},
+        (1, 4, 4, 1),
+        [v for v in (1, 2, 3, 4) for v in (v, v, 1, 1)],
+    ),
     "Split": ("z, y = Split<axis=1>(m, s)", {"s": ints(1, 3)}, (1, 3, 1, 1), [2, 3, 4]),
     "Split evenly": ("z, y = Split<axis=-3>(m)", {}, (1, 2, 1, 1), [3, 4]),
     "Resize": ("y = Resize(m, , s)", {"s": vector(1, 1, 2, 2)}, (1, 4, 1, 1), [1, 2, 3, 4]),
     "Resize of channels": ("y = Resize(m, , s)", {"s": vector(1, 2, 1, 1)}, (1, 1, 1, 1), [4]),
     "ReduceMax": ("y = ReduceMax<axes=[-1,2], keepdims=0>(m)", {}, (1, 4), [1, 2, 3, 4]),
-    "Where": ("y = Where(q, m, c)", {"q": np.array([True, False] * 2).reshape(4, 1, 1)}, (1, 4, 1, 1), [1, 1, 3, 1]),
+    "Where": (
+        "y = Where(q, m, c)",
+        {"q": np.array([True, False] * 2).reshape(4, 1, 1)},
+        (1, 4, 1, 1),
+        [1, 1, 3, 1],
+    ),
     "MaxPool": ("y, i = MaxPool<kernel_shape=[2,2]>(m)", {}, (1, 4, 1, 1), [1, 2, 3, 4]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -660,8 +752,9 @@ def test_an_operator_of_another_domain_is_not_taken_for_onnx_s_own() -> None:
 
 def test_an_unknown_rank_gives_bounds_of_rank_0() -> None:
     body = """c = Clip(x, lo, hi) r = Reshape(c, s) a = Relu(r) m = MatMul(a, w) g = GlobalAveragePool(r)
-        q = Squeeze(a) k = Concat<axis=1>(a, r) p = Pad(r, s) t = Transpose(r) n = BatchNormalization(r, o, o, o, o)
-        u = ReduceMax<keepdims=0>(r) v = ReduceSum(r, z) h = Split<axis=1>(a) j = Add(a, w)
+        q = Squeeze(a) k = Concat<axis=1>(a, r) p = Pad(r, s) t = Transpose(r)
+        n = BatchNormalization(r, o, o, o, o) u = ReduceMax<keepdims=0>(r) v = ReduceSum(r, z)
+        h = Split<axis=1>(a) j = Add(a, w)
         b = Slice(a, z, z) e = Gather(a, z) aa = Conv(r, f) y = Identity(aa)"""
     weights = {"w": vector(1, -1, 1, 1).reshape(2, 2), "z": ints(0), "o": vector(1, 2), "f": (3, 2, 1, 1)}
     model = net(body, weights | SMALL, "float[N,2] x, int64[K] s", MAP)
@@ -778,8 +871,9 @@ def test_dead_through_residual_sums() -> None:
 
 
 def test_dead_through_what_follows_in_networks() -> None:
-    body = f"""a = Conv{PADDED}(x, w, b) p = Relu(a) m = MaxPool<kernel_shape=[2,2]>(p) g = GlobalAveragePool(m)
-        q = Sigmoid(g) se = Mul(m, q) av = AveragePool<kernel_shape=[2,2]>(se) cat = Concat<axis=1>(av, av)
+    body = f"""a = Conv{PADDED}(x, w, b) p = Relu(a) m = MaxPool<kernel_shape=[2,2]>(p)
+        g = GlobalAveragePool(m) q = Sigmoid(g) se = Mul(m, q) av = AveragePool<kernel_shape=[2,2]>(se)
+        cat = Concat<axis=1>(av, av)
         up = Resize<mode="linear">(cat, , sc) pad = Pad(up, pads) r = LeakyRelu(pad)"""
     weights = {"w": zero_filters(0, 2), "b": vector(0, 0, -1, 1), "sc": vector(1, 1, 2, 2)}
     weights["pads"] = ints(0, 1, 1, 1, 0, 0, 1, 1)

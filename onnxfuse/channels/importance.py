@@ -86,11 +86,14 @@ def statistics(
     wanted = [_Gathering(view, batches, seed, mask) for view in dict.fromkeys(views) if view.tensor]
     fed = {info.name for info in model.inputs}
     names = dict.fromkeys(item.view.tensor for item in wanted)
-    session = runtime.session(model, taps=[name for name in names if name not in fed], outputs=())
+    if not wanted:
+        return {}
+    taps = [name for name in names if name not in fed]
+    session = runtime.session(model, taps=taps, outputs=()) if taps else None
     advance = (progress or NoProgress()).task("calibrating", total=len(batches))
     with threadpool_limits(runtime.threads, "blas"):
         for batch in batches:
-            found = {**batch.feed, **session.run(batch.feed)}
+            found = {**batch.feed, **(session.run(batch.feed) if session else {})}
             for item in wanted:
                 item.add(found, batch.index)
             advance()
