@@ -65,8 +65,12 @@ CRITERIA = (
     "criterion=magnitude",
     "criterion=moments,compensate=false",
 )
-FUSED = ("select:macs={0}", "select:macs=0.9,fuse:max_blocks=4,max_ops=2",
-"fuse:max_blocks=4,max_ops=2,select:macs={0}") CALIBRATION = 3000
+FUSED = (
+    "select:macs={0}",
+    "select:macs=0.9,fuse:max_blocks=4,max_ops=2",
+    "fuse:max_blocks=4,max_ops=2,select:macs={0}",
+)
+CALIBRATION = 3000
 
 
 def _resnet() -> Split:
@@ -160,15 +164,20 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--only", metavar="TEXT", default="", help="networks whose names contain this")
     arguments.add_argument("--rivals", type=Path, metavar="FOLDER", help="what rivals_pruning.py made")
-    arguments.add_argument("--data", type=Path, metavar="FOLDER", help="only write DATA for
-    rivals_pruning.py") arguments.add_argument("--criteria", action="store_true", help="each criterion and
-    compensation by itself") arguments.add_argument("--fuse", action="store_true", help="select and fuse
-    together") options = arguments.parse_args() names = [name for name in NETWORKS if options.only in name]
-    if options.data is not None: for name in names: images, labels, *_ = NETWORKS[name]() model =
-    Model.load(shared() / "models" / f"{name}.onnx") np.savez(options.data / f"{name}.npz",
-    **{model.inputs[0].name: images, "labels": labels}) return print(machine(options.threads), flush=True)
-    found = {name: network(name, options) for name in names} write_json(options.json, {"machine":
-    machine(options.threads), "networks": found})
+    arguments.add_argument("--data", type=Path, metavar="FOLDER", help="only write rivals_pruning.py's DATA")
+    arguments.add_argument("--criteria", action="store_true", help="each criterion by itself, too")
+    arguments.add_argument("--fuse", action="store_true", help="select and fuse together")
+    options = arguments.parse_args()
+    names = [name for name in NETWORKS if options.only in name]
+    if options.data is not None:
+        for name in names:
+            images, labels, *_ = NETWORKS[name]()
+            model = Model.load(shared() / "models" / f"{name}.onnx")
+            np.savez(options.data / f"{name}.npz", **{model.inputs[0].name: images, "labels": labels})
+        return
+    print(machine(options.threads), flush=True)
+    found = {name: network(name, options) for name in names}
+    write_json(options.json, {"machine": machine(options.threads), "networks": found})
 
 
 def network(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
@@ -189,8 +198,11 @@ def network(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
                 continue
             start = time.perf_counter()
             result = api.compress(
-                original, recipe.format(budget), calib={net.input: images}, provider="cpu",
-                threads=options.threads
+                original,
+                recipe.format(budget),
+                calib={net.input: images},
+                provider="cpu",
+                threads=options.threads,
             )
             took = time.perf_counter() - start
             if not result.ok:
@@ -236,13 +248,21 @@ def rivals(net: Network, folder: Path | None) -> list[tuple[Entry, np.ndarray, M
 
 def show(net: Network, made: Sequence[tuple[Entry, np.ndarray, Model]]) -> None:
     ours = [item for item in made if item[0].who.startswith(("select", "fuse"))]
-    others = [item for item in made if item not in ours]
+    others = [item for item in made if not item[0].who.startswith(("select", "fuse"))]
     print()
     table(
         ("budget", "MACs", "accuracy", "drop (95%)", "mark", "best rival", "ahead (95%)"),
         [
-            (f"{e.budget:g}", f"{e.macs:.3f}", f"{e.accuracy:.2f}", _interval(e.drop), _mark(net, e),
-            *_ahead(e, s, others)) for e, s, _ in ours if e.who == f"select:macs={e.budget:g}"
+            (
+                f"{e.budget:g}",
+                f"{e.macs:.3f}",
+                f"{e.accuracy:.2f}",
+                _interval(e.drop),
+                _mark(net, e),
+                *_ahead(e, s, others),
+            )
+            for e, s, _ in ours
+            if e.who == f"select:macs={e.budget:g}"
         ],
     )
     print()
