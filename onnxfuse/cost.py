@@ -239,16 +239,19 @@ def count(model: Model, shapes: Shapes, sizes: Sizes | None = None) -> Cost:
 
 def node_macs(nodes: Iterable[Node], shapes: Shapes, opset: int) -> int | None:
     """MACs of some nodes of a main graph at concrete shapes; None where `count` would not know either."""
-    total = 0
-    for node in nodes:
-        rule = RULES.get(node.op) if node.domain in DEFAULT_DOMAINS else None
-        if node.bodies or (rule is None and node.domain not in DEFAULT_DOMAINS):
-            return None
-        try:
-            total += rule(_Op(node.proto(opset), lambda name: _known_shape(name, shapes))) if rule else 0
-        except _UnknownError:
-            return None
-    return total
+    counts = [proto_macs(node.proto(opset), shapes) for node in nodes]
+    return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def proto_macs(node: onnx.NodeProto, shapes: Shapes) -> int | None:
+    """`node_macs` of one node."""
+    rule = RULES.get(node.op_type) if node.domain in DEFAULT_DOMAINS else None
+    if any(True for _ in bodies(node)) or (rule is None and node.domain not in DEFAULT_DOMAINS):
+        return None
+    try:
+        return rule(_Op(node, lambda name: _known_shape(name, shapes))) if rule else 0
+    except _UnknownError:
+        return None
 
 
 def _concrete(shapes: Shapes, sizes: Sizes) -> dict[str, TensorInfo]:

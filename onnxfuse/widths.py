@@ -14,9 +14,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from onnx import NodeProto
+
 from onnxfuse.channels import ChannelGroups, Group
 from onnxfuse.channels.dims import Dim, leaves, length
-from onnxfuse.cost import RULES, node_macs
+from onnxfuse.channels.site import Number
+from onnxfuse.cost import RULES, proto_macs
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear import weight_type
@@ -94,25 +97,30 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
     Raises:
         NotApplicableError: they can't be counted.
     """
-    axes = found.system.axes
+    system = found.system
     owner = {leaf: group for group in groups for leaf in group.leaves}
-    static = found.system.shapes
+    numbers: dict[str, list[Number]] = {}
+    for number in system.written:
+        if number.place.attribute is not None and number.place.entry is None:
+            numbers.setdefault(number.place.node, []).append(number)
 
     def term(node: Node) -> Term:
-        own = {tensor.name: axes.get(tensor) for tensor in (*node.inputs, *node.outputs) if tensor.name}
+        proto = node.proto(model.opset)
+        own = {
+            tensor.name: system.axes.get(tensor) for tensor in (*node.inputs, *node.outputs) if tensor.name
+        }
         touched = dict.fromkeys(
             owner[leaf] for dims in own.values() for leaf in _leaves(dims) if leaf in owner
         )
+        written = [number for name in proto.output for number in numbers.get(name, ())]
 
         def value(kept: Lengths) -> float:
             shapes = {
-                name: static[name]
-                if dims is None
-                else TensorInfo(name, None, tuple(length(d, kept) for d in dims))
+                name: static[name] if dims is None else TensorInfo(name, None, _sizes(dims, kept))
                 for name, dims in own.items()
                 if dims is not None or name in static
             }
-            count = node_macs([node], shapes, model.opset)
+            count = proto_macs(_written(proto, written, kept) if written else proto, shapes)
             if count is None:
                 raise NotApplicableError(
                     f"the MACs of {node.label} can't be counted; give ratio, params or latency"
@@ -121,6 +129,7 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
 
         return Term(tuple(touched), value)
 
+    static = system.shapes
     return Total(
         [term(n) for n in model.nodes if n.op in RULES or n.bodies or n.domain not in DEFAULT_DOMAINS], groups
     )
@@ -138,12 +147,27 @@ def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> T
         size = math.prod(weight_type(model, tensor)[1])
         return Term(
             tuple(touched),
-            lambda kept: size if dims is None else math.prod(length(dim, kept) for dim in dims),
+            lambda kept: size if dims is None else math.prod(_sizes(dims, kept)),
         )
 
     used = {t.name for node in model.nodes for t in node.inputs if model.is_weight(t)}
     counted = (name for name in used if weight_type(model, model.tensor(name))[0].kind == "f")
     return Total([term(name) for name in sorted(counted)], groups)
+
+
+def _sizes(dims: Sequence[Dim], kept: Lengths) -> tuple[int, ...]:
+    return tuple(length(dim, kept) for dim in dims)
+
+
+def _written(proto: NodeProto, numbers: Sequence[Number], kept: Lengths) -> NodeProto:
+    """The node with the numbers that `take` would write into its attributes."""
+    copy = NodeProto()
+    copy.CopyFrom(proto)
+    for number in numbers:
+        for attribute in copy.attribute:
+            if attribute.name == number.place.attribute:
+                attribute.i = number.sign * length(number.dim, kept)
+    return copy
 
 
 def _leaves(dims: Sequence[Dim] | None) -> Iterator[Dim]:

@@ -1,7 +1,8 @@
-"""Every model of the shared folder through the command line: inspect, and `compress --passes fold,fuse`.
+"""Every model of the shared folder through the command line: inspect, and compress.
 
-    python tests/benchmarks/bench_wild.py                  # some ten minutes
-    python tests/benchmarks/bench_wild.py --only silero    # names that contain "silero"
+    python tests/benchmarks/bench_wild.py                               # fold,fuse: some ten minutes
+    python tests/benchmarks/bench_wild.py --passes select:ratio=0.25    # any others
+    python tests/benchmarks/bench_wild.py --only silero                 # names that contain "silero"
 
 Image classifiers get real, labelled samples, the others made-up ones. Each model is run as a user would,
 by the installed `onnxfuse`, and then judged here, by the onnx and onnxruntime packages alone:
@@ -123,6 +124,7 @@ def main() -> None:
     arguments.add_argument("--only", metavar="TEXT", help="models whose names contain this")
     arguments.add_argument("--max-error", metavar="X", help="passed on to compress; default: none")
     arguments.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for one command")
+    arguments.add_argument("--passes", default=PASSES, help=f"default: {PASSES}")
     options = arguments.parse_args()
     paths = [p for p in sorted((shared() / "models").glob("*.onnx")) if (options.only or "") in p.stem]
     print(machine(options.threads), flush=True)
@@ -132,9 +134,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for path in paths:
             start = time.perf_counter()
-            records.append(tried(path, Path(folder), options.quick, bound, options.timeout))
+            records.append(
+                tried(
+                    path, Path(folder), options.quick, ["--passes", options.passes, *bound], options.timeout
+                )
+            )
             print(f"  {path.stem}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    show(records)
+    show(records, options.passes)
     write_json(
         options.json, {"machine": machine(options.threads), "records": [asdict(record) for record in records]}
     )
@@ -145,10 +151,12 @@ def tried(path: Path, folder: Path, quick: bool, more: Sequence[str], timeout: f
     """One model: inspected, compressed with `more` options, judged."""
     record = Record(path.stem, "made up")
     data = samples(record, path, folder, quick)
-    record.inspect = parsed(record, "inspect", command(record, ["inspect", str(path), "--json"], timeout))
+    record.inspect = parsed(
+        record, "inspect", command(record, ["inspect", str(path), "--channels", "--json"], timeout)
+    )
     output = folder / f"{path.stem}.onnx"
     calib = ["--samples", str(MADE_UP)] if data is None else ["--calib", data]
-    options = ["--passes", PASSES, "-o", str(output), "--json", *calib, *more]
+    options = ["-o", str(output), "--json", *calib, *more]
     start = time.perf_counter()
     compressed = command(record, ["compress", str(path), *options], timeout)
     record.seconds = time.perf_counter() - start
@@ -257,7 +265,7 @@ def judge(record: Record, before: Path, after: Path, data: str | None) -> None:
     stated = (record.report.get("output_error") or {}).get("outputs", {})
     for index, name in enumerate(names):
         a, b = ([run[index] for run in batches] for batches in runs)
-        found = relative_error(a, b)
+        found = relative_error(a, b, [batch.samples for batch in calibration.held_out])
         record.found_error = max(record.found_error or 0.0, found)
         if not np.isfinite(found):
             record.problems.append(f"output '{name}' is not finite")
@@ -267,8 +275,9 @@ def judge(record: Record, before: Path, after: Path, data: str | None) -> None:
             record.problems.append(f"output '{name}': error {found:.6g}, the report says {stated[name]:.6g}")
 
 
-def relative_error(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """Root mean square difference over root mean square deviation from the mean over samples."""
+def relative_error(a: Sequence[np.ndarray], b: Sequence[np.ndarray], samples: Sequence[int]) -> float:
+    """Root mean square difference over root mean square deviation from the mean over samples, or over all
+    elements where the first axis does not count samples."""
     if any(not np.isfinite(x.astype(np.float64)).all() for x in b):
         return float("nan")
     if a[0].dtype.kind != "f":
@@ -276,7 +285,8 @@ def relative_error(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
         return unequal / max(sum(x.size for x in a), 1)
     left, right = ([x.astype(np.float64) for x in part] for part in (a, b))
     distance = sum(float(((x - y) ** 2).sum()) for x, y in zip(left, right, strict=True))
-    if len({x.shape[1:] for x in left}) == 1 and left[0].ndim and sum(map(len, left)) > 1:
+    by_sample = all(x.ndim and len(x) == count for x, count in zip(left, samples, strict=True))
+    if len({x.shape[1:] for x in left}) == 1 and by_sample and sum(samples) > 1:
         rows = np.concatenate(left)
         spread = float(((rows - rows.mean(axis=0)) ** 2).sum())
     else:
@@ -288,20 +298,21 @@ def relative_error(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
 # --- showing ------------------------------------------------------------------------------------------------
 
 
-def show(records: Sequence[Record]) -> None:
+def show(records: Sequence[Record], passes: str) -> None:
     print("\ninspect")
     table(
-        ("model", "opset", "nodes", "linear", "regions", "parameters", "MACs", "ms"),
+        ("model", "opset", "nodes", "linear", "regions", "groups", "parameters", "MACs", "ms"),
         [inspect_row(record) for record in records],
     )
-    print(f"\ncompress --passes {PASSES}")
+    print(f"\ncompress --passes {passes}")
     table(
-        ("model", "fold", "fuse", "error", "latency", "exit", "s", "sound"),
+        ("model", "changes", "error", "MACs", "latency", "exit", "s", "sound"),
         [compress_row(record) for record in records],
     )
     print(
-        "\nfold: changes. fuse: regions fused + operators refitted. error: of the worst\n"
-        "output, on held-out samples. latency: result / original. sound: checks passed."
+        "\ngroups: of channels, those that can be cut / all. changes: of each pass; of fuse\n"
+        "and select rewrites + operators refitted. error: of the worst output, on held-\n"
+        "out samples. MACs, latency: result / original. sound: checks passed."
     )
     for record in records:
         print(f"\n{record.name}, {record.samples} samples")
@@ -312,7 +323,7 @@ def show(records: Sequence[Record]) -> None:
 def inspect_row(record: Record) -> tuple[object, ...]:
     found = record.inspect
     if not found:
-        return (short(record.name), *["-"] * 7)
+        return (short(record.name), *["-"] * 8)
     cost, timed = found["cost"], found["latency"]
     return (
         short(record.name),
@@ -320,6 +331,7 @@ def inspect_row(record: Record) -> tuple[object, ...]:
         cost["nodes"],
         len(found["linear"]),
         len(found["regions"]),
+        f"{sum(not group['frozen'] for group in found['channels'])}/{len(found['channels'])}",
         number(cost["parameters"]),
         number(cost["macs"]),
         f"{timed['timings'][0]['median_ms']:.3g}" if timed else "-",
@@ -328,14 +340,14 @@ def inspect_row(record: Record) -> tuple[object, ...]:
 
 def compress_row(record: Record) -> tuple[object, ...]:
     report = record.report
-    steps = {step["name"]: step for step in report.get("steps", ())}
+    macs = [report[side]["macs"] for side in ("before", "after")] if report else [None, None]
     error = report.get("output_error")
     latency = report.get("latency")
     return (
         short(record.name),
-        done(steps.get("fold")),
-        done(steps.get("fuse")),
+        ", ".join(map(done, report.get("steps", ()))) or "-",
         f"{error['worst']:.2g}" if error else "-",
+        f"{macs[1] / macs[0]:.3f}" if error and macs[0] and macs[1] else "-",
         "{ratio:.2f} ({ratio_low:.2f}-{ratio_high:.2f})".format(**latency["timings"][1]) if latency else "-",
         "-" if record.exit_code is None else record.exit_code,
         f"{record.seconds:.0f}",
@@ -348,21 +360,20 @@ def short(name: str) -> str:
     return name if len(name) <= 19 else f"{name[:9]}..{name[-8:]}"
 
 
-def done(step: dict[str, Any] | None) -> str:
+def done(step: dict[str, Any]) -> str:
     """How much a pass changed."""
-    if step is None:
-        return "-"
     if not step["committed"]:
         return "undone"
-    fused = sum("region" in change["detail"] for change in step["changes"])
-    if step["name"] == "fuse":
-        return f"{fused} + {len(step['changes']) - fused}"
-    return str(len(step["changes"]))
+    made = sum("region" in change["detail"] or "group" in change["detail"] for change in step["changes"])
+    return f"{made} + {len(step['changes']) - made}" if made else str(len(step["changes"]))
 
 
 def details(record: Record) -> list[str]:
     """What a table has no room for."""
     lines = [f"PROBLEM: {problem}" for problem in record.problems]
+    frozen = [group["frozen"] for group in record.inspect.get("channels") or () if group["frozen"]]
+    if frozen:
+        lines.append(f"frozen groups: {kinds(frozen)}")
     for step in record.report.get("steps", ()):
         if step["changes"] and step["name"] == "fold":
             lines.append(f"fold did: {kinds([change['what'] for change in step['changes']])}")
