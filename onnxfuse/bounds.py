@@ -278,8 +278,7 @@ def _up(high: np.ndarray, form: _Format) -> np.ndarray:
     whole = np.frexp(high)[0] * (2 / form.eps) % 1 == 0
     wide = high + form.eps * np.abs(high) + form.tiny
     wide = np.where(high <= 0, np.minimum(wide, 0), wide)
-    kept = np.isinf(high) | (whole & ((np.abs(high) >= form.normal) | (high == 0)))
-    return np.where(kept, high, wide)
+    return np.where(np.isinf(high) | (whole & (np.abs(high) >= form.normal)), high, wide)
 
 
 def _rounded(low: np.ndarray, high: np.ndarray, form: _Format) -> Interval:
@@ -500,9 +499,9 @@ def _leaky(site: _Site) -> Interval:
     x, slope = site.operands() if site.node.op == "PRelu" else (site.at(0), _constant(alpha, alpha))
     positive = x.map(lambda bound: np.maximum(bound, 0))
     negative = _corners(_times, x.map(lambda bound: np.minimum(bound, 0)), slope, site.format)
-    both = positive.union(negative)
-    low = np.where(x.low >= 0, positive.low, np.where(x.high <= 0, negative.low, both.low))
-    return Interval(low, np.where(x.low >= 0, positive.high, np.where(x.high <= 0, negative.high, both.high)))
+    high = np.maximum(positive.high, negative.high)
+    low = np.where(x.low >= 0, positive.low, negative.low)
+    return Interval(low, np.where(x.low >= 0, positive.high, np.where(x.high <= 0, negative.high, high)))
 
 
 def _widened(

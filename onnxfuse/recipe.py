@@ -234,5 +234,6 @@ def _validated(kind: type[Any], values: Mapping[str, Any], owner: str, extra: Se
     if first["type"] == "missing":
         raise InputError(f"{owner}: option '{place}' is required")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    where = f"option '{place}' {message}" if place else message
-    raise InputError(f"{owner}: {where}, not {first['input']!r}")
+    if not place:  # of the options together, and says itself what it found
+        raise InputError(f"{owner}: {message}")
+    raise InputError(f"{owner}: option '{place}' {message}, not {first['input']!r}")

@@ -426,7 +426,7 @@ class Select(Pass):
         if self.contract is not Contract.APPROXIMATE or not choice:
             return _Made(choice, cut, cut, [], [])
         feed = next(iter(context.calibration.fit)).feed
-        made, done = cut.copy(), set[str]()
+        made, done = cut.copy(), set[object]()
         for _, known in reading.observer.parts():
             _compensate(made, model, reading, known, choice, done)
         sites, skipped = refit_sites(context.original, made, (), self.options.mask, feed, before=model)
@@ -518,21 +518,23 @@ def _compensate(
     reading: _Reading,
     known: Mapping[View, Statistics],
     choice: Choice,
-    done: set[str] | None = None,
+    done: set[object] | None = None,
 ) -> None:
     """Give those who read the cut groups, and are in `known` but not `done`, the weights that are best
     without them; `cut` is `model` cut by `choice`."""
     done = set() if done is None else done
-    readers: dict[str, list[tuple[Consumer, np.ndarray]]] = {}
+    # A recurrent operator reads by two weights, its input and its own state: each is a reader by itself.
+    readers: dict[object, list[tuple[Consumer, np.ndarray]]] = {}
     for group, kept in choice.items():
         gone = np.setdiff1d(np.arange(group.size), kept)
         for consumer in reading.consumers[group]:
-            readers.setdefault(consumer.node, []).append((consumer, consumer.places[gone].reshape(-1)))
-    for node, own in readers.items():
+            key = consumer.node, consumer.view, consumer.stored
+            readers.setdefault(key, []).append((consumer, consumer.places[gone].reshape(-1)))
+    for key, own in readers.items():
         consumer = own[0][0]
-        if consumer.view not in known or node in done or not consumer.writable(model):
+        if consumer.view not in known or key in done or not consumer.writable(model):
             continue
-        done.add(node)
+        done.add(key)
         gone = np.unique(np.concatenate([places for _, places in own]))
         fitted = compensation(consumer, model, known[consumer.view], gone)
         if fitted is not None:

@@ -126,7 +126,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "LeakyRelu falling": ("y = LeakyRelu<alpha=-1.7>(c)", {}, {}),
     "PRelu": ("y = PRelu(c, k)", {"k": (4, 1, 1)}, {}),
     "Elu": ("y = Elu<alpha=150.0>(c)", {}, {}),
-    "Selu": ("y = Selu<alpha=2.0, gamma=0.7>(c)", {}, {}),
+    "Selu": ("y = Selu<alpha=2.0, gamma=120.0>(c)", {}, {}),
     "Selu as is": ("y = Selu(c)", {}, {}),
     "Celu": ("y = Celu<alpha=0.3>(c)", {}, {}),
     **{
@@ -392,6 +392,22 @@ def test_factors_of_gemm_count() -> None:
     assert ends(affine([[0]], [-4], more="<beta=0.3>"))[0][1] < 0
 
 
+def test_a_bias_for_each_row_is_none_for_each_feature() -> None:
+    body = f"{POOLED} y = Gemm(c, w, b)"
+    known = found(net(body, {"w": (6, 5), "b": (5, 1)} | SMALL, "float[5,6] x"))["y"]
+    assert ends(known) == [(-math.inf, math.inf)]
+
+
+def test_a_product_per_token() -> None:
+    known = found(
+        net(
+            f"{POOLED} y = MatMul(c, w)", {"w": np.eye(6, 3, dtype=np.float32)} | SMALL, "float[N,T,6] x", MAP
+        )
+    )["y"]
+    assert known.shape == (1, 1, 3)
+    assert ends(known) == [(-2, 3)] * 3
+
+
 def conv(attributes: str, op: str = "Conv", low: float = 1.0, channels: int = 1, **weights: Any) -> Interval:
     """Bounds of a convolution of inputs in [low, 2]."""
     all_weights = {"lo": np.float32(low), "hi": np.float32(2)} | weights
@@ -451,6 +467,9 @@ def test_batch_norm_maps_the_bounds_by_the_sign_of_the_scale() -> None:
     assert ends(known)[2] == (-5, -5)
 
 
+HALF = "k = Constant<value_float=0.5>() a = Abs(c) p = Min(a, k)"
+
+
 @pytest.mark.parametrize(
     ("body", "low", "high"),
     [
@@ -465,6 +484,13 @@ def test_batch_norm_maps_the_bounds_by_the_sign_of_the_scale() -> None:
         ("k = Constant<value_float=-4.0>() y = Div(c, k)", -0.75, 0.5),
         ("k = Constant<value_float=1.0>() a = Abs(c) d = Add(a, k) y = Div(d, d)", 0.25, 4),
         ("a = Abs(c) y = Div(a, a)", 0, math.inf),
+        (f"{HALF} y = Div(p, a)", 0, math.inf),
+        (f"{HALF} q = Neg(p) y = Div(q, a)", -math.inf, 0),
+        (f"{HALF} n = Neg(a) y = Div(p, n)", -math.inf, 0),
+        (f"{HALF} n = Neg(a) q = Neg(p) y = Div(q, n)", 0, math.inf),
+        (f"{HALF} y = Div(a, p)", 0, math.inf),
+        ("k = Constant<value_float=1.0>() a = Abs(c) d = Add(a, k) y = Div(d, c)", -math.inf, math.inf),
+        ("h = Constant<value_ints=[1]>() y = Gather<axis=1>(c, h)", -2, 3),
         ("a = Abs(c) n = Neg(a) y = Div(n, a)", -math.inf, 0),
         ("a = Abs(c) n = Neg(a) y = Div(a, n)", -math.inf, 0),
         ("y = Div(c, c)", -math.inf, math.inf),
@@ -550,6 +576,17 @@ def test_padding_lays_channels_out() -> None:
     mirrored = 'y = Pad<mode="edge">(c, p)'
     known = found(net(f"{POOLED} {mirrored}", {"p": weights["p"]} | SMALL, IMAGE, MAP))["y"]
     assert ends(known) == [(-2, 3)]
+
+
+def test_padding_by_edges_mixes_indices_even_if_the_size_stays() -> None:
+    k = vector(1, 2, 3, 4).reshape(4, 1, 1)
+    body = f'{POOLED} m = Mul(c, k) y = Pad<mode="edge">(m, p)'
+    model = net(body, {"k": k, "p": ints(0, 1, 0, 0, 0, -1, 0, 0)} | SMALL, IMAGE, MAP)
+    assert ends(found(model)["y"]) == [(-8, 12)]
+    body = f"{POOLED} m = Mul(c, k) v = ReduceMin<keepdims=0>(c) y = Pad(m, p, v)"
+    model = net(body, {"k": k, "p": ints(0, 1, 0, 0, 0, 0, 0, 0)} | SMALL, IMAGE, MAP)
+    check_held(model)
+    assert ends(found(model)["y"]) == [(-2, 3), *[(-2 * n, 3 * n) for n in (1, 2, 3, 4)]]
 
 
 def moved(body: str, weights: dict[str, Any] | None = None, x: str = "float[N,4,2,3] x") -> Interval:
@@ -672,8 +709,11 @@ def test_every_type_has_its_numbers() -> None:
 
 
 def test_an_overflow_is_infinite_not_large() -> None:
-    known = found(net(f"{POOLED} a = Mul(c, k) y = Mul(a, a)", {"k": np.float32(1e30)} | SMALL, ROWS))["y"]
-    assert ends(known) == [(0, math.inf)]
+    body = f"{POOLED} a = Mul(c, k) y = Mul(a, a)"
+    known = found(net(body, {"k": np.float32(1e30)} | SMALL, ROWS))
+    assert ends(known["y"]) == [(0, math.inf)]
+    known = found(net(f"{POOLED} a = Mul(c, k) q = Mul(a, k) y = Mul(q, c)", {"k": np.float32(1e30)} | SMALL))
+    assert ends(known["q"]) == [(-math.inf, math.inf)]
 
 
 def test_integers_have_the_range_of_their_type() -> None:
@@ -681,11 +721,21 @@ def test_integers_have_the_range_of_their_type() -> None:
     known = found(net(body, {"k": np.float32(256)}, "uint8[N,3] x"))
     assert ends(known["x"]) == [(0, 255)]
     assert ends(known["y"]) == [(0, 255 / 256)]
+    known = found(
+        net("i = Cast<to=3>(x) j = Cast<to=2>(i) k = Cast<to=3>(j) y = Cast<to=1>(k)", {}, "uint8[N,3] x")
+    )
+    assert [ends(known[name])[0] for name in "ijk"] == [(-128, 127), (0, 255), (-128, 127)]
     known = found(net("a = Add(x, x) y = Cast<to=1>(a)", {}, "uint8[N,3] x"))
     assert ends(known["a"]) == [(0, 255)]  # it wraps around
     known = found(net("a = Relu(x) i = Cast<to=6>(a) b = Cast<to=9>(x) y = Cast<to=1>(b)", {}, ROWS))
     assert ends(known["i"]) == [(-(2**31), 2**31 - 1)]  # beyond it, anything
     assert ends(known["y"]) == [(0, 1)]
+
+
+def test_weights_of_bfloat16() -> None:
+    value = normal(6).astype(ml_dtypes.bfloat16)
+    known = found(net("y = Add(x, k)", {"k": value}, "bfloat16[N,6] x", "bfloat16[] y"))
+    assert np.array_equal(known["k"].low, value.astype(np.float64))
 
 
 def test_inputs_and_weights() -> None:

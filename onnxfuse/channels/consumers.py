@@ -169,6 +169,7 @@ def _consumer(model: Model, group: Group, sink: Sink, shapes: Mapping[str, Tenso
     tensor, axis = sink.tensor, sink.axis
     if node.op in _RECURRENT and sink.slot == 2:
         # What the recurrence sums up over is its own output of the step before.
+        stored = sink.tensor, sink.axis
         tensor, axis = node.outputs[0].name, len(_shape(shapes, node.outputs[0].name)) - 1
     if not tensor or (sink.tensor == tensor and model.is_weight(model.tensor(tensor))):
         return Consumer(View("", 0, sink.dim.size, correlated=False), places, sink.node, None, stored)

@@ -172,6 +172,27 @@ def test_of_two_equal_channels_only_one_goes_and_nothing_is_lost() -> None:
     np.testing.assert_allclose(got, expected, atol=0.02 * expected.std())
 
 
+def test_a_recurrent_network_makes_up_for_twins_by_both_of_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unit 3 of each layer is unit 1 once more: its part goes over to the other, in W and in R."""
+    body = """h, h1, h2 = LSTM<hidden_size=4>(x, w1, r1) s = Squeeze(h, one)
+        k, k1, k2 = LSTM<hidden_size=4>(s, w2, r2) t = Squeeze(k, one) y = MatMul(t, w3)"""
+    weights = {**sized("w1:1,16,5 r1:1,16,4 w2:1,16,4 r2:1,16,4 w3:4,2"), "one": np.array([1])}
+    model = net(body, weights, "float[T,N,5] x", "float[A,B,C] y")
+    for name in ("w1", "r1", "w2", "r2"):
+        value = 6 * weight(model, name)
+        value[0, 3::4] = value[0, 1::4]
+        model.set_weight(model.tensor(name), value)
+    ctx = context(model, [{"x": normal(7, 12, 5, seed=seed)} for seed in range(12)])
+    monkeypatch.setattr("onnxfuse.channels.importance.RIDGE", 1e-6)
+    result = select(model, ctx, ratio=0.25, step=1)
+    assert [removed for _, removed in cuts(result).values()] in ([[a], [b]] for a in (1, 3) for b in (1, 3))
+    x = {"x": normal(7, 9, 5, seed=50)}
+    (got,), (expected,) = compute(result.model, x), compute(model, x)
+    np.testing.assert_allclose(got, expected, atol=0.03 * expected.std())
+
+
 def test_a_group_is_ranked_by_all_who_read_it() -> None:
     body = """a = Gemm<transB=1>(x, w0, b0) r = Relu(a) p = Gemm<transB=1>(r, w1) q = Gemm<transB=1>(r, w2)
         y = Add(p, q)"""
