@@ -346,7 +346,7 @@ def _affine(site: _Site) -> Interval | None:
     x = _features(site.at(0), -1 if last else 1, op.in_features)
     if bias is None:
         return None
-    if op.kind == "conv_transpose" or op.pads is None or any(op.pads):
+    if op.pads is None or any(op.pads):  # None: transposed, or not known
         x = x.union(_ZERO)  # an edge has fewer terms
     y = _dense(op, x, bias, site.format, 1 if alpha == beta == 1 else 3)
     leading = (1,) * (site.at(0).low.ndim - 1 if last else 1)

@@ -263,6 +263,13 @@ def case(name: str) -> Model:
     return net(f"{clip} {body}", weights | ({} if options.get("opset", 17) < 11 else SMALL), **options)
 
 
+def test_padding_that_depends_on_an_unknown_size() -> None:
+    body = f'{POOLED} a = Abs(c) y = Conv<auto_pad="SAME_UPPER", strides=[2,2]>(a, w)'
+    model = net(body, {"w": -np.ones((1, 4, 3, 3), np.float32)} | SMALL, "float[N,4,H,W] x", MAP)
+    check_held(model)
+    assert ends(found(model)["y"]) == [(-108, 0)]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bounds_hold_and_are_finite(name: str) -> None:
     model = case(name)
@@ -365,6 +372,16 @@ def test_a_sum_that_can_round_is_widened_by_its_size() -> None:
     size = 2 * a + b + 1  # three terms: two additions and a product's rounding
     assert high == pytest.approx(2 * a + b + 1 + 3 * 2 * UP * size, abs=1e-12)
     assert low == pytest.approx(-a - 2 * b + 1 - 3 * 2 * UP * (a + 2 * b + 1), abs=1e-12)
+
+
+def test_what_underflows_keeps_its_sign_and_may_round_up() -> None:
+    assert -1e-37 < affine([[-1e-30]], [0], 1e-10, 1).high.item() <= 0
+    weights = {
+        "lo": np.float32(0),
+        "hi": np.float32(2.0**-100),
+        "k": np.float32(2.0**-30 * (1 + 3 * 2.0**-21)),
+    }
+    check_held(net("c = Clip(x, lo, hi) y = Mul(c, k)", weights, ROWS), [{"x": np.ones((1, 6), np.float32)}])
 
 
 def test_terms_that_are_0_at_their_bound_round_nothing() -> None:

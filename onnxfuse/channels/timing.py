@@ -71,7 +71,7 @@ def rewarded(
         try:
             key = (_signature(model.extract(around[group].inputs, around[group].outputs)), *widths)
             if key not in known:
-                known[key] = _timed(model, group, around[group], widths, values, runtime, seed)
+                known[key] = _timed(model, group, around[group], widths, values, feed, runtime, seed)
         except OnnxfuseError:
             continue
         result[group] = known[key]
@@ -130,6 +130,7 @@ def _timed(
     around: _Neighbourhood,
     widths: Sequence[int],
     values: Feed,
+    feed: Feed,
     runtime: Runtime,
     seed: int,
 ) -> dict[int, float]:
@@ -141,8 +142,11 @@ def _timed(
             tensor.name for tensor in cut.tensors()
         }  # a number that the cut wrote down is computed no more
         inputs = [name for name in around.inputs if name in left]
+        numbers = [name for name in inputs if values[name].dtype.kind in "iu" and name not in feed]
+        computed = runtime.session(cut, taps=numbers, outputs=()).run(feed) if numbers else {}
+        given = {name: _taken(cut, name, values[name]) for name in inputs}
         session = runtime.session(cut.extract(inputs, around.outputs))
-        runs.append(session.bind({name: _taken(cut, name, values[name]) for name in inputs}).run)
+        runs.append(session.bind({**given, **computed}).run)  # lengths as they are after the cut
     times = np.median(interleaved(runs, repeats=REPEATS, seconds=SECONDS, seed=seed), axis=0) / 1e6
     found: dict[int, float] = {}
     for width, time in zip(widths, times.tolist(), strict=True):
