@@ -577,6 +577,28 @@ def test_means_and_sums() -> None:
     assert ends(unknown) == [(0, math.inf)]
 
 
+@pytest.mark.parametrize(
+    "op",
+    [
+        "AveragePool<kernel_shape=[3,3]>(c)",
+        "GlobalAveragePool(c)",
+        "ReduceMean<axes=[2,3]>(c)",
+        "ReduceSum(c, a)",
+        'Resize<mode="linear">(c, , s)',
+    ],
+)
+def test_a_mean_of_equal_numbers_is_another_number(op: str) -> None:
+    """It is where ONNX Runtime's sums round, and then it is within the bounds."""
+    k = normal(64, 1, 1)
+    weights = {"zero": np.float32(0), "k": k, "a": ints(2, 3), "s": vector(1, 1, 1.7, 1.3)}
+    used = {name: v for name, v in weights.items() if name in "zerok" or f", {name})" in op}
+    model = net(f"z = Mul(x, zero) c = Add(z, k) y = {op}", used, "float[N,64,7,7] x", MAP)
+    check_held(model)
+    known = found(model)
+    assert np.array_equal(known["c"].low, known["c"].high)
+    assert known["y"].low == pytest.approx(known["y"].high, rel=1e-4)
+
+
 def test_a_mean_over_unknown_positions_stays_finite_and_keeps_its_sign() -> None:
     bound = found(net("r = Sigmoid(x) y = GlobalAveragePool(r)", {}, "float[N,3,H,W] x", MAP))["y"]
     assert bound.low.item() == 0
@@ -919,6 +941,13 @@ def test_dead_through_batch_norm() -> None:
     assert dead(body, weights | batch_norm(s=vector(1e-30, 0.5, -2, 0))) == [1, 2]
     assert dead(body, weights | batch_norm(m=vector(1, -2, 3, 0))) == [0, 2]
     assert dead(body, weights | batch_norm(g=vector(1, 1, 1, 0), s=vector(1, 1, 1, -1))) == [3]
+
+
+def test_batch_norm_in_training_mode_is_not_known() -> None:
+    weights = {"g": vector(1, 1), "b": vector(0, 0), "m": vector(0, 0), "v": vector(1, 1)}
+    body = f"{POOLED} y, p, q = BatchNormalization<training_mode=1>(c, g, b, m, v)"
+    known = found(net(body, weights | SMALL, "float[N,2] x", MAP))
+    assert all(ends(known[name])[0] == (-math.inf, math.inf) for name in "ypq")
 
 
 def test_alive_again_behind_batch_norm() -> None:

@@ -15,7 +15,7 @@ from nets import compute, context, net, normal
 
 from onnxfuse.channels import find_groups, mask, take
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import PassManager
+from onnxfuse.pass_manager import UNSEEN, PassManager
 from onnxfuse.passes.select import Select
 
 
@@ -243,5 +243,7 @@ def test_select_keeps_its_word(model: Model, ratio: float, compensate: bool, ste
     """The manager holds every cut against the masked network, and errors against what was predicted."""
     ctx = context(model, {"x": normal(48, 3, 4, 4, seed=1)})
     (report,) = PassManager([Select(ratio=ratio, compensate=compensate, step=step)]).run(model, ctx).steps
+    if report.reason == UNSEEN:  # a network whose output hangs on nothing that was cut
+        return
     assert report.committed, report.reason
     assert bool(report.changes) == (report.after.parameters < report.before.parameters)
