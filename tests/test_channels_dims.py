@@ -226,6 +226,28 @@ def test_places_are_where_a_channel_lies(made: tuple[Dim, list[Dim]], data: st.D
 
 @settings(deadline=None)
 @given(expressions(), st.data())
+def test_places_of_copies(made: tuple[Dim, list[Dim]], data: st.DataObject) -> None:
+    """After a take, row i of the map is where the i-th entry lies, be it a copy of another or not: together
+    the rows hold each place once, and the old places behind them are those of the channel it copies."""
+    dim, _ = made
+    kept = {
+        leaf: np.array(data.draw(st.lists(st.integers(0, leaf.size - 1), min_size=1, max_size=5)))
+        for leaf in leaves(dim)
+    }
+    leaf = data.draw(st.sampled_from(leaves(dim)))
+    found = places(dim, leaf, kept)
+    assert len(found) == len(kept[leaf])
+    assert np.unique(found).size == found.size
+    old = indices(dim, kept)
+    where = {index: set(places(dim, leaf)[index].tolist()) for index in range(leaf.size)}
+    for index, own in zip(kept[leaf], found, strict=True):
+        assert set(old[own].tolist()) <= where[index]
+        alone = {**kept, leaf: np.array([index])}
+        assert old[own].tolist() == [p for p in indices(dim, alone).tolist() if p in where[index]]
+
+
+@settings(deadline=None)
+@given(expressions(), st.data())
 def test_repeated_channels_come_out_where_they_are_asked_for(
     made: tuple[Dim, list[Dim]], data: st.DataObject
 ) -> None:

@@ -28,6 +28,7 @@ from nets import compute, net, normal, weight
 from onnx import numpy_helper
 
 from onnxfuse.channels import Group, find_groups, mask, take
+from onnxfuse.channels.dims import leaves
 from onnxfuse.channels.summary import summarise
 from onnxfuse.graph import PASS_KEY, Model
 from onnxfuse.report.channels_view import channels_view
@@ -681,3 +682,21 @@ def test_groups_are_data() -> None:
     take(model, {group: kept})
     for name, value in expected.items():
         np.testing.assert_array_equal(weight(model, name), value)
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "parts"),
+    [
+        ("grouped", "c", ["4 x [3]"]),
+        ("channel shuffle", "c", ["[3] x 4"]),
+        ("the Attention operator", "o", ["2 x 3 x [4]"]),
+    ],
+)
+def test_groups_and_heads_are_summed_up_each_for_itself(name: str, node: str, parts: list[str]) -> None:
+    """A sink names the factor of its axis that the operator sums up over."""
+    case = CASES[name]
+    groups = found(case, case.model())
+    sinks = [sink for sink in groups.system.sinks if sink.node == node]
+    assert all(sink.part is not sink.dim for sink in sinks)
+    summed = [g.structure for g in groups.free if any(set(g.leaves) & set(leaves(s.part)) for s in sinks)]
+    assert summed == parts

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 import numpy as np
 
 Kept = Mapping["Dim", np.ndarray]
+NOTHING_TAKEN: Kept = {}
 
 
 class Kind(enum.Enum):
@@ -390,20 +391,26 @@ def multiplicity(dim: Dim, leaf: Dim) -> int:
     return sum(m * dim.size // part.size for m, part in zip(own, parts(dim), strict=True))
 
 
-def places(dim: Dim, leaf: Dim) -> np.ndarray:
-    """The index map of a leaf on an axis: int64 (leaf.size, positions per index), each row ascending."""
-    labels = _labels(dim, find(leaf))
+def places(dim: Dim, leaf: Dim, kept: Kept = NOTHING_TAKEN) -> np.ndarray:
+    """The index map of a leaf on an axis: int64 (indices, positions per index), each row ascending.
+
+    With `kept` it is the map after these channels were taken: a row for each entry of `kept[leaf]`, so that
+    two copies of one channel are told apart.
+    """
+    leaf = find(leaf)
+    labels = _labels(dim, leaf, kept)
     order = np.argsort(labels, kind="stable")
     hits = order[np.count_nonzero(labels < 0) :]
-    return hits.reshape(leaf.size, -1)
+    return hits.reshape(length(leaf, kept), -1)
 
 
-def _labels(dim: Dim, leaf: Dim) -> np.ndarray:
+def _labels(dim: Dim, leaf: Dim, kept: Kept) -> np.ndarray:
     """For each position the leaf's index there, or -1."""
     dim = find(dim)
     if dim._kind is Kind.LEAF:
-        return np.arange(dim.size) if dim is leaf else np.full(dim.size, -1)
-    labels = [_labels(part, leaf) for part in parts(dim)]
+        size = length(dim, kept)
+        return np.arange(size) if dim is leaf else np.full(size, -1)
+    labels = [_labels(part, leaf, kept) for part in parts(dim)]
     if dim._kind is Kind.SUM:
         return np.concatenate(labels)
     found = np.full(1, -1)

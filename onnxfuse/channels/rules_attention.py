@@ -30,7 +30,7 @@ def _attention(site: Site) -> list[Axes | None]:
             site.same(site.axes(slot)[1], key_heads)
             site.same(site.axes(slot)[axis], own)
     for slot in (0, 1):
-        site.sums(slot, len(site.axes(slot)) - 1)
+        site.sums(slot, len(site.axes(slot)) - 1, part=size)
     if "scale" not in site.node.attrs:
         scale = 1 / math.sqrt(size.size)
         site.system.pins.append(Pin(site.key, frozenset((size,)), attribute="scale", value=scale))

@@ -59,7 +59,7 @@ def _sum_in_groups(site: Site, inner: Dim, weight_axis: int) -> None:
     site.number(_grouped(site, site.axes(0)[1], int(site.attribute("group")))[0], attribute="group")
     if inner.size > 1:
         site.weight(1, weight_axis, "consumer", inner)
-        site.sums(0, 1)
+        site.sums(0, 1, part=inner)
 
 
 def _convolved(site: Site, out: Dim) -> list[Axes | None]:

@@ -42,6 +42,8 @@ class Sink:
         node: name of the first output of the node.
         slot, axis: of the input that is read; `tensor` is its name, `rank` its rank.
         dim: the axis.
+        part: what of it is summed up, where that is but one of its factors: the channels of a group, the
+            dimensions of a head.
         kind: "sum"; or "mean", "norm", "rms norm", where the number of channels counts too.
     """
 
@@ -51,6 +53,7 @@ class Sink:
     tensor: str
     rank: int
     dim: Dim
+    part: Dim
     kind: Kind = "sum"
 
 
@@ -323,15 +326,15 @@ class Site:
             reason = f"{clash} ({self.node.label})"
             return tuple(self.fresh(size, position=True, frozen=reason) for size in sizes)
 
-    def sums(self, slot: int, axis: int, kind: Kind = "sum") -> None:
-        """The operator sums up over this axis of an input."""
+    def sums(self, slot: int, axis: int, kind: Kind = "sum", part: Dim | None = None) -> None:
+        """The operator sums up over this axis of an input, or only over this factor of it."""
         tensor = self.node.inputs[slot]
         dim = self.axes(slot)[axis]
         info = self.system.shapes.get(tensor.name)
         if info is None or info.dtype is None or info.dtype.kind in "iub":
             self.freeze((dim,), "a sum that is not in floating point")
         rank = len(self.axes(slot))
-        self.system.sinks.append(Sink(self.key, slot, axis, tensor.name, rank, dim, kind))
+        self.system.sinks.append(Sink(self.key, slot, axis, tensor.name, rank, dim, part or dim, kind))
 
     def contract(self, slot: int, axis: int, other: int, other_axis: int) -> None:
         """The operator multiplies two inputs along these axes and sums up."""
