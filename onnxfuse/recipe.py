@@ -93,6 +93,8 @@ def _type_name(annotation: Any) -> str:
         return _type_name(parts[0])
     if get_origin(annotation) in (Union, UnionType):
         return " | ".join(map(_type_name, parts))
+    if (origin := get_origin(annotation)) in (dict, list):
+        return f"{origin.__name__}[{', '.join(map(_type_name, parts))}]"
     plain = isinstance(annotation, type) and not parts
     return annotation.__name__ if plain else str(annotation).replace("typing.", "")
 

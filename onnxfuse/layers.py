@@ -1,0 +1,224 @@
+"""Layers psi(W x + b) of a graph, and new ones behind them that change nothing.
+
+A layer is a linear operator with stored weights, the BatchNormalization behind it and the activation psi
+behind that, if there are any. Operators of one kind that share their weights are one layer at several places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxfuse.affine import training_mode
+from onnxfuse.freeweights import spread, uniform
+from onnxfuse.graph import Model, Node, Tensor, Variable
+from onnxfuse.linear import LinearOp, is_main_domain, linear_op
+
+MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
+"""Operators that sum up over products with weights."""
+
+IDEMPOTENT = ("Relu", "Clip", "ThresholdedRelu", "Abs")
+"""Activations that change nothing where they have been applied already."""
+
+_ACTIVATIONS = frozenset(
+    (
+        *IDEMPOTENT,
+        *("LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish", "Tanh"),
+        *("Softplus", "Softsign", "Gelu", "Erf", "Shrink"),
+    )
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer.
+
+    Attributes:
+        ops: the linear operators that share its weights.
+        ends: for each, the tensor behind the activation, or behind the operator if there is none.
+        activations: for each, the activation.
+    """
+
+    ops: tuple[LinearOp, ...]
+    ends: tuple[Tensor, ...]
+    activations: tuple[Node | None, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the operators."""
+        return tuple(op.name for op in self.ops)
+
+
+def find_layers(model: Model) -> list[Layer]:
+    """All layers of the main graph, in order."""
+    shapes = model.shapes()
+    alike: dict[object, list[LinearOp]] = {}
+    for node in model.nodes:
+        op = linear_op(model, node, shapes, transposed=True)
+        if isinstance(op, LinearOp):
+            kind = op.weight_tensor, node.op, op.out_features, op.groups, op.has_bias
+            alike.setdefault(kind, []).append(op)
+    found = []
+    for ops in alike.values():
+        ends = [_end(model, model.tensor(op.y)) for op in ops]
+        found.append(Layer(tuple(ops), tuple(end for end, _ in ends), tuple(psi for _, psi in ends)))
+    return found
+
+
+def _end(model: Model, tensor: Tensor) -> tuple[Tensor, Node | None]:
+    """The tensor behind the layer that computes this one, and its activation."""
+    while not (model.is_output(tensor) or model.captured(tensor)):
+        users = model.consumers(tensor)
+        node = users[0] if len(users) == 1 else None
+        if node is None or not is_main_domain(node) or node.inputs[0] is not tensor:
+            break
+        if node.op in _ACTIVATIONS and all(model.is_weight(t) for t in node.inputs[1:] if t.name):
+            return node.outputs[0], node
+        if node.op != "BatchNormalization" or training_mode(node):
+            break
+        tensor = node.outputs[0]
+    return tensor, None
+
+
+def followed(model: Model) -> set[Tensor]:
+    """The tensors behind which an operator with weights still comes."""
+    found: set[Tensor] = set()
+    for node in reversed(model.nodes):
+        if node.op in MULTIPLYING or not found.isdisjoint(node.outputs):
+            found.update(node.inputs, map(model.tensor, node.captured))
+    return found
+
+
+# New layers -----------------------------------------------------------------------------------------
+
+
+def detach(model: Model, tensor: Tensor) -> Tensor:
+    """The tensor under another name: something else can now compute the tensor for all that read it."""
+    node = model.producer(tensor)
+    assert node is not None
+    raw = Variable(model.unique_name(f"{tensor.name}_before"))
+    node.outputs[node.outputs.index(tensor)] = raw
+    return raw
+
+
+def attach(model: Model, computed: Tensor, tensor: Tensor) -> None:
+    """What is computed as `computed` is what a detached tensor's readers get."""
+    node = model.producer(computed)
+    assert node is not None
+    node.outputs[node.outputs.index(computed)] = tensor
+
+
+def unused_prefix(model: Model, base: str) -> str:
+    """`base` and a number, with which the name of no node begins."""
+    names = [node.name for node in model.nodes]
+    number = 1
+    while any(name.startswith(f"{base}{number}.") for name in names):
+        number += 1
+    return f"{base}{number}"
+
+
+def add_branches(
+    model: Model, layer: Layer, inner: Sequence[float], count: int, random: np.random.Generator, by: str
+) -> None:
+    """x + [V, -V] psi([U; U] ...) behind the layer, `count` times, with a ReLU where it has no psi.
+
+    Args:
+        model: edited in place.
+        layer: of it.
+        inner: the widths between the layers of the branch, in output channels of the operator; the last is
+            that of U and its twin together, made even.
+        count: of branches.
+        random: for the free weights.
+        by: name of the pass.
+    """
+    stacks = [_twin_stack(layer.ops[0], inner, random) for _ in range(count)]
+    _append(model, layer, stacks, "r2r", by, around=True)
+
+
+def add_identities(model: Model, layer: Layer, count: int, by: str) -> None:
+    """psi(I x) behind the layer, `count` times; psi must be idempotent, or there must be none."""
+    op = layer.ops[0]
+    inside = op.out_features // op.groups
+    middle = 0
+    for size in op.kernel:
+        middle = middle * size + (size - 1) // 2
+    taps = np.zeros((op.out_features, inside, math.prod(op.kernel)))
+    taps[:, :, middle] = np.arange(op.out_features)[:, None] % inside == np.arange(inside)
+    weight = taps.reshape(op.out_features, inside, *op.kernel)
+    _append(model, layer, [[weight]] * count, "identity", by, around=False)
+
+
+def _twin_stack(op: LinearOp, inner: Sequence[float], random: np.random.Generator) -> list[np.ndarray]:
+    """Weights (out, in / groups, *kernel) of a branch that is zero: free ones, then [U; U] and [V, -V] in
+    each group."""
+    deviation = spread(op.weight)
+    before = op.out_features // op.groups
+    found = []
+    for width in inner[:-1]:
+        size = max(1, round(width * op.out_features / op.groups))
+        found.append(uniform(random, (op.groups * size, before, *op.kernel), deviation))
+        before = size
+    half = max(1, round(inner[-1] * op.out_features / op.groups / 2))
+    u = uniform(random, (op.groups, half, before, *op.kernel), deviation)
+    v = uniform(random, (op.out_features, half, *op.kernel), deviation)
+    found.append(np.concatenate([u, u], axis=1).reshape(-1, *u.shape[2:]))
+    found.append(np.concatenate([v, -v], axis=1))
+    return found
+
+
+def _append(
+    model: Model, layer: Layer, stacks: Sequence[Sequence[np.ndarray]], what: str, by: str, *, around: bool
+) -> None:
+    """Put stacks of operators behind the layer, one behind the other, at each of its places with the same
+    weights. `around`: each is a branch that ends without an activation and is added to what it reads."""
+    op = layer.ops[0]
+    for stack in stacks:
+        prefix = unused_prefix(model, f"{op.name}.{what}")
+        stored = [_store(model, op, weight, f"{prefix}.{i}") for i, weight in enumerate(stack)]
+        for place, (end, psi) in enumerate(zip(layer.ends, layer.activations, strict=True)):
+            tag = f"{prefix}.{place}" if len(layer.ends) > 1 else prefix
+            x = y = detach(model, end)
+            for index, weights in enumerate(stored):
+                y = _linear(model, op, y, weights, f"{tag}.{index}", by)
+                if not around or index < len(stored) - 1:
+                    y = _activated(model, psi, y, f"{tag}.{index}.act", by, relu=around)
+            if around:
+                y = model.add_node("Add", [x, y], [f"{tag}.out"], name=f"{tag}.add", by=by).outputs[0]
+            attach(model, y, end)
+
+
+def _store(model: Model, op: LinearOp, weight: np.ndarray, prefix: str) -> list[Tensor]:
+    """A weight (out, in / groups, *kernel) in the layout of operators like this one, and a bias of zeros if
+    it has one."""
+    flat = weight.T if op.node.op == "MatMul" else weight
+    stored: list[Tensor] = [model.add_weight(f"{prefix}.weight", np.ascontiguousarray(flat.astype(op.dtype)))]
+    if op.has_bias:
+        stored.append(model.add_weight(f"{prefix}.bias", np.zeros(len(weight), op.dtype)))
+    return stored
+
+
+def _linear(model: Model, op: LinearOp, x: Tensor, weights: Sequence[Tensor], name: str, by: str) -> Tensor:
+    """An operator like `op` that leaves places where they are, with these weights, on x."""
+    out = f"{name}.out"
+    if op.node.op == "MatMul":
+        y = model.add_node("MatMul", [x, weights[0]], [out], name=name, by=by).outputs[0]
+        for bias in weights[1:]:
+            y = model.add_node("Add", [y, bias], [f"{name}.biased"], name=f"{name}.bias", by=by).outputs[0]
+        return y
+    if op.node.op == "Gemm":
+        return model.add_node("Gemm", [x, *weights], [out], {"transB": 1}, name, by=by).outputs[0]
+    attrs: dict[str, Any] = {"kernel_shape": list(op.kernel), "group": op.groups}
+    attrs["pads"] = [(k - 1) // 2 for k in op.kernel] + [k // 2 for k in op.kernel]
+    return model.add_node("Conv", [x, *weights], [out], attrs, name, by=by).outputs[0]
+
+
+def _activated(model: Model, psi: Node | None, x: Tensor, name: str, by: str, *, relu: bool) -> Tensor:
+    """psi(x); where there is no psi, ReLU or nothing."""
+    if psi is None and not relu:
+        return x
+    op, attrs, more = ("Relu", {}, []) if psi is None else (psi.op, psi.attrs, psi.inputs[1:])
+    return model.add_node(op, [x, *more], [f"{name}.out"], attrs, name, by=by).outputs[0]

@@ -1,0 +1,86 @@
+"""widen: more channels, neurons or heads, without a change of the function (EXACT).
+
+The schemes, and why they are exact, are in `onnxfuse.channels.growing`; which channels must grow together is
+what `onnxfuse.channels` finds. So a residual stage is widened as a whole, a depthwise convolution with the
+one in front, heads as heads, and weights that several nodes share are widened once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from onnxfuse import sites
+from onnxfuse.channels import Group, find_groups
+from onnxfuse.channels.growing import New, additions, obstacle, widen
+from onnxfuse.graph import Model
+from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
+from onnxfuse.verify import first_rows
+
+NAME = "widen"
+_ROWS = 2  # of one row, a batch that may grow can't be told from an axis of size 1
+
+
+class WidenOptions(PassOptions):
+    """Options of `widen`."""
+
+    sites: dict[str, Annotated[float, Field(gt=1, allow_inf_nan=False)]] = Field(
+        {"all": 1.5},
+        min_length=1,
+        description="which channels, by name or pattern of an operator that computes them (all: all), and "
+        "how many times as many there are to be",
+    )
+    scheme: Literal["r2r", "net2net", "netmorph"] = Field(
+        "r2r", description="twins that cancel; copies that share; channels that nothing reads yet"
+    )
+    noise: float = Field(
+        0.1,
+        ge=0,
+        description="net2net: how far the shares of copies differ, in standard deviations of the weights; 0 "
+        "leaves the copies alike for ever",
+    )
+
+
+class Widen(Pass):
+    """More channels in each chosen group."""
+
+    name = NAME
+    contract = Contract.EXACT
+    summary = "adds channels, neurons or heads that change nothing yet"
+    Options = WidenOptions
+    options: WidenOptions
+    example: ClassVar[str] = "widen:sites={conv1: 2},scheme=r2r"
+
+    def run(self, model: Model, context: Context) -> PassResult:
+        """Raises InputError for a site that isn't there, NotApplicableError for one that was named and can't
+        be widened."""
+        batch = next(iter(context.calibration.fit))
+        groups = find_groups(model, first_rows(model, batch, _ROWS) or batch.feed)
+        asked = sites.choose(self.options.sites, {g: _names(g) for g in groups}, "channel group")
+        plan: dict[Group, New] = {}
+        refused: dict[str, list[str]] = {}
+        skipped: list[Skip] = []
+        for group, (words, ratio) in asked.items():
+            new = additions(group, self.options.scheme, ratio)
+            reason = obstacle(group, self.options.scheme, new)
+            if reason is None:
+                plan[group] = new
+            else:
+                refused.setdefault(words, []).append(reason)
+                skipped.append(Skip((group.name,), reason))
+        sites.refuse_named(refused, [asked[group][0] for group in plan], "widened")
+        widen(model, plan, self.options.scheme, noise=self.options.noise, seed=context.seed, by=NAME)
+        changes = [_change(group, sum(new.values())) for group, new in plan.items()]
+        return PassResult(model, changes, skipped, notes=[] if changes else [sites.idle(NAME, skipped)])
+
+
+def _names(group: Group) -> list[str]:
+    """Its own, then those of all operators that compute its channels."""
+    return [group.name, *(node for t in group.touches if "producer" in t.roles for node in t.nodes)]
+
+
+def _change(group: Group, new: int) -> Change:
+    size = group.size + new
+    detail = {"before": group.size, "after": size}
+    return Change((group.name,), f"{group.size} channels become {size}", detail)
