@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnxfuse.affine import training_mode
+from onnxfuse.constants import label
 from onnxfuse.freeweights import spread, uniform
 from onnxfuse.graph import Model, Node, Tensor, Variable
 from onnxfuse.linear import LinearOp, is_main_domain, linear_op
@@ -97,9 +98,13 @@ def followed(model: Model) -> set[Tensor]:
 
 
 def detach(model: Model, tensor: Tensor) -> Tensor:
-    """The tensor under another name: something else can now compute the tensor for all that read it."""
+    """The tensor under another name: something else can now compute the tensor for all that read it.
+
+    A nameless node was called by the tensor; it keeps that as its name.
+    """
     node = model.producer(tensor)
     assert node is not None
+    node.name = label(node)
     raw = Variable(model.unique_name(f"{tensor.name}_before"))
     node.outputs[node.outputs.index(tensor)] = raw
     return raw
