@@ -15,7 +15,7 @@ import numpy as np
 
 from onnxfuse.affine import training_mode
 from onnxfuse.constants import label
-from onnxfuse.freeweights import spread, uniform
+from onnxfuse.freeweights import behind, uniform
 from onnxfuse.graph import Model, Node, Tensor, Variable
 from onnxfuse.linear import LinearOp, is_main_domain, linear_op
 
@@ -159,19 +159,24 @@ def add_identities(model: Model, layer: Layer, count: int, by: str) -> None:
 
 def _twin_stack(op: LinearOp, inner: Sequence[float], random: np.random.Generator) -> list[np.ndarray]:
     """Weights (out, in / groups, *kernel) of a branch that is zero: free ones, then [U; U] and [V, -V] in
-    each group."""
-    deviation = spread(op.weight)
+    each group, twins side by side as in `channels.growing`."""
+    kernel = op.weight
+
+    def free(out: int, inside: int, sums: int) -> np.ndarray:
+        deviation = behind(kernel, sums * math.prod(op.kernel))
+        return uniform(random, (out, inside, *op.kernel), deviation)
+
     before = op.out_features // op.groups
     found = []
     for width in inner[:-1]:
         size = max(1, round(width * op.out_features / op.groups))
-        found.append(uniform(random, (op.groups * size, before, *op.kernel), deviation))
+        found.append(free(op.groups * size, before, before))
         before = size
     half = max(1, round(inner[-1] * op.out_features / op.groups / 2))
-    u = uniform(random, (op.groups, half, before, *op.kernel), deviation)
-    v = uniform(random, (op.out_features, half, *op.kernel), deviation)
-    found.append(np.concatenate([u, u], axis=1).reshape(-1, *u.shape[2:]))
-    found.append(np.concatenate([v, -v], axis=1))
+    found.append(np.repeat(free(op.groups * half, before, before), 2, axis=0))
+    v = np.repeat(free(op.out_features, half, 2 * half), 2, axis=1)
+    v[:, 1::2] *= -1
+    found.append(v)
     return found
 
 

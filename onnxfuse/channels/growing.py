@@ -4,7 +4,8 @@ After Painter, "Towards a more complete theory of function preserving transforms
 copies of old ones on every axis they lie on (`edits.take`), so whatever treats channels one by one treats
 them as it did the old. Then the weights that compute them and those that read them are set, by one of
 
-- `r2r`, equations (8), (9): twins [U; U], read with [V, -V]. U and V are free: half of the new weights.
+- `r2r`, equations (8), (9): twins [U; U], read with [V, -V]. U and V are free: half of the new weights. Twins
+  stand side by side: where sums run along the channels, rounding then leaves a root of their number less.
 - `net2net`, equation (6): the copies stay, and what reads n copies of a channel reads each with 1/n of the
   weight, the original's included. Nothing is free; equal shares would leave the copies alike for ever, so
   the shares may differ by noise whose sum over the copies is zero, which changes nothing.
@@ -155,12 +156,11 @@ def _users(system: System, tensor: Tensor) -> Iterator[Node]:
 
 
 def _sources(random: np.random.Generator, size: int, count: int, scheme: Scheme) -> np.ndarray:
-    """Which channels the new ones are copies of: all of them once before one comes again. For r2r the first
-    half, and the second half alike."""
+    """Which channels the new ones are copies of: all of them once before one comes again; for r2r by twos."""
     needed = count // 2 if scheme == "r2r" else count
     rounds = [random.permutation(size) for _ in range(-(-needed // size))]
     drawn = np.concatenate(rounds)[:needed]
-    return np.tile(drawn, 2) if scheme == "r2r" else drawn
+    return np.repeat(drawn, 2) if scheme == "r2r" else drawn
 
 
 def _chosen(group: Group, kept: Kept) -> np.ndarray:
@@ -217,9 +217,9 @@ def _fill(axes: _Axes, scheme: Scheme, deviation: float, noise: float, random: n
 
 
 def _twins(places: np.ndarray, leaf: Dim) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the new channels, the first half and the second."""
+    """Positions of the first and of the second of all twins."""
     new = places[leaf.size :]
-    return new[: len(new) // 2].reshape(-1), new[len(new) // 2 :].reshape(-1)
+    return new[::2].reshape(-1), new[1::2].reshape(-1)
 
 
 def _share(front: np.ndarray, places: np.ndarray, sources: np.ndarray, noise: np.ndarray) -> None:
