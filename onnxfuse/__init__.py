@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxfuse.api import Result, compress, diff, inspect, retrain
+    from onnxfuse.api import Result, compress, diff, grow, inspect, retrain
     from onnxfuse.errors import InputError, NotApplicableError, OnnxfuseError, VerificationError
     from onnxfuse.graph import Model
 
@@ -29,12 +29,13 @@ __all__ = [
     "__version__",
     "compress",
     "diff",
+    "grow",
     "inspect",
     "retrain",
 ]
 
 _HOMES = {
-    "api": ("Result", "compress", "diff", "inspect", "retrain"),
+    "api": ("Result", "compress", "diff", "grow", "inspect", "retrain"),
     "errors": ("InputError", "NotApplicableError", "OnnxfuseError", "VerificationError"),
     "graph": ("Model",),
 }

@@ -1,4 +1,5 @@
-"""What the command line does, as functions: `compress`, `retrain`, `inspect`, `verify`, `diff`, `passes`.
+"""What the command line does, as functions: `compress`, `grow`, `retrain`, `inspect`, `verify`, `diff`,
+`passes`.
 
 Each takes a model as a path, bytes, a ModelProto or a `Model`, and samples as a path or as arrays
 (`Calibration.open` lists the kinds), and returns plain dataclasses; nothing is printed. Bad input and models
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxfuse import growth as growing
 from onnxfuse import recipe as recipes
 from onnxfuse import saving
 from onnxfuse import verify as verification
@@ -295,6 +297,38 @@ def compress(
         write_report(Path(report), record)
     model = final if verdict.exit_code == 0 else original
     return Result(model, record, verdict.exit_code, verdict.reason, written)
+
+
+def grow(
+    model: ModelSource,
+    *,
+    widen: Mapping[str, float] | None = None,
+    deepen: Mapping[str, int] | None = None,
+    kernel: Mapping[str, int] | None = None,
+    scheme: str = "r2r",
+    noise: float | None = None,
+    **options: Any,
+) -> Result:
+    """Make a network wider, deeper, or its kernels larger, with its function unchanged.
+
+    Sites are named by name, by pattern (fnmatch) or as "all"; `inspect(model, growth=True)` lists them.
+
+    Args:
+        model: is left as it is.
+        widen: by site, how many times as many channels there are to be.
+        deepen: by site, how many layers or blocks are added.
+        kernel: by site, the size of the kernels.
+        scheme: "r2r", "net2net", or to widen "netmorph".
+        noise: of net2net, as the pass `widen` has it.
+        options: the other arguments of `compress`.
+
+    Raises:
+        InputError, NotApplicableError: as `compress`.
+    """
+    plan = growing.passes(widen or {}, deepen or {}, kernel or {}, scheme, noise)
+    if not plan:
+        raise InputError("say what is to grow: --widen, --deepen or --kernel")
+    return compress(model, plan, **options)
 
 
 def _plan(passes: str | Sequence[Pass] | None, recipe: PathOrText | None) -> tuple[list[Pass], Settings]:
@@ -705,6 +739,7 @@ def inspect(
     calib: Data = None,
     measure_latency: bool = True,
     channels: bool = False,
+    growth: bool = False,
     provider: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -717,6 +752,7 @@ def inspect(
             on made-up samples is inspected without.
         measure_latency: whether to run the model for its latency.
         channels: whether to find the groups of coupled channels, too.
+        growth: whether to find where the network can grow, too.
         provider, threads: of ONNX Runtime.
         seed: of made-up samples.
 
@@ -729,15 +765,22 @@ def inspect(
         calibration = Calibration.open(
             calib, found, limit=None if calib is not None else 2, held_out=0.0, seed=seed
         )
-        several = next(iter(calibration.fit)).feed
-        feed = _one_sample(found, calibration.fit)
+        several: Feed | None = next(iter(calibration.fit)).feed
+        feed: Feed | None = _one_sample(found, calibration.fit)
+        warnings: tuple[str, ...] = ()
     except OnnxfuseError as error:
         if calib is not None:
             raise
-        groups = summarise(find_groups(found)) if channels else None
-        return examine(found, None, None, groups, (str(error),))
-    groups = summarise(find_groups(found, several)) if channels else None
-    return examine(found, feed, runtime if measure_latency else None, groups, ())
+        several, feed, warnings = None, None, (str(error),)
+    groups = find_groups(found, several) if channels or growth else None
+    return examine(
+        found,
+        feed,
+        runtime if measure_latency and feed is not None else None,
+        summarise(groups) if groups is not None and channels else None,
+        warnings,
+        growing.survey(found, groups) if groups is not None and growth else None,
+    )
 
 
 # --- verify and diff ----------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -21,6 +21,9 @@ from onnxfuse.errors import InputError, OnnxfuseError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from onnxfuse.api import Result
+
+Number = TypeVar("Number", int, float)
 PROGRAM = "onnxfuse"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -237,7 +240,6 @@ def compress(
     from rich.console import Console
 
     from onnxfuse import api
-    from onnxfuse.report.console import compress_view
     from onnxfuse.report.live import LiveProgress
 
     target = output if output is not None else f"{Path(model).stem}-compressed.onnx"
@@ -266,8 +268,17 @@ def compress(
             progress=progress,
             instruments=[progress],
         )
+    return _finish(result, "compress", target, json=json, quiet=quiet, verbose=verbose, explain=explain)
+
+
+def _finish(
+    result: Result, command: str, target: str, *, json: bool, quiet: bool, verbose: bool, explain: bool
+) -> int:
+    """Print what came of passes; the exit code."""
+    from onnxfuse.report.console import compress_view
+
     if json:
-        _print_json(result.report, "compress")
+        _print_json(result.report, command)
     elif not quiet:
         _show(compress_view(result.report, verbose=verbose, explain=explain))
     sys.stdout.flush()
@@ -277,6 +288,117 @@ def compress(
     elif not (json or quiet):
         print(f"\nwrote {result.written}" if result.written else f"\ndry run: would have written {target}")
     return result.exit_code
+
+
+@app.command()
+def grow(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX file; it is never written to.")],
+    widen: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SITE=RATIO",
+            help="So many times as many channels, neurons or heads. Repeatable.",
+        ),
+    ] = None,
+    deepen: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SITE[=COUNT]", help="So many more layers or residual blocks. Repeatable."),
+    ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SITE=SIZE", help="Kernels of that size along every axis. Repeatable."),
+    ] = None,
+    scheme: Annotated[str, typer.Option(metavar="NAME", help="r2r, net2net, or to widen netmorph.")] = "r2r",
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="How far net2net's copies differ; default 0.1 of the weights' spread."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Where to write; default NAME-grown.onnx in the current folder. Replaced if it exists.",
+        ),
+    ] = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    batch_size: BatchSize = 64,
+    provider: Provider = "auto",
+    threads: Threads = None,
+    report: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Write report.json and report.txt; for a failed run, too."),
+    ] = None,
+    json: Json = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything, but don't write the model.")
+    ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="List all that was done, and all that was not, with reasons."),
+    ] = False,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the new weights; default 0.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every change.")] = False,
+    quiet: Quiet = False,
+) -> int:
+    """Make a network wider or deeper, or its kernels larger, with its function unchanged.
+
+    For training further. SITE is the name of an operator, a pattern, or all; 'onnxfuse inspect --grow' lists
+    what there is, 'onnxfuse passes' all options of widen, deepen and kernel, which compress takes, too.
+
+    \b
+    Examples:
+      onnxfuse grow model.onnx --widen all=1.5 --calib samples.npz
+      onnxfuse grow model.onnx --deepen 'layer1*' --kernel conv1=5 --scheme net2net -o out.onnx
+    """
+    from rich.console import Console
+
+    from onnxfuse import api
+    from onnxfuse.report.live import LiveProgress
+
+    target = output if output is not None else f"{Path(model).stem}-grown.onnx"
+    with LiveProgress(Console(stderr=True, quiet=quiet)) as progress:
+        result = api.grow(
+            model,
+            widen=_sites(widen, "--widen", float),
+            deepen=_sites(deepen, "--deepen", int, default=1),
+            kernel=_sites(kernel, "--kernel", int),
+            scheme=scheme,
+            noise=noise,
+            output=target,
+            calib=calib,
+            samples=samples,
+            batch_size=batch_size,
+            provider=provider,
+            threads=threads,
+            seed=seed,
+            report=report,
+            dry_run=dry_run,
+            progress=progress,
+            instruments=[progress],
+        )
+    return _finish(result, "grow", target, json=json, quiet=quiet, verbose=verbose, explain=explain)
+
+
+def _sites(
+    asked: Sequence[str] | None, option: str, kind: Callable[[str], Number], default: Number | None = None
+) -> dict[str, Number]:
+    """`SITE=VALUE`, each, as a mapping; without a value the default, if there is one."""
+    found: dict[str, Number] = {}
+    for text in asked or ():
+        site, equals, value = text.rpartition("=")
+        if not equals and default is not None:
+            found[text] = default
+            continue
+        try:
+            found[site] = kind(value)
+        except ValueError:
+            raise InputError(f"{option} '{text}' is not of the form SITE=NUMBER") from None
+    return found
 
 
 @app.command()
@@ -425,6 +547,10 @@ def inspect(
     channels: Annotated[
         bool, typer.Option("--channels", help="List the groups of coupled channels and all they touch.")
     ] = False,
+    growth: Annotated[
+        bool,
+        typer.Option("--grow", help="List where the network can become wider, deeper, its kernels larger."),
+    ] = False,
     provider: Provider = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -432,7 +558,7 @@ def inspect(
     """Show what is in a model.
 
     Operators, cost, linear operators, and the regions that could be fused; with --channels the groups of
-    channels that only make sense together.
+    channels that only make sense together; with --grow the sites of 'onnxfuse grow'.
 
     \b
     Example:
@@ -441,12 +567,14 @@ def inspect(
     from onnxfuse import api
     from onnxfuse.report.channels_view import channels_view
     from onnxfuse.report.console import inspect_view
+    from onnxfuse.report.growth_view import growth_view
 
     found = api.inspect(
         model,
         calib=calib,
         measure_latency=latency,
         channels=channels,
+        growth=growth,
         provider=provider,
         threads=threads,
     )
@@ -456,6 +584,8 @@ def inspect(
         _show(inspect_view(found))
         if found.channels is not None:
             _show(channels_view(found.channels))
+        if found.growth is not None:
+            _show(growth_view(found.growth))
     sys.stdout.flush()
     _warn(found.warnings)
     return 0

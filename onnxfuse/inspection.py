@@ -15,6 +15,7 @@ from onnxfuse.channels.summary import GroupSummary
 from onnxfuse.cost import Cost, Latency, count, dimension_sizes, latency, node_macs, shapes_at
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import DEFAULT_DOMAINS, Feed, Model, TensorInfo
+from onnxfuse.growth import GrowthSite
 from onnxfuse.linear import LinearOp, linear_op
 from onnxfuse.protos import bodies
 from onnxfuse.regions import Region, describe, find_regions
@@ -62,7 +63,8 @@ class Inspection:
 
     `sizes` is the shape of every input at which MACs and latency were taken: one sample, or the smallest
     batch that the model takes; empty where there was none. `operators` counts nodes by operator (with its
-    domain, if not the default one), bodies included. `channels` is None where nobody asked for them.
+    domain, if not the default one), bodies included. `channels` and `growth` are None where nobody asked for
+    them.
     """
 
     path: str | None
@@ -81,6 +83,7 @@ class Inspection:
     latency: Latency | None
     channels: tuple[GroupSummary, ...] | None
     warnings: tuple[str, ...]
+    growth: tuple[GrowthSite, ...] | None = None
 
 
 def examine(
@@ -89,6 +92,7 @@ def examine(
     runtime: Runtime | None,
     channels: tuple[GroupSummary, ...] | None,
     warnings: tuple[str, ...],
+    growth: tuple[GrowthSite, ...] | None = None,
 ) -> Inspection:
     """Gather everything, in time linear in the number of nodes.
 
@@ -98,6 +102,7 @@ def examine(
         runtime: where latency is measured; None leaves it out.
         channels: the groups of coupled channels, if somebody asked for them.
         warnings: to go with the result.
+        growth: where the network can grow, if somebody asked for it.
     """
     try:
         model.check_finite()
@@ -131,6 +136,7 @@ def examine(
         latency=timed,
         channels=channels,
         warnings=warnings,
+        growth=growth,
     )
 
 

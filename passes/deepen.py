@@ -19,32 +19,19 @@ again share theirs. Layers only go where an operator with weights still follows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from onnxfuse import sites
-from onnxfuse.blocks import Block, before, copy_block, find_blocks
-from onnxfuse.constants import label
-from onnxfuse.graph import Model, Node
-from onnxfuse.layers import (
-    IDEMPOTENT,
-    Layer,
-    add_branches,
-    add_identities,
-    attach,
-    detach,
-    find_layers,
-    followed,
-    unused_prefix,
-)
+from onnxfuse.blocks import copy_block
+from onnxfuse.depth import Scheme, Site, find_sites
+from onnxfuse.graph import Model
+from onnxfuse.layers import Layer, add_branches, add_identities, attach, detach, unused_prefix
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
 
 NAME = "deepen"
-Scheme = Literal["r2r", "net2net"]
 
 
 class DeepenOptions(PassOptions):
@@ -69,23 +56,6 @@ class DeepenOptions(PassOptions):
         description="r2r at a sum: so many residual blocks in a row, the last that of the sum, are copied "
         "together: 2 for attention and MLP of a transformer layer",
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Where a network may be deepened: behind a layer, or with a copy of a chain of residual blocks.
-
-    Attributes:
-        names: of the operators, or of the sum.
-        place: the layer, or the blocks in a row; None where there is an `obstacle`.
-        obstacle: why nothing can be added there.
-        sum: whether it is a residual sum.
-    """
-
-    names: tuple[str, ...]
-    place: Layer | Sequence[Block] | None
-    obstacle: str | None
-    sum: bool
 
 
 class Deepen(Pass):
@@ -144,48 +114,3 @@ class Deepen(Pass):
                 x = copy_block(model, block, x, prefix, NAME)
         attach(model, x, end)
         return f"copy of {'the block' if len(site.place) == 1 else f'{len(site.place)} blocks'}{times}"
-
-
-def find_sites(model: Model, scheme: Scheme, blocks: int = 1) -> list[Site]:
-    """Every place where layers may be added, and every residual sum, with what stands in the way."""
-    leading = followed(model)
-    found = []
-    for layer in find_layers(model):
-        reason = _layer_obstacle(model, layer, scheme)
-        if any(end not in leading for end in layer.ends):
-            reason = "no operator with weights follows it"
-        found.append(Site(layer.names, None if reason else layer, reason, False))
-    every = find_blocks(model)
-    for node in every:
-        chain = _chain(model, every, node, blocks)
-        if scheme == "net2net":
-            chain = "net2net adds layers, not blocks: name an operator"
-        elif node.outputs[0] not in leading:
-            chain = "no operator with weights follows it"
-        reason, place = (chain, None) if isinstance(chain, str) else (None, chain)
-        found.append(Site((label(node),), place, reason, True))
-    return found
-
-
-def _layer_obstacle(model: Model, layer: Layer, scheme: Scheme) -> str | None:
-    if layer.ops[0].dtype.kind != "f":
-        return f"its weights are {layer.ops[0].dtype}"
-    other = next((psi for psi in layer.activations if psi and psi.op not in IDEMPOTENT), None)
-    if scheme == "net2net" and other is not None:
-        return f"{other.op} applied twice is not {other.op} applied once, as net2net needs; r2r can"
-    return None
-
-
-def _chain(model: Model, every: Mapping[Node, Block | str], node: Node, blocks: int) -> list[Block] | str:
-    """The last blocks before a sum and that of the sum, in order, or why they can't be copied."""
-    chain: list[Block] = []
-    while len(chain) < blocks:
-        block = every.get(node)
-        if not isinstance(block, Block):
-            return block or f"there are only {len(chain)} residual blocks in a row"
-        chain.insert(0, block)
-        previous = before(model, block)
-        if previous is None:
-            break
-        node = previous
-    return chain if len(chain) == blocks else f"there are only {len(chain)} residual blocks in a row"

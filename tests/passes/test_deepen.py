@@ -13,10 +13,11 @@ from channel_cases import CASES, POOLED, close, norm, parameters, positive, size
 from growth import case_context, doubled, gradients, in_float64, wide
 from nets import Feed, compute, context, net, normal, weight
 
+from onnxfuse.depth import find_sites
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import PASS_KEY, Model, Node
 from onnxfuse.pass_manager import PassManager, StepReport
-from onnxfuse.passes.deepen import Deepen, find_sites
+from onnxfuse.passes.deepen import Deepen
 from onnxfuse.pytorch import to_torch
 from onnxfuse.recipe import make_pass
 
