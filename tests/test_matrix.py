@@ -13,17 +13,20 @@ import onnx
 import onnx.checker
 import pytest
 from channel_cases import CASES as CHANNEL_CASES
-from nets import RUNTIME, Feed, compute, fitted, net, normal
+from nets import RUNTIME, Feed, compute, fitted, net, normal, weight
 from onnx import helper
 
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import PASS_KEY, Model
 from onnxfuse.pass_manager import Context, Contract, PassManager, Prediction, StepReport
 from onnxfuse.passes.batchnorm import Batchnorm
+from onnxfuse.passes.deepen import Deepen
 from onnxfuse.passes.fold import Fold
 from onnxfuse.passes.fuse import Fuse
+from onnxfuse.passes.kernel import Kernel
 from onnxfuse.passes.refit import Refit
 from onnxfuse.passes.select import Select
+from onnxfuse.passes.widen import Widen
 
 LINEAR = ("Conv", "Gemm", "MatMul")
 MODELS = Path(__file__).parents[1] / "models"
@@ -464,6 +467,28 @@ def test_select_on_every_kind_of_coupling(name: str, compensate: bool) -> None:
     for claim in step.predictions:
         error, variance = _measured(model, outcome.model, claim, [b.feed for b in ctx.calibration.fit])
         assert error == pytest.approx(claim.error, rel=5e-3, abs=1e-3 * variance)
+
+
+@pytest.mark.parametrize("scheme", ["r2r", "net2net"])
+@pytest.mark.parametrize("name", CASES)
+def test_growth_on_every_kind_of_graph(name: str, scheme: str) -> None:
+    """Larger kernels, twice the channels, more layers: each committed, the function the original's."""
+    case = CASES[name]
+    passes = [Kernel(sites={"all": 5}), Widen(sites={"all": 2}, scheme=scheme), Deepen(scheme=scheme)]
+    model, found, _, steps = run(case, passes)
+    for step in steps:
+        assert step.committed, f"{step.name}: {step.reason}"
+        assert step.changes or step.notes
+    _check_kept(model, found)
+    kernels = {n.inputs[1].name for n in model.nodes if n.op in ("Conv", "ConvTranspose")}
+    assert len(steps[0].changes) == sum(max(weight(model, kernel).shape[2:]) < 5 for kernel in kernels)
+    size = sum(found.weight(t).size for t in found.tensors() if found.is_weight(t))
+    before = sum(model.weight(t).size for t in model.tensors() if model.is_weight(t))
+    assert (size > before) == any(step.changes for step in steps)
+    for batch in (1, 2, 9):
+        feed = {"x": normal(batch, *case.shape, seed=batch), **case.more}
+        (expected,), (got,) = compute(model, feed), compute(found, feed)
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.slow
