@@ -5,7 +5,8 @@ copies of old ones on every axis they lie on (`edits.take`), so whatever treats 
 them as it did the old. Then the weights that compute them and those that read them are set, by one of
 
 - `r2r`, equations (8), (9): twins [U; U], read with [V, -V]. U and V are free: half of the new weights. Twins
-  stand side by side: where sums run along the channels, rounding then leaves a root of their number less.
+  stand side by side, so that they cancel at once where a sum runs along the channels, not after it has grown
+  and been rounded.
 - `net2net`, equation (6): the copies stay, and what reads n copies of a channel reads each with 1/n of the
   weight, the original's included. Nothing is free; equal shares would leave the copies alike for ever, so
   the shares may differ by noise whose sum over the copies is zero, which changes nothing.
