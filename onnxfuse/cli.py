@@ -345,9 +345,9 @@ def grow(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every change.")] = False,
     quiet: Quiet = False,
 ) -> int:
-    """Make a network wider or deeper, or its kernels larger, with its function unchanged.
+    """Make a network wider or deeper, its function unchanged.
 
-    For training further. SITE is the name of an operator, a pattern, or all; 'onnxfuse inspect --grow' lists
+    Or its kernels larger; for training further. SITE is the name of an operator, a pattern, or all; 'onnxfuse inspect --grow' lists
     what there is, 'onnxfuse passes' all options of widen, deepen and kernel, which compress takes, too.
 
     \b
