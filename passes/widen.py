@@ -2,19 +2,20 @@
 
 The schemes, and why they are exact, are in `onnxfuse.channels.growing`; which channels must grow together is
 what `onnxfuse.channels` finds. So a residual stage is widened as a whole, a depthwise convolution with the
-one in front, heads as heads, and weights that several nodes share are widened once.
+one in front, heads as heads, and weights that several nodes share are widened once. With `skip=fold` residual
+sums end what grows: there the twins of r2r are folded back (`onnxfuse.channels.skips`).
 """
 
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from onnxfuse import sites
-from onnxfuse.channels import Group, find_groups
+from onnxfuse.channels import Group, find_groups, skips
 from onnxfuse.channels.growing import New, additions, obstacle, widen
-from onnxfuse.graph import Model
+from onnxfuse.graph import Feed, Model
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
 from onnxfuse.verify import first_rows
 
@@ -40,6 +41,17 @@ class WidenOptions(PassOptions):
         description="net2net: how far the shares of copies differ, in standard deviations of the weights; 0 "
         "leaves the copies alike for ever",
     )
+    skip: Literal["group", "fold"] = Field(
+        "group",
+        description="what is added by a residual sum grows together; or, of r2r, what the named operators "
+        "compute grows alone, and the sum takes x + (x_L - x_R) of it",
+    )
+
+    @model_validator(mode="after")
+    def _twins_fold(self) -> WidenOptions:
+        if self.skip == "fold" and self.scheme != "r2r":
+            raise ValueError(f"skip=fold takes the twins of r2r, not {self.scheme}")
+        return self
 
 
 class Widen(Pass):
@@ -56,7 +68,10 @@ class Widen(Pass):
         """Raises InputError for a site that isn't there, NotApplicableError for one that was named and can't
         be widened."""
         batch = next(iter(context.calibration.fit))
-        groups = find_groups(model, first_rows(model, batch, _ROWS) or batch.feed)
+        feed = first_rows(model, batch, _ROWS) or batch.feed
+        groups = find_groups(model, feed)
+        if self.options.skip == "fold":
+            return self._alone(model, feed, skips.producers(groups), context.seed)
         asked = sites.choose(self.options.sites, {g: _names(g) for g in groups}, "channel group")
         plan: dict[Group, New] = {}
         refused: dict[str, list[str]] = {}
@@ -72,6 +87,30 @@ class Widen(Pass):
         sites.refuse_named(refused, [asked[group][0] for group in plan], "widened")
         widen(model, plan, self.options.scheme, noise=self.options.noise, seed=context.seed, by=NAME)
         changes = [_change(group, sum(new.values())) for group, new in plan.items()]
+        return PassResult(model, changes, skipped, notes=[] if changes else [sites.idle(NAME, skipped)])
+
+    def _alone(self, model: Model, feed: Feed, operators: list[str], seed: int) -> PassResult:
+        """One operator after the other, since each changes what the next one is added to."""
+        asked = sites.choose(self.options.sites, {name: [name] for name in operators}, "operator")
+        changes: list[Change] = []
+        grown: set[str] = set()
+        done: list[str] = []
+        refused: dict[str, list[str]] = {}
+        skipped: list[Skip] = []
+        for number, (name, (words, ratio)) in enumerate(asked.items()):
+            if name in grown:
+                done.append(words)
+                continue
+            plan = skips.plan(model, feed, name, ratio)
+            skips.carry_out(model, plan, seed=(seed, number), by=NAME)
+            for group, new in plan.wanted.items():
+                changes.append(_change(group, sum(new.values())))
+                grown.update(skips.producers(group))
+                done.append(words)
+            for reason in plan.refused.values():
+                refused.setdefault(words, []).append(reason)
+                skipped.append(Skip((name,), reason))
+        sites.refuse_named(refused, done, "widened")
         return PassResult(model, changes, skipped, notes=[] if changes else [sites.idle(NAME, skipped)])
 
 

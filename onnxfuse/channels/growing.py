@@ -80,7 +80,13 @@ def obstacle(group: Group, scheme: Scheme, new: New) -> str | None:
 
 
 def widen(
-    model: Model, wanted: Mapping[Group, New], scheme: Scheme, *, noise: float, seed: int, by: str
+    model: Model,
+    wanted: Mapping[Group, New],
+    scheme: Scheme,
+    *,
+    noise: float,
+    seed: int | Sequence[int],
+    by: str,
 ) -> None:
     """Give each group so many more channels, behind those it has, without a change of the function.
 
