@@ -530,11 +530,11 @@ def _compensate(
         for consumer in reading.consumers[group]:
             key = consumer.node, consumer.view, consumer.stored
             readers.setdefault(key, []).append((consumer, consumer.places[gone].reshape(-1)))
-    for key, own in readers.items():
+    for reader, own in readers.items():
         consumer = own[0][0]
-        if consumer.view not in known or key in done or not consumer.writable(model):
+        if consumer.view not in known or reader in done or not consumer.writable(model):
             continue
-        done.add(key)
+        done.add(reader)
         gone = np.unique(np.concatenate([places for _, places in own]))
         fitted = compensation(consumer, model, known[consumer.view], gone)
         if fitted is not None:
