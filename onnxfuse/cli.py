@@ -347,8 +347,9 @@ def grow(
 ) -> int:
     """Make a network wider or deeper, its function unchanged.
 
-    Or its kernels larger; for training further. SITE is the name of an operator, a pattern, or all; 'onnxfuse inspect --grow' lists
-    what there is, 'onnxfuse passes' all options of widen, deepen and kernel, which compress takes, too.
+    Or its kernels larger; for training further. SITE is the name of an operator, a pattern, or all;
+    'onnxfuse inspect --grow' lists what there is, 'onnxfuse passes' all options of widen, deepen and kernel,
+    which compress takes, too.
 
     \b
     Examples:
