@@ -24,7 +24,7 @@ from onnxfuse import growth as growing
 from onnxfuse import recipe as recipes
 from onnxfuse import saving
 from onnxfuse import verify as verification
-from onnxfuse.calibration import Batches, Calibration, Data
+from onnxfuse.calibration import Calibration, Data
 from onnxfuse.channels import find_groups
 from onnxfuse.channels.summary import summarise
 from onnxfuse.cost import count, latency, measure
@@ -242,7 +242,7 @@ def compress(
     calibration = Calibration.open(
         calib, original, limit=samples, batch_size=batch_size, held_out=held_out, seed=seed
     )
-    sample = _one_sample(original, calibration.fit)
+    sample = verification.few_rows(original, calibration.fit, 1)
     judge = _Judge.make(metric or settings.metric, max_drop, calibration, original, runtime)
     training = None if asked is None else asked[1].open(asked[0], original)
     bound = max_error if asked is None else None
@@ -566,12 +566,6 @@ def _samples(calibration: Calibration) -> Samples:
     )
 
 
-def _one_sample(model: Model, batches: Batches) -> Feed:
-    """One row of the first batch, or all of it where the model takes no single rows."""
-    batch = next(iter(batches))
-    return verification.first_rows(model, batch, 1) or batch.feed
-
-
 def _version() -> str:
     from onnxfuse import __version__
 
@@ -766,7 +760,7 @@ def inspect(
             calib, found, limit=None if calib is not None else 2, held_out=0.0, seed=seed
         )
         several: Feed | None = next(iter(calibration.fit)).feed
-        feed: Feed | None = _one_sample(found, calibration.fit)
+        feed: Feed | None = verification.few_rows(found, calibration.fit, 1)
         warnings: tuple[str, ...] = ()
     except OnnxfuseError as error:
         if calib is not None:
@@ -856,7 +850,7 @@ def diff(
             calib, first, limit=samples, batch_size=batch_size, held_out=0.0, seed=seed
         )
         warnings += [MADE_UP] if calibration.synthetic else []
-        feed = _one_sample(first, calibration.fit)
+        feed = verification.few_rows(first, calibration.fit, 1)
         outputs = verification.compare(first, second, calibration.fit, runtime, labels=_labels(first, second))
         warnings += outputs.notes
     except OnnxfuseError as error:

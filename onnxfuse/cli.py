@@ -56,6 +56,15 @@ Rate = Annotated[
     float | None,
     typer.Option("--lr", metavar="X", help="The highest learning rate; default 0.0001, of sgd 0.001."),
 ]
+ReportFolder = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Write report.json and report.txt; for a failed run, too."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Do everything, but don't write the model.")]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="List all that was done, and all that was not, with reasons.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every change.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
@@ -206,23 +215,15 @@ def compress(
     batch_size: BatchSize = 64,
     provider: Provider = "auto",
     threads: Threads = None,
-    report: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Write report.json and report.txt; for a failed run, too."),
-    ] = None,
+    report: ReportFolder = None,
     dump: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write the model after every pass, and a journal.")
     ] = None,
     json: Json = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Do everything, but don't write the model.")
-    ] = False,
-    explain: Annotated[
-        bool,
-        typer.Option("--explain", help="List all that was done, and all that was not, with reasons."),
-    ] = False,
+    dry_run: DryRun = False,
+    explain: Explain = False,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random; default 0.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every change.")] = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
     """Run passes over a model, check every one, and write the result.
@@ -329,20 +330,12 @@ def grow(
     batch_size: BatchSize = 64,
     provider: Provider = "auto",
     threads: Threads = None,
-    report: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Write report.json and report.txt; for a failed run, too."),
-    ] = None,
+    report: ReportFolder = None,
     json: Json = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Do everything, but don't write the model.")
-    ] = False,
-    explain: Annotated[
-        bool,
-        typer.Option("--explain", help="List all that was done, and all that was not, with reasons."),
-    ] = False,
+    dry_run: DryRun = False,
+    explain: Explain = False,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of the new weights; default 0.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every change.")] = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
     """Make a network wider or deeper, its function unchanged.

@@ -325,7 +325,7 @@ class PassManager:
         try:
             for instrument in self.instruments:
                 instrument.started(self.passes, model)
-            sample = _sample(model, context)
+            sample = verify.few_rows(model, context.calibration.fit, 1)
             cost = measure(model, sample)
             for index, pass_ in enumerate(self.passes, start=1):
                 for instrument in self.instruments:
@@ -339,11 +339,6 @@ class PassManager:
             for instrument in self.instruments:
                 instrument.finished()
         return Outcome(model, tuple(steps))
-
-
-def _sample(model: Model, context: Context) -> Feed:
-    batch = next(iter(context.calibration.fit))
-    return verify.first_rows(model, batch, 1) or batch.feed
 
 
 def _step(
@@ -426,7 +421,7 @@ def _check_approximate(before: Model, result: PassResult, context: Context) -> V
     masked = None if result.oracle is None else _check_masked(before, result, context)
     if masked is not None and not masked.passed:
         return masked
-    comparison = None if masked is None else masked.comparison
+    comparison, notes = (None, ()) if masked is None else (masked.comparison, masked.notes)
     checks = tuple(
         verify.check_predictions(
             context.original,
@@ -439,12 +434,13 @@ def _check_approximate(before: Model, result: PassResult, context: Context) -> V
     )
     failed = next((check for check in checks if not check.passed), None)
     if failed is not None:
-        return Verification(False, failed.reason, comparison, predictions=checks)
+        return Verification(False, failed.reason, comparison, predictions=checks, notes=notes)
     held_out = context.calibration.held_out
     if not held_out.samples:
         budget = "there are no held-out samples to measure the output error on"
         passed = context.max_error is None
-        return Verification(passed, None if passed else budget, comparison, None, checks, None, (budget,))
+        reason = None if passed else budget
+        return Verification(passed, reason, comparison, predictions=checks, notes=(*notes, budget))
     error = verify.output_error(context.original, result.model, held_out, context.runtime)
     reason = UNSEEN if _is_unseen(result, error) else None
     if context.max_error is not None and not error.worst <= context.max_error:
@@ -453,7 +449,9 @@ def _check_approximate(before: Model, result: PassResult, context: Context) -> V
             f"the relative error of output '{name}' on held-out samples is {error.worst:.3g}, "
             f"above the allowed {context.max_error:g}"
         )
-    return Verification(reason is None, reason, comparison, predictions=checks, output_error=error)
+    return Verification(
+        reason is None, reason, comparison, predictions=checks, output_error=error, notes=notes
+    )
 
 
 def _is_unseen(result: PassResult, error: OutputError) -> bool:

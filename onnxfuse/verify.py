@@ -422,6 +422,12 @@ def first_rows(model: Model, batch: Batch, size: int) -> Feed | None:
     return {**batch.feed, **cut}
 
 
+def few_rows(model: Model, batches: Iterable[Batch], size: int) -> Feed:
+    """The first `size` rows of the first batch, or all of it where that is no cut."""
+    batch = next(iter(batches))
+    return first_rows(model, batch, size) or batch.feed
+
+
 # --- the questions ------------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,7 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
     Raises:
         NotApplicableError: they can't be counted.
     """
-    system = found.system
+    system, static = found.system, found.system.shapes
     owner = {leaf: group for group in groups for leaf in group.leaves}
     numbers: dict[str, list[Number]] = {}
     for number in system.written:
@@ -129,7 +129,6 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
 
         return Term(tuple(touched), value)
 
-    static = system.shapes
     return Total(
         [term(n) for n in model.nodes if n.op in RULES or n.bodies or n.domain not in DEFAULT_DOMAINS], groups
     )

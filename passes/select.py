@@ -40,7 +40,7 @@ from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
 from onnxfuse.passes.refit import refit_change
 from onnxfuse.trials import Trials, error_bound, longest, probe
-from onnxfuse.verify import first_rows
+from onnxfuse.verify import few_rows
 from onnxfuse.walk import Solved, check_mask, refit_sites, walk
 from onnxfuse.widths import Curve, Term, Total, Widths
 
@@ -89,6 +89,11 @@ class SelectOptions(PassOptions):
     mask: str | None = Field(
         None, description="graph input that is 0 where a token is padding; those rows are left out"
     )
+
+    @property
+    def reads_moments(self) -> bool:
+        """Whether anything is ranked or fitted by what the consumers see."""
+        return self.ratio != 0 and (self.criterion == "moments" or self.compensate)
 
     @model_validator(mode="after")
     def _one_goal(self) -> SelectOptions:
@@ -366,8 +371,7 @@ class Select(Pass):
         context: Context,
     ) -> tuple[_Made | None, list[str]]:
         """Widths that this machine runs faster, tightened until the whole network is as fast as asked for."""
-        batch = next(iter(context.calibration.fit))
-        sample = first_rows(model, batch, 1) or batch.feed
+        sample = few_rows(model, context.calibration.fit, 1)
         times = rewarded(
             model,
             reading.found,
@@ -459,10 +463,7 @@ class _Observer:
     def parts(self) -> Iterator[tuple[list[Group], dict[View, Statistics]]]:
         """Groups with the statistics of all their consumers' views."""
         groups = list(self._readers)
-        if self._options.ratio == 0 or (self._options.criterion, self._options.compensate) == (
-            "magnitude",
-            False,
-        ):
+        if not self._options.reads_moments:
             yield groups, {}
         elif self._only is not None:
             yield groups, self._only

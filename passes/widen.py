@@ -17,7 +17,7 @@ from onnxfuse.channels import Group, find_groups, skips
 from onnxfuse.channels.growing import New, additions, obstacle, widen
 from onnxfuse.graph import Feed, Model
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
-from onnxfuse.verify import first_rows
+from onnxfuse.verify import few_rows
 
 NAME = "widen"
 _ROWS = 2  # of one row, a batch that may grow can't be told from an axis of size 1
@@ -67,8 +67,7 @@ class Widen(Pass):
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for a site that isn't there, NotApplicableError for one that was named and can't
         be widened."""
-        batch = next(iter(context.calibration.fit))
-        feed = first_rows(model, batch, _ROWS) or batch.feed
+        feed = few_rows(model, context.calibration.fit, _ROWS)
         groups = find_groups(model, feed)
         if self.options.skip == "fold":
             return self._alone(model, feed, skips.producers(groups), context.seed)

@@ -225,10 +225,10 @@ class _Part:
         if self.static is not None:
             return float(self.static[channels].sum())
         at = self.places[channels].reshape(-1)
-        rows = self.inverse[at]
-        gain = np.linalg.solve(rows[:, at], rows)  # [(H^-1)_BB]^-1 (H^-1)_B:
-        weights = self.weight[:, at]
-        cost = self.scale * float(np.einsum("ob,bo->", weights, np.linalg.solve(rows[:, at], weights.T)))
+        rows, weights = self.inverse[at], self.weight[:, at]
+        solved = np.linalg.solve(rows[:, at], np.hstack([rows, weights.T]))
+        gain = solved[:, : rows.shape[1]]  # [(H^-1)_BB]^-1 (H^-1)_B:
+        cost = self.scale * float(np.einsum("ob,bo->", weights, solved[:, rows.shape[1] :]))
         self.weight = self.weight - weights @ gain
         self.inverse -= rows.T @ gain
         # What is gone must not come back as rounding.
