@@ -248,6 +248,11 @@ def _right_side(moments: Moments, prior: Array) -> Array:
     return xy - xx @ prior.swapaxes(1, 2) if prior.any() else xy.copy()
 
 
+def best_bias(moments: Moments, weight: npt.ArrayLike) -> Affine:
+    """These weights (dy, dx / groups), with the bias that is optimal for them: mean(y) - W mean(x)."""
+    return _affine(moments, _prior(moments, weight))
+
+
 def _affine(moments: Moments, stack: Array) -> Affine:
     """Stack (g, q, p) -> Affine, with the bias that is optimal for these weights."""
     groups = moments.groups

@@ -8,6 +8,8 @@ rewritten network). Sites are taken in topological order, so each sees what the 
 - A *fresh* site (the operator that replaces a fused region) is solved from nothing, under a small ridge.
 - A *refit* site is shrunk towards the weights it has. The ridge is chosen on held-out samples, and where the
   weights it has are best there, they stay.
+- At a *bias* site the weights are somebody else's too, or zeros and shared values that are to stay: the bias
+  alone is solved. A *keep* site is only measured.
 - Where y goes into a sum y + r and nowhere else, the regression is of (original sum - rewritten r): the
   branch repairs the skip too.
 
@@ -20,9 +22,10 @@ ridge and measure the error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from onnx import NodeProto
@@ -37,7 +40,7 @@ from onnxfuse.pass_manager import NoProgress, Prediction, Progress, Skip
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed, Runtime, Session
 from onnxfuse.shapes import fill
-from onnxfuse.solve import RIDGES, Affine, choose_ridge, generalised_cross_validation, per_channel
+from onnxfuse.solve import RIDGES, Affine, best_bias, choose_ridge, generalised_cross_validation, per_channel
 from onnxfuse.spool import Spool
 
 REFIT_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
@@ -63,6 +66,8 @@ SETTLED = 1e-10
 
 LINEAR = ("Conv", "Gemm", "MatMul")
 
+How = Literal["fresh", "refit", "bias", "keep"]
+
 _FEW_RIDGES = (1e-3, 1e-2, 1e-1)
 
 
@@ -75,7 +80,8 @@ class Site:
         tensor: the tensor that is compared: the operator's output, or the sum it is a branch of.
         reference: the tensor of the original that `tensor` should equal.
         rest: the other operand of that sum, None without one.
-        fresh: solve from nothing, not from the weights the operator has.
+        how: "fresh" solves from nothing, "refit" from the weights the operator has, "bias" solves for the
+            bias alone; "keep" leaves the operator as it is.
         mask: name of a graph input. Where it has the leading dimensions of `tensor`, rows where it is 0 are
             left out.
         channels: the channels of `reference` that `tensor` has, None for all.
@@ -85,7 +91,7 @@ class Site:
     tensor: str
     reference: str
     rest: str | None = None
-    fresh: bool = False
+    how: How = "refit"
     mask: str | None = None
     channels: tuple[int, ...] | None = None
 
@@ -94,8 +100,8 @@ class Site:
 class Solved:
     """What became of a site. Errors are mean squared errors of `site.tensor`, summed over channels.
 
-    `ridge` is None where the weights stayed as they were. `held_before` is the error on held-out samples of
-    the weights that were there, None for a fresh site.
+    `ridge` is None where the weights stayed as they were, infinite where the bias alone moved. `held_before`
+    is the error on held-out samples of the weights that were there, None for a fresh site.
     """
 
     site: Site
@@ -186,6 +192,7 @@ def refit_sites(
     mask: str | None = None,
     feed: Feed | None = None,
     before: Model | None = None,
+    fixed: Collection[Node] = (),
 ) -> tuple[list[Site], list[Skip]]:
     """The linear operators of `rewritten` that are worth solving again, in topological order.
 
@@ -196,19 +203,21 @@ def refit_sites(
         mask: see `Site`.
         feed: samples for shapes that can't be inferred.
         before: what `rewritten` was made from, where that isn't the original; what it computes alike is left.
+        fixed: nodes whose weights are to stay as they are. Each is a site: a place to solve for its bias, or,
+            where it has none, to measure.
 
     Returns:
-        The sites: the fresh ones, and every linear operator behind a change whose output (or the sum that its
-        output goes into) exists in the original. And a Skip with the reason for each linear operator behind a
-        change that is none.
+        The sites: the fresh and the fixed ones, and every linear operator behind a change whose output (or
+        the sum that its output goes into) exists in the original; where its weight has other users, for its
+        bias alone. And a Skip with the reason for each linear operator behind a change that is none.
     """
     same = unchanged(before or original, rewritten)
     known = original.shapes(feed)
     shapes = {
         name: fill(info, _cut_info(rewritten, known.get(name))) for name, info in rewritten.shapes().items()
     }
-    new = dict(fresh)
-    ops: list[tuple[int, LinearOp]] = []
+    new, stay = dict(fresh), set(fixed)
+    ops: list[tuple[int, LinearOp, How]] = []
     skipped: list[Skip] = []
     for index, node in enumerate(rewritten.nodes):
         if node.op not in LINEAR or node.outputs[0].name in same:
@@ -216,7 +225,7 @@ def refit_sites(
         op = linear_op(rewritten, node, shapes)
         if isinstance(op, str):
             skipped.append(Skip((site_name(node),), op))
-        elif op.shared and node not in new:
+        elif op.shared and not op.has_bias and node not in new and node not in stay:
             skipped.append(Skip((op.name,), "its weight has other users, which a refit would change"))
         elif op.kind == "conv" and op.pads is None:
             skipped.append(Skip((op.name,), "its pads depend on an input size that isn't static"))
@@ -225,29 +234,37 @@ def refit_sites(
                 Skip((op.name,), f"{op.columns} unknowns for each output are too many to solve for")
             )
         else:
-            ops.append((index, op))
-    last_site = _last_sites(rewritten, {op.y: index for index, op in ops})
+            ops.append((index, op, _how(op, node in new, node in stay)))
+    last_site = _last_sites(rewritten, {op.y: index for index, op, _ in ops})
     sites: list[Site] = []
-    for index, op in ops:
+    for index, op, how in ops:
         own = mask if op.kind == "token" else None
         axis = _channel_axis(op)
         if op.node in new:
             channels = kept_channels(rewritten, new[op.node], axis)
             assert not isinstance(channels, str)
-            sites.append(Site(op, new[op.node], new[op.node], None, True, own, channels))
+            sites.append(Site(op, new[op.node], new[op.node], None, how, own, channels))
             continue
         rest = _sum_with(rewritten, op, shapes)
         if rest is not None and last_site.get(rest[1], -1) < index:
             channels = _comparable(rewritten, rest[0], axis, shapes, known)
             if not isinstance(channels, str):
-                sites.append(Site(op, rest[0], rest[0], rest[1], False, own, channels))
+                sites.append(Site(op, rest[0], rest[0], rest[1], how, own, channels))
                 continue
         channels = _comparable(rewritten, op.y, axis, shapes, known)
         if isinstance(channels, str):
             skipped.append(Skip((op.name,), channels))
         else:
-            sites.append(Site(op, op.y, op.y, None, False, own, channels))
+            sites.append(Site(op, op.y, op.y, None, how, own, channels))
     return sites, skipped
+
+
+def _how(op: LinearOp, is_new: bool, stays: bool) -> How:
+    if is_new:
+        return "fresh"
+    if op.shared or stays:
+        return "bias" if op.has_bias else "keep"
+    return "refit"
 
 
 def check_mask(model: Model, mask: str | None) -> None:
@@ -616,16 +633,18 @@ class _Task:
     def solve(self, model: Model, ridge: float | None, paper: bool) -> Solved:
         op, judge = self.site.op, 1 if self.moments[1].n else 0
         fit, held = self.moments[0], self.moments[judge]
-        y, prior = op.y, None if self.site.fresh else op.weight
+        y, prior = op.y, None if self.site.how == "fresh" else op.weight
         before = None if prior is None else held.error(Affine(prior, op.bias))
         used: float | None = None
-        if before is None or not before <= SETTLED * held.variance:
+        settled = before is not None and before <= SETTLED * held.variance
+        if self.site.how != "keep" and not settled:
             used, affine = self._solution(fit, held, prior, ridge, paper)
             after = held.error(affine)
             if not math.isfinite(after):
                 raise NotApplicableError(f"'{self.site.tensor}' is not finite on the held-out samples")
             if before is None or after < before:
-                write_weights(model, op, affine.weight, affine.bias, by="refit")
+                weight = None if self.site.how == "bias" else affine.weight
+                write_weights(model, op, weight, affine.bias, by="refit")
             else:
                 used = None
         stored = _stored(model, op, y)
@@ -644,6 +663,9 @@ class _Task:
         self, fit: Moments, held: Moments, prior: np.ndarray | None, ridge: float | None, paper: bool
     ) -> tuple[float, Affine]:
         """(ridge, weights), as the walk's options have it."""
+        if self.site.how == "bias":
+            assert prior is not None
+            return math.inf, best_bias(fit, prior)
         if paper and prior is None and self.site.op.kind == "conv":
             return 0.0, per_channel(fit, self.site.op.in_features)
         if prior is None and ridge is not None:

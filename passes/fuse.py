@@ -349,7 +349,7 @@ class Fuse(Pass):
             context.original, rewritten, fresh, self.options.mask, feed, before=model
         )
         if not self.options.refit:
-            sites, skipped = [site for site in sites if site.fresh], []
+            sites, skipped = [site for site in sites if site.how == "fresh"], []
         solved = walk(
             context.original,
             rewritten,
@@ -379,7 +379,7 @@ def _result(found: _Fused, skipped: list[Skip], notes: list[str], why: str) -> P
     by_tensor = {item.fit.candidate.region.v: item for item in found.fused}
     changes, notes = [], list(notes)
     for solved in found.solved:
-        if not solved.site.fresh:
+        if solved.site.how != "fresh":
             if solved.ridge is not None:
                 changes.append(refit_change(solved))
             continue

@@ -7,6 +7,7 @@ again, from the inputs it now gets to the outputs the original has, shrunk towar
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from pydantic import Field
@@ -62,12 +63,13 @@ class Refit(Pass):
 def refit_change(solved: Solved) -> Change:
     """The report's line for one operator that was solved again."""
     before = (solved.held_before or 0.0) / solved.held_variance if solved.held_variance else 0.0
+    what, ridge = ("bias refit", None) if solved.ridge == math.inf else ("refit", solved.ridge)
     return Change(
         (solved.site.op.name,),
-        f"refit: relative error {before:.3g} -> {solved.relative:.3g}",
+        f"{what}: relative error {before:.3g} -> {solved.relative:.3g}",
         {
             "tensor": solved.site.tensor,
-            "ridge": solved.ridge,
+            "ridge": ridge,
             "relative_error_before": before,
             "relative_error": solved.relative,
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,7 @@ from onnxfuse.verify import check_predictions
 from onnxfuse.walk import (
     REFIT_RIDGES,
     TRIAL_REFIT_RIDGE,
+    How,
     Site,
     Solved,
     check_mask,
@@ -154,7 +156,7 @@ def test_sites_are_what_lies_behind_a_change_in_order(dense: tuple[Model, Contex
     sites, skipped = refit_sites(model, perturbed(model, "w2"))
     assert named(sites) == [("h2", "h2", None), ("y", "y", None)]
     assert not skipped
-    assert not any(s.fresh for s in sites)
+    assert not any(s.how == "fresh" for s in sites)
     assert refit_sites(model, model.copy()) == ([], [])
 
 
@@ -169,7 +171,7 @@ def test_a_fresh_node_is_a_site_for_its_tensor(dense: tuple[Model, Context]) -> 
     model, _ = dense
     rewritten = fused(model)
     sites, _ = refit_sites(model, rewritten, [(node_of(rewritten, "h2"), "h2")])
-    assert [(s.tensor, s.fresh) for s in sites] == [("h2", True), ("y", False)]
+    assert [(s.tensor, s.how) for s in sites] == [("h2", "fresh"), ("y", "refit")]
 
 
 def test_shared_weights_are_left_alone_with_a_reason() -> None:
@@ -289,7 +291,7 @@ def fused(model: Model, *, bias: bool = True) -> Model:
 def test_a_fresh_dense_site_is_plain_least_squares(dense: tuple[Model, Context]) -> None:
     model, ctx = dense
     rewritten = fused(model)
-    (solved,) = solve(model, rewritten, [site(rewritten, "h2", fresh=True)], ctx, ridge=1e-12)
+    (solved,) = solve(model, rewritten, [site(rewritten, "h2", how="fresh")], ctx, ridge=1e-12)
     x, target = compute(model, fitted(ctx), "x", "h2")
     assert_solution(rewritten, "h2", x, target, 0.0)
     assert solved.ridge == 1e-12
@@ -304,7 +306,7 @@ def test_a_fresh_dense_site_is_plain_least_squares(dense: tuple[Model, Context])
 def test_a_fresh_site_is_given_a_bias_where_it_has_none(dense: tuple[Model, Context]) -> None:
     model, ctx = dense
     rewritten = fused(model, bias=False)
-    solve(model, rewritten, [site(rewritten, "h2", fresh=True)], ctx, ridge=1e-12)
+    solve(model, rewritten, [site(rewritten, "h2", how="fresh")], ctx, ridge=1e-12)
     assert_solution(rewritten, "h2", *compute(model, fitted(ctx), "x", "h2"), 0.0)
 
 
@@ -409,7 +411,7 @@ def test_a_fresh_conv_is_least_squares_on_padded_patches(
         "Conv", [source, start], [target], {"strides": list(strides), "pads": list(pads)}, by="test"
     )
     rewritten.prune()
-    (solved,) = solve(model, rewritten, [site(rewritten, "h", fresh=True)], ctx, ridge=1e-12)
+    (solved,) = solve(model, rewritten, [site(rewritten, "h", how="fresh")], ctx, ridge=1e-12)
     assert solved.positions is None
     patches = columns(fitted(ctx)["x"], kernel, strides, pads)
     assert_solution(rewritten, "h", patches, rows(compute(model, fitted(ctx), "h")[0]), 0.0)
@@ -573,7 +575,7 @@ def test_paper_mode_solves_each_channel_alone() -> None:
     found = {}
     for paper in (False, True):
         rewritten = perturbed(model, "w1")
-        (solved,) = solve(model, rewritten, [site(rewritten, "h", fresh=True)], ctx, paper=paper)
+        (solved,) = solve(model, rewritten, [site(rewritten, "h", how="fresh")], ctx, paper=paper)
         found[paper] = solved
     r, h = compute(rewritten, fitted(ctx), "r")[0], rows(compute(model, fitted(ctx), "h")[0])
     op = op_at(rewritten, "h")
@@ -776,8 +778,8 @@ ROOTED = "s = Sqrt(x) h1 = Gemm(s, w1) r1 = Relu(h1) y = Gemm(r1, w2)"
 
 
 @pytest.mark.parametrize("part", ["fit", "held_out"])
-@pytest.mark.parametrize("fresh", [True, False])
-def test_activations_that_are_not_finite_are_refused(part: str, fresh: bool) -> None:
+@pytest.mark.parametrize("how", ["fresh", "refit"])
+def test_activations_that_are_not_finite_are_refused(part: str, how: How) -> None:
     model = net(ROOTED, {"w1": (6, 8), "w2": (8, 3)})
     x = np.abs(normal(100, 6))
     ctx = context(model, {"x": x})
@@ -788,7 +790,7 @@ def test_activations_that_are_not_finite_are_refused(part: str, fresh: bool) -> 
     rewritten = perturbed(model, "w1")
     before = weight(rewritten, "w2").copy()
     with pytest.raises(NotApplicableError, match="finite"):
-        walk(model, rewritten, [site(rewritten, "y", fresh=fresh)], ctx.calibration, RUNTIME)
+        walk(model, rewritten, [site(rewritten, "y", how=how)], ctx.calibration, RUNTIME)
     np.testing.assert_array_equal(weight(rewritten, "w2"), before)
 
 
@@ -819,3 +821,46 @@ def test_a_rest_that_broadcasts_only_in_the_run_is_refused() -> None:
     assert named(sites)[-1] == ("b", "s", "z")
     with pytest.raises(NotApplicableError, match="'z' does not have the shape of 's'"):
         walk(model, rewritten, sites, ctx.calibration, RUNTIME)
+
+
+# --- sites whose weights are not to move --------------------------------------------------------------------
+
+
+def test_a_bias_site_moves_the_bias_alone(dense: tuple[Model, Context]) -> None:
+    model, ctx = dense
+    rewritten = perturbed(model, "w2")
+    before = weight(rewritten, "w2").copy()
+    (solved,) = solve(model, rewritten, [site(rewritten, "h2", how="bias")], ctx)
+    assert solved.ridge == math.inf
+    np.testing.assert_array_equal(weight(rewritten, "w2"), before)
+    x = [batch.feed for batch in ctx.calibration.fit]
+    now = np.concatenate([RUNTIME.session(rewritten, taps=["h2"]).run(feed)["h2"] for feed in x])
+    wanted = np.concatenate([RUNTIME.session(model, taps=["h2"]).run(feed)["h2"] for feed in x])
+    np.testing.assert_allclose(now.mean(0), wanted.mean(0), atol=1e-5)
+    assert abs(weight(rewritten, "b2") - weight(model, "b2")).max() > 1e-3
+
+
+def test_a_kept_site_is_measured_and_left(dense: tuple[Model, Context]) -> None:
+    model, ctx = dense
+    rewritten = perturbed(model, "w2")
+    kept = {name: weight(rewritten, name).copy() for name in ("w2", "b2")}
+    (solved,) = solve(model, rewritten, [site(rewritten, "h2", how="keep")], ctx)
+    assert solved.ridge is None
+    assert solved.error > 1e-3 * solved.variance
+    for name, value in kept.items():
+        np.testing.assert_array_equal(weight(rewritten, name), value)
+
+
+def test_shared_weights_get_a_bias_refit_and_fixed_nodes_stay() -> None:
+    body = "h1 = Gemm(x, w1, b1) r1 = Relu(h1) h2 = Gemm(r1, w, b2) r2 = Relu(h2) y = Gemm(r2, w, b3)"
+    shapes = {"w1": (6, 8), "b1": (8,), "w": (8, 8), "b2": (8,), "b3": (8,)}
+    model = net(body, shapes)
+    rewritten = perturbed(model, "w1")
+    sites, skipped = refit_sites(model, rewritten, fixed=[node_of(rewritten, "h1")])
+    assert [(s.op.y, s.how) for s in sites] == [("h1", "bias"), ("h2", "bias"), ("y", "bias")]
+    assert not skipped
+    unbiased = net(body.replace(", b2", ""), {k: v for k, v in shapes.items() if k != "b2"})
+    rewritten = perturbed(unbiased, "w1")
+    sites, skipped = refit_sites(unbiased, rewritten)
+    assert [(s.op.y, s.how) for s in sites] == [("h1", "refit"), ("y", "bias")]
+    assert "other users" in skipped[0].reason

@@ -4,10 +4,10 @@
 
 A teacher, a residual network with BatchNormalization, is trained; then students are made from it, wider or
 deeper, by every scheme, by random padding (new weights at random: the function is lost), and from scratch
-(the wider or deeper network from random weights). All students train alike, three seeds. Told is the validation
-accuracy after every epoch, against epochs and against multiply-accumulates (three times those of inference a
-training step; the teacher's are not counted), and how many of these a student needs to be where one from
-scratch ends.
+(the wider or deeper network from random weights). All students train alike, three seeds. Told is the
+validation accuracy after every epoch, against epochs and against multiply-accumulates (three times those of
+inference a training step; the teacher's are not counted), and how many of these a student needs to be where
+one from scratch ends.
 """
 
 from __future__ import annotations
