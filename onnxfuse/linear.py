@@ -174,23 +174,77 @@ def write_weights(
         raise ValueError(f"weight is {weight.shape}, not {(op.out_features, op.columns)}")
     if bias is not None and bias.shape != (op.out_features,):
         raise ValueError(f"bias is {bias.shape}, not {(op.out_features,)}")
-    alpha, beta = (float(op.node.attrs.get(name, 1.0)) for name in ("alpha", "beta"))
-    if weight is None and alpha != 1.0:
-        weight = op.weight
-    if bias is None and beta != 1.0 and op.own_bias is not None:
-        bias = op.bias
     if reason := overflow(op, weight, bias):
         raise NotApplicableError(reason)
     stored = None if weight is None else np.ascontiguousarray(_to_layout(op, weight)).astype(op.dtype)
     stored_bias = None if bias is None else bias.astype(op.dtype)
-    # Weight and bias are stored with Gemm's factors multiplied in.
-    for name, factor in (("alpha", alpha), ("beta", beta)):
-        if factor != 1.0:
-            del op.node.attrs[name]
+    # What is stored has Gemm's factors multiplied in.
     if stored is not None:
+        op.node.attrs.pop("alpha", None)
         _replace_input(model, op.node, 1, stored)
     if stored_bias is not None:
+        op.node.attrs.pop("beta", None)
         _write_bias(model, op, stored_bias, by)
+
+
+def share_weights(
+    model: Model, ops: Sequence[LinearOp], weight: np.ndarray, bias: np.ndarray | None = None
+) -> None:
+    """Let operators of one layout read one initializer: the first one's, with these values.
+
+    Args:
+        model: edited in place; what nobody reads any more is left to `Model.prune`.
+        ops: of equal type, layout, dtype and shape.
+        weight: (out, in / groups * prod(kernel)).
+        bias: (out,), shared likewise; None leaves biases alone. See `can_share_bias`.
+
+    Raises:
+        NotApplicableError: a value overflows the stored dtype; nothing was changed.
+    """
+    first = ops[0]
+    if reason := overflow(first, weight, bias):
+        raise NotApplicableError(reason)
+    alpha = float(first.node.attrs.get("alpha", 1.0))
+    stored = np.ascontiguousarray(_to_layout(first, weight / alpha)).astype(first.dtype)
+    _hand_out(model, [op.node for op in ops], [op.weight_tensor for op in ops], stored)
+    if bias is None:
+        return
+    holders = [_bias_holder(op) for op in ops]
+    shape = weight_type(model, holders[0][1])[1]
+    beta = float(first.node.attrs.get("beta", 1.0)) if first.bias_node is None else 1.0
+    stored = (bias / beta).reshape(shape).astype(weight_type(model, holders[0][1])[0])
+    _hand_out(model, [node for node, _ in holders], [tensor for _, tensor in holders], stored)
+
+
+def can_share_bias(model: Model, ops: Sequence[LinearOp]) -> bool:
+    """Whether each of the operators has one bias of the same form that it alone reads."""
+    forms = set()
+    for op in ops:
+        if op.has_bias and (op.own_bias is None or op.bias_node is None):
+            node, tensor = _bias_holder(op)
+            dtype, shape = weight_type(model, tensor)
+            whole = math.prod(shape) == op.out_features
+            form = (dtype, shape, op.bias_node is None, float(op.node.attrs.get("beta", 1.0)))
+            forms.add(form if whole and not is_shared(model, tensor, node) else None)
+        else:
+            forms.add(None)
+    return len(forms) == 1 and None not in forms
+
+
+def _bias_holder(op: LinearOp) -> tuple[Node, Tensor]:
+    """The node that reads the operator's only bias, and the bias."""
+    if op.bias_node is not None:
+        return op.bias_node, _constant_operand(op.model, op.bias_node)
+    assert op.own_bias is not None
+    return op.node, op.own_bias
+
+
+def _hand_out(model: Model, nodes: Sequence[Node], old: Sequence[Tensor], value: np.ndarray) -> None:
+    """Every node reads the first of the old tensors, with this value, in place of its own."""
+    model.set_weight(old[0], value)
+    for node, tensor in zip(nodes, old, strict=True):
+        place = next(i for i, t in enumerate(node.inputs) if t is tensor)
+        node.inputs[place] = old[0]
 
 
 def overflow(op: LinearOp, weight: np.ndarray | None, bias: np.ndarray | None) -> str | None:
@@ -497,6 +551,7 @@ def _bias_name(op: LinearOp) -> str:
 
 __all__ = [
     "LinearOp",
+    "can_share_bias",
     "channel_vector",
     "is_main_domain",
     "is_shared",
@@ -504,6 +559,7 @@ __all__ = [
     "optional_input",
     "output_axis",
     "overflow",
+    "share_weights",
     "weight_type",
     "write_weights",
 ]

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, TypeVar
 
 import pydantic
 
@@ -184,15 +184,22 @@ class PassOptions(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
+P = TypeVar("P", bound="Pass")
+
+
 class Pass(ABC):
     """One rewrite. Subclasses set `name`, `contract`, `summary`, may set `Options`, and implement `run`.
 
     `Fuse(kernel=3)` and `Fuse(Fuse.Options(kernel=3))` are the same. A pass whose contract depends on its
     options sets `self.contract` in its own `__init__`.
+
+    Attributes:
+        packed: its results are smaller only when packed (gzipped).
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    packed: ClassVar[bool] = False
     contract: Contract
     Options: ClassVar[type[PassOptions]] = PassOptions
     options: PassOptions
@@ -203,6 +210,22 @@ class Pass(ABC):
     @abstractmethod
     def run(self, model: Model, context: Context) -> PassResult:
         """Rewrite `model`, a copy made for this call, freely. OnnxfuseError: refused, with the reason."""
+
+    def partly(self, share: float, done: float = 0.0) -> Pass | None:
+        """The pass on its way: with its goal scaled to `share` (0 to 1) of the whole, for schedules that
+        alternate compression and retraining. None: the pass has no goal that can be reached in steps, or
+        none that is further than `done`.
+
+        Args:
+            share: how far along it is to come.
+            done: how far along it was before, on the model that this one will be given. Passes that can tell
+                from the model itself ignore it.
+        """
+        return None
+
+    def _with(self: P, **settings: object) -> P:
+        """The same pass with some options changed, and validated."""
+        return type(self)(self.Options.model_validate({**self.options.model_dump(), **settings}))
 
 
 # --- finding passes -----------------------------------------------------------------------------------------
@@ -308,6 +331,15 @@ class Outcome:
     steps: tuple[StepReport, ...]
 
 
+class Between(Protocol):
+    """What goes on between passes, retraining for instance: from the steps so far, the model after them and
+    the context, the model and the context to go on with. The graph stays the same."""
+
+    def __call__(
+        self, steps: tuple[StepReport, ...], model: Model, context: Context
+    ) -> tuple[Model, Context]: ...
+
+
 class PassManager:
     """Runs passes one after the other, each as a transaction (module docstring)."""
 
@@ -315,8 +347,9 @@ class PassManager:
         self.passes = list(passes)
         self.instruments = list(instruments)
 
-    def run(self, model: Model, context: Context) -> Outcome:
-        """Run all passes on `model`, which stays as it is.
+    def run(self, model: Model, context: Context, between: Between | None = None) -> Outcome:
+        """Run all passes on `model`, which stays as it is. `between` is asked after every pass what the next
+        one gets.
 
         A pass that refuses with an OnnxfuseError or breaks its contract is rolled back and the next one runs;
         any other exception is a bug and propagates, and so does KeyboardInterrupt.
@@ -335,6 +368,8 @@ class PassManager:
                 steps.append(step)
                 for instrument in self.instruments:
                     instrument.after(index, step, model)
+                if between is not None:
+                    model, context = between(tuple(steps), model, context)
         finally:
             for instrument in self.instruments:
                 instrument.finished()

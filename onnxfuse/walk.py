@@ -35,8 +35,9 @@ from onnxfuse.calibration import Batches, Calibration
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import DEFAULT_DOMAINS, Constant, Model, Node, Tensor, TensorInfo
 from onnxfuse.linear import LinearOp, linear_op, write_weights
+from onnxfuse.marks import kept
 from onnxfuse.moments import Moments, add_patches, gather, sample_positions
-from onnxfuse.pass_manager import NoProgress, Prediction, Progress, Skip
+from onnxfuse.pass_manager import Change, NoProgress, Prediction, Progress, Skip
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed, Runtime, Session
 from onnxfuse.shapes import fill
@@ -132,6 +133,22 @@ class Solved:
         )
 
 
+def refit_change(solved: Solved) -> Change:
+    """The report's line for one operator that was solved again."""
+    before = (solved.held_before or 0.0) / solved.held_variance if solved.held_variance else 0.0
+    what, ridge = ("bias refit", None) if solved.ridge == math.inf else ("refit", solved.ridge)
+    return Change(
+        (solved.site.op.name,),
+        f"{what}: relative error {before:.3g} -> {solved.relative:.3g}",
+        {
+            "tensor": solved.site.tensor,
+            "ridge": ridge,
+            "relative_error_before": before,
+            "relative_error": solved.relative,
+        },
+    )
+
+
 # --- sites --------------------------------------------------------------------------------------------------
 
 
@@ -203,8 +220,9 @@ def refit_sites(
         mask: see `Site`.
         feed: samples for shapes that can't be inferred.
         before: what `rewritten` was made from, where that isn't the original; what it computes alike is left.
-        fixed: nodes whose weights are to stay as they are. Each is a site: a place to solve for its bias, or,
-            where it has none, to measure.
+        fixed: nodes whose weights are to stay as they are. Each is a site, behind a change or not: a place to
+            solve for its bias, or, where it has none, to measure. The weights of nodes that are marked so
+            (`marks`) stay too.
 
     Returns:
         The sites: the fresh and the fixed ones, and every linear operator behind a change whose output (or
@@ -216,11 +234,13 @@ def refit_sites(
     shapes = {
         name: fill(info, _cut_info(rewritten, known.get(name))) for name, info in rewritten.shapes().items()
     }
-    new, stay = dict(fresh), set(fixed)
+    new = dict(fresh)
+    asked = set(fixed)
+    stay = asked | {node for node in rewritten.nodes if kept(node)}
     ops: list[tuple[int, LinearOp, How]] = []
     skipped: list[Skip] = []
     for index, node in enumerate(rewritten.nodes):
-        if node.op not in LINEAR or node.outputs[0].name in same:
+        if node.op not in LINEAR or (node.outputs[0].name in same and node not in asked):
             continue
         op = linear_op(rewritten, node, shapes)
         if isinstance(op, str):

@@ -46,13 +46,12 @@ from onnxfuse.pass_manager import (
     PassResult,
     Skip,
 )
-from onnxfuse.passes.refit import refit_change
 from onnxfuse.regions import Region, check_geometry, describe, find_regions, site_name
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.solve import Affine
 from onnxfuse.survey import Candidate, Fit, survey
 from onnxfuse.trials import Trials, error_bound, longest, probe
-from onnxfuse.walk import MOST_COLUMNS, Solved, check_mask, kept_channels, refit_sites, walk
+from onnxfuse.walk import MOST_COLUMNS, Solved, check_mask, kept_channels, refit_change, refit_sites, walk
 
 AUTO_KERNEL = 3
 """Largest kernel that is chosen unasked: a larger one costs more than the two 3x3 it replaces."""
@@ -126,6 +125,14 @@ class Fuse(Pass):
     Options = FuseOptions
     options: FuseOptions
     example: ClassVar[str] = "fuse:max_blocks=4,kernel=3"
+
+    def partly(self, share: float, done: float = 0.0) -> Fuse | None:
+        """See `Pass.partly`: the regions that are fused at `share`, less those that were at `done`."""
+        most = self.options.max_blocks
+        if most is None or share <= 0:
+            return None
+        blocks = max(1, round(share * most)) - (max(1, round(done * most)) if done > 0 else 0)
+        return self._with(max_blocks=blocks) if blocks > 0 else None
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for bad samples, NotApplicableError for activations that are not finite."""

@@ -7,14 +7,13 @@ again, from the inputs it now gets to the outputs the original has, shrunk towar
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 from pydantic import Field
 
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult
-from onnxfuse.walk import Solved, check_mask, refit_sites, walk
+from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
+from onnxfuse.walk import check_mask, refit_change, refit_sites, walk
 
 
 class RefitOptions(PassOptions):
@@ -58,19 +57,3 @@ class Refit(Pass):
             predictions=[item.prediction() for item in moved],
             notes=notes,
         )
-
-
-def refit_change(solved: Solved) -> Change:
-    """The report's line for one operator that was solved again."""
-    before = (solved.held_before or 0.0) / solved.held_variance if solved.held_variance else 0.0
-    what, ridge = ("bias refit", None) if solved.ridge == math.inf else ("refit", solved.ridge)
-    return Change(
-        (solved.site.op.name,),
-        f"{what}: relative error {before:.3g} -> {solved.relative:.3g}",
-        {
-            "tensor": solved.site.tensor,
-            "ridge": ridge,
-            "relative_error_before": before,
-            "relative_error": solved.relative,
-        },
-    )

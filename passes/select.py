@@ -38,10 +38,9 @@ from onnxfuse.channels.timing import rewarded
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
-from onnxfuse.passes.refit import refit_change
 from onnxfuse.trials import Trials, error_bound, longest, probe
 from onnxfuse.verify import few_rows
-from onnxfuse.walk import Solved, check_mask, refit_sites, walk
+from onnxfuse.walk import Solved, check_mask, refit_change, refit_sites, walk
 from onnxfuse.widths import Curve, Term, Total, Widths
 
 MEMORY = 1 << 30
@@ -150,6 +149,17 @@ class Select(Pass):
             self.contract = Contract.EXACT
         elif not self.options.compensate:
             self.contract = Contract.MASKED
+
+    def partly(self, share: float, done: float = 0.0) -> Select | None:
+        """See `Pass.partly`: goals are shares of the model at hand, so what was done before counts apart."""
+        options = self.options
+        goals = {name: getattr(options, name) for name in ("macs", "params", "latency")}
+        goals["left"] = None if options.ratio is None else 1 - options.ratio
+        name, goal = next(((name, goal) for name, goal in goals.items() if goal is not None), ("", 1.0))
+        if goal == 1.0 or share <= done:
+            return None
+        left = (1 - share * (1 - goal)) / (1 - done * (1 - goal))
+        return self._with(**({"ratio": 1 - left} if name == "left" else {name: left}))
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for bad samples, NotApplicableError for activations that are not finite,

@@ -302,3 +302,24 @@ def test_overflow_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="bias is"):
         write_weights(model, op, op.weight, np.ones(3))
     assert model.to_proto().SerializeToString() == before
+
+
+def test_a_bias_alone_leaves_the_weight_as_it_is_stored():
+    """Gemm's alpha too, so that a shared weight stays shared; and the other way round."""
+    weights = {"w": normal(4, 3), "c": normal(4)}
+    node = NODE("Gemm", ["x", "w", "c"], ["y"], alpha=0.5, beta=-2.0, transB=1)
+    proto = build([node], {"x": ["n", 3]}, weights)
+    x, bias, new = normal(2, 3), RNG.normal(size=4), RNG.normal(size=(4, 3))
+    model = Model.load(proto)
+    write_weights(model, only_op(model, "Gemm"), None, bias)
+    assert model.nodes[0].attrs["alpha"] == 0.5
+    np.testing.assert_array_equal(model.weight(model.tensor("w")), weights["w"])
+    expected = 0.5 * x @ weights["w"].T + bias
+    np.testing.assert_allclose(evaluate(model.to_proto(), x=x), expected, rtol=1e-5, atol=1e-6)
+    model = Model.load(proto)
+    write_weights(model, only_op(model, "Gemm"), new)
+    assert model.nodes[0].attrs["beta"] == -2.0
+    np.testing.assert_array_equal(model.weight(model.tensor("c")), weights["c"])
+    np.testing.assert_allclose(
+        evaluate(model.to_proto(), x=x), x @ new.T - 2 * weights["c"], rtol=1e-5, atol=1e-6
+    )

@@ -864,3 +864,16 @@ def test_shared_weights_get_a_bias_refit_and_fixed_nodes_stay() -> None:
     sites, skipped = refit_sites(unbiased, rewritten)
     assert [(s.op.y, s.how) for s in sites] == [("h1", "refit"), ("y", "bias")]
     assert "other users" in skipped[0].reason
+
+
+def test_a_fixed_node_is_a_site_where_nothing_has_changed() -> None:
+    model = net("h = Gemm(x, w1, b1) r = Relu(h) y = Gemm(r, w2)", {"w1": (6, 8), "b1": (8,), "w2": (8, 3)})
+    rewritten = model.copy()
+    sites, skipped = refit_sites(model, rewritten, fixed=[node_of(rewritten, "h")])
+    assert [(s.op.y, s.how) for s in sites] == [("h", "bias")]
+    assert not skipped
+    ctx = context(model, {"x": normal(64, 6)})
+    (solved,) = walk(model, rewritten, sites, ctx.calibration, RUNTIME)
+    assert solved.ridge is None
+    assert solved.error < 1e-10
+    assert rewritten.to_proto() == model.to_proto()

@@ -23,6 +23,7 @@ from onnxfuse.channels.groups import ChannelGroups, Choice, Group
 from onnxfuse.channels.site import Sink
 from onnxfuse.graph import Model, Node, Tensor
 from onnxfuse.linear import LinearOp, is_shared, linear_op, weight_type, write_weights
+from onnxfuse.marks import kept
 from onnxfuse.shapes import TensorInfo
 
 MOST_COLUMNS = 4608
@@ -82,9 +83,10 @@ class Consumer:
         return last.reshape(-1, last.shape[-1]).astype(np.float64)
 
     def writable(self, model: Model) -> bool:
-        """Whether `write` can give it new weights without changing anybody else's."""
+        """Whether `write` can give it new weights without changing anybody else's, or what is promised of
+        its own (`marks`)."""
         if self.op is not None:
-            return not self.op.shared and self.op.groups == 1
+            return not self.op.shared and self.op.groups == 1 and not kept(self.op.node)
         node = model.producer(model.tensor(self.node))
         return (
             self.stored is not None
@@ -133,6 +135,17 @@ def consumers(model: Model, group: Group, shapes: Mapping[str, TensorInfo]) -> l
         shapes: of its tensors.
     """
     return [_consumer(model, group, sink, shapes) for sink in group.sinks if sink.kind == "sum"]
+
+
+def rows_of(op: LinearOp, shapes: Mapping[str, TensorInfo]) -> View | None:
+    """The rows that a linear operator multiplies; None where its pads or the rank of its input are not
+    known, or there are too many columns for moments of their pairs."""
+    if op.in_features * math.prod(op.kernel) > MOST_COLUMNS:
+        return None
+    if op.kind == "conv":
+        return None if op.pads is None else _patches(op, op.in_features * math.prod(op.kernel))
+    rank = len(_shape(shapes, op.x))
+    return View(op.x, rank - 1, op.in_features, token=True) if rank else None
 
 
 def _spread(weight: np.ndarray, groups: int) -> np.ndarray:
