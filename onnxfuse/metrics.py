@@ -6,10 +6,12 @@ smaller than the spread of either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import logsumexp
 
 from onnxfuse.errors import InputError
 from onnxfuse.userscript import UserFunction, is_script
@@ -21,13 +23,16 @@ if TYPE_CHECKING:
 Outputs = Mapping[str, np.ndarray]
 Metric = Callable[[Outputs, "np.ndarray | None"], np.ndarray]
 
+_PROBABILITY = 1e-3  # how far from 1 the probabilities of a place may add up to
+
 
 def top1(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
-    """1 where the first output's largest entry is at the label, else 0.
+    """The share of a sample's labels that the first output's largest entry is at: 1 or 0 where it has one.
 
     Args:
-        outputs: the first is (n, classes); axes of size 1 do not count.
-        labels: class numbers, (n,).
+        outputs: the first is (n, classes), or has scores for each of many places: (n, places, classes), and
+            with more axes (n, classes, *places). Axes of size 1 do not count.
+        labels: class numbers, (n,), or one for each place, (n, *places).
 
     Returns:
         Scores (n,).
@@ -35,20 +40,27 @@ def top1(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
     Raises:
         InputError: no labels, or they are no class numbers of that output.
     """
-    name, output = next(iter(outputs.items()))
-    truth = _labels("top1", labels)
-    scores = output.reshape(len(output), -1) if output.ndim else output.reshape(1, 1)
-    classes = scores.shape[1]
-    if truth.dtype.kind not in "iub" or truth.size != len(scores):
-        wanted = f"{len(scores)} integers"
-        raise InputError(f"metric top1 wants {wanted} as labels, got {truth.dtype} of shape {truth.shape}")
-    if sum(size > 1 for size in output.shape[1:]) > 1:
-        raise InputError(f"metric top1 wants an output of shape (n, classes); '{name}' is {output.shape}")
-    truth = truth.reshape(-1)
-    if truth.min(initial=0) < 0 or truth.max(initial=0) >= classes:
-        raise InputError(f"metric top1: a label is outside 0..{classes - 1}, the classes of output '{name}'")
-    hit = (scores.argmax(axis=1) == truth) & ~np.isnan(scores).any(axis=1)
-    return hit.astype(np.float64)
+    scores, truth = _classes("top1", outputs, labels)
+    hit = (scores.argmax(axis=2) == truth) & ~np.isnan(scores).any(axis=2)
+    return hit.mean(axis=1)
+
+
+def nll(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
+    """Minus the mean negative log-likelihood of a sample's labels, in nats: exp(-score) is the
+    perplexity of a sample.
+
+    The first output holds logits, log-probabilities, or probabilities: entries from 0 that add up to 1 at
+    each place. Arguments and errors as in `top1`.
+
+    Returns:
+        Scores (n,).
+    """
+    scores, truth = _classes("nll", outputs, labels)
+    scores = scores.astype(np.float64)
+    if scores.min(initial=0.0) >= 0 and np.abs(scores.sum(axis=2) - 1).max(initial=0.0) < _PROBABILITY:
+        scores = np.log(np.maximum(scores, np.finfo(np.float32).tiny))
+    likelihood = scores - logsumexp(scores, axis=2, keepdims=True)
+    return np.take_along_axis(likelihood, truth[:, :, None].astype(np.int64), axis=2).mean(axis=(1, 2))
 
 
 def mse(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
@@ -70,7 +82,35 @@ def mse(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
     return -np.mean(error**2, axis=1)
 
 
-METRICS: dict[str, Metric] = {"top1": top1, "mse": mse}
+METRICS: dict[str, Metric] = {"top1": top1, "mse": mse, "nll": nll}
+
+
+def _classes(metric: str, outputs: Outputs, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (n, places, classes) and class numbers (n, places) of the first output; errors as in `top1`."""
+    name, output = next(iter(outputs.items()))
+    truth = _labels(metric, labels)
+    array = output if output.ndim else output.reshape(1)
+    if sum(size > 1 for size in array.shape[1:]) <= 1:
+        array = array.reshape(len(array), -1)
+    if array.ndim > 3:
+        array = np.moveaxis(array, 1, -1)
+    places, classes = array.shape[:-1], array.shape[-1]
+    if truth.dtype.kind not in "iub" or _squeezed(truth.shape) != _squeezed(places):
+        wanted = f"{places[0]} integers" if len(places) == 1 else f"integers of shape {places}"
+        raise InputError(
+            f"metric {metric} wants {wanted} as labels for output '{name}' of shape {output.shape}, "
+            f"got {truth.dtype} of shape {truth.shape}"
+        )
+    if truth.min(initial=0) < 0 or truth.max(initial=0) >= classes:
+        raise InputError(
+            f"metric {metric}: a label is outside 0..{classes - 1}, the classes of output '{name}'"
+        )
+    each = len(array), math.prod(places[1:])
+    return array.reshape(*each, classes), truth.reshape(each)
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
 
 
 def _labels(metric: str, labels: np.ndarray | None) -> np.ndarray:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from onnxfuse.calibration import Calibration
 from onnxfuse.errors import InputError
@@ -34,6 +35,39 @@ def test_top1_counts_nan_as_wrong() -> None:
     np.testing.assert_array_equal(METRICS["top1"](broken, np.array([0, 1])), [0, 1])
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "places"),
+    [((6, 5, 4), 2, (6, 5)), ((6, 4, 5, 3), 1, (6, 5, 3)), ((6, 1, 4), 2, (6, 1)), ((6, 4, 1, 1), 1, (6,))],
+)
+def test_labels_for_each_place(shape: tuple[int, ...], axis: int, places: tuple[int, ...]) -> None:
+    """A sample's score is the mean over its places, against torch's cross entropy, which wants classes on
+    axis 1."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=shape).astype(np.float32)
+    labels = random.integers(0, 4, places)
+    first = torch.from_numpy(np.moveaxis(logits, axis, 1)).double()
+    truth = torch.from_numpy(labels).reshape(first.select(1, 0).shape)
+    hits = (first.argmax(1) == truth).double().reshape(6, -1).mean(1)
+    losses = torch.nn.functional.cross_entropy(first, truth, reduction="none").reshape(6, -1).mean(1)
+    np.testing.assert_allclose(METRICS["top1"]({"y": logits}, labels), hits)
+    np.testing.assert_allclose(METRICS["nll"]({"y": logits}, labels), -losses)
+
+
+def test_nll() -> None:
+    """Logits, their softmax and its logarithm say the same, and even odds cost log 3."""
+    nll, labels = METRICS["nll"], np.array([1, 0, 0])
+    logits = np.random.default_rng(0).normal(size=(3, 3))
+    odds = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = np.log(odds[[0, 1, 2], labels])
+    for scores in (logits, odds, np.log(odds), logits + 7, odds.astype(np.float32)):
+        np.testing.assert_allclose(nll({"y": scores}, labels), expected, rtol=1e-6)
+    np.testing.assert_allclose(nll({"y": np.zeros((2, 3))}, np.array([0, 2])), [-np.log(3)] * 2)
+    certain = nll({"y": np.array([[0.0, 1.0], [1.0, 0.0]])}, np.array([0, 0]))
+    assert np.isfinite(certain).all()
+    assert certain[0] < -80
+    assert certain[1] == pytest.approx(0, abs=1e-12)
+
+
 def test_mse() -> None:
     outputs = {"y": np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)}
     scores = METRICS["mse"](outputs, np.array([[1.0, 0.0], [3.0, 5.0]]))
@@ -44,10 +78,16 @@ def test_mse() -> None:
 
 REFUSED = {
     "top1 without labels": ("top1", None, "needs labels: give them as an array 'labels'"),
-    "top1 of floats": ("top1", np.array([1.0, 0.0, 0.0]), "wants 3 integers as labels, got float64"),
+    "top1 of floats": (
+        "top1",
+        np.array([1.0, 0.0, 0.0]),
+        r"wants 3 integers as labels for output .*, got float64",
+    ),
     "top1 of too few": ("top1", np.array([1, 0]), "wants 3 integers as labels"),
     "top1 past the classes": ("top1", np.array([1, 0, 3]), r"outside 0\.\.2"),
     "top1 below 0": ("top1", np.array([1, 0, -1]), r"outside 0\.\.2"),
+    "nll without labels": ("nll", None, "metric nll needs labels"),
+    "nll past the classes": ("nll", np.array([1, 0, 3]), r"metric nll: a label is outside 0\.\.2"),
     "mse without labels": ("mse", None, "needs labels"),
     "mse of another shape": ("mse", np.zeros((3, 2)), r"shape of output 'logits', \(3, 3\), got \(3, 2\)"),
 }
@@ -61,9 +101,11 @@ def test_labels_that_do_not_fit(case: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_top1_of_a_map() -> None:
-    with pytest.raises(InputError, match=r"wants an output of shape \(n, classes\); 'map' is \(2, 3, 4\)"):
-        METRICS["top1"]({"map": np.zeros((2, 3, 4), np.float32)}, np.array([0, 1]))
+@pytest.mark.parametrize("labels", [np.array([0, 1]), np.zeros((2, 4), int), np.zeros((2, 3))])
+def test_labels_that_do_not_fit_a_map(labels: np.ndarray) -> None:
+    wanted = r"wants integers of shape \(2, 3\) as labels for output 'map' of shape \(2, 3, 4\), got "
+    with pytest.raises(InputError, match=wanted):
+        METRICS["top1"]({"map": np.zeros((2, 3, 4), np.float32)}, labels)
 
 
 def test_a_metric_of_ones_own(tmp_path: Path) -> None:
@@ -82,7 +124,7 @@ def test_a_metric_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", ["top5", "metric.txt:fn"])
 def test_unknown_metrics(spec: str) -> None:
     with pytest.raises(
-        InputError, match=r"unknown metric .*; choose from top1, mse, or give file\.py:function"
+        InputError, match=r"unknown metric .*; choose from top1, mse, nll, or give file\.py:function"
     ):
         load_metric(spec)
 

@@ -6,8 +6,9 @@
   every floating-point output.
 - `distill`: every floating-point output against the teacher's. Class scores by the Kullback-Leibler
   divergence at temperature 2, times 4, which keeps the gradient's size (Hinton, Vinyals, Dean 2015,
-  arXiv:1503.02531, section 2); scores are what goes into a final Softmax, and outputs of shape (n, classes)
-  that end in no activation. Other outputs by relative squared error.
+  arXiv:1503.02531, section 2); scores are what goes into a final Softmax, and outputs that end in no
+  activation and are of shape (n, classes) or fit labels that are class numbers, one for each token. Other
+  outputs by relative squared error.
 
 Inner tensors can be matched with the teacher's besides, by relative squared error too. *Relative* is divided
 by the teacher's variance from sample to sample, measured once on some training samples: 1 is what predicting
@@ -328,9 +329,15 @@ class _Plan:
         if ours is None or theirs is None or ours.axis != theirs.axis or regression:
             return self.relative(name, name, "output")
         ends = {_ends_in_softmax(self.model, name, ours), _ends_in_softmax(self.teacher, name, theirs)}
-        plain = (
-            self.ours[name].ndim == 2 and self.ours[name].shape[1] > 1 and not _is_activated(self.model, name)
+        array = self.ours[name]
+        # A matrix for each sample may be anything, features too: class numbers that fit tell.
+        labelled = (
+            self.labels is not None
+            and self.labels.dtype.kind in "iub"
+            and _fits(self.labels, array, ours.axis)
         )
+        flat = array.ndim == 2 and array.shape[1] > 1
+        plain = (flat or labelled) and not _is_activated(self.model, name)
         if ends == {True} or (ends == {False} and plain):
             about = f"divergence of {_said(name, ours)} from the teacher, temperature {TEMPERATURE:g}"
             return Term(ours.tensor, theirs.tensor, divergence(ours, theirs), about)

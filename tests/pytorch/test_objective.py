@@ -253,6 +253,21 @@ def test_float_labels_make_no_classes_of_an_output() -> None:
     assert "divergence" in objective(mlp(), {"x": X, "labels": CLASSES}, teacher=teacher).about[0]
 
 
+def test_distillation_of_tokens() -> None:
+    """(n, tokens, classes) holds class scores where class numbers fit it, and may be features where not."""
+    body = {"x": "float[N,5,6] x", "y": "float[N,5,4] y"}
+    model = net(MLP, WEIGHTS, **body)
+    teacher = perturbed(model, "w1", "w2")
+    x, labels = normal(40, 5, 6), np.random.default_rng(1).integers(0, 4, (40, 5))
+    found = objective(model, {"x": x, "labels": labels}, teacher=teacher)
+    assert "divergence" in found.about[0]
+    expected = kl(tensor(model, "y", x), tensor(teacher, "y", x)).mean(1)
+    torch.testing.assert_close(losses(found, model, {"x": x}, labels), expected, rtol=1e-4, atol=1e-6)
+    assert "relative" in objective(model, {"x": x}, teacher=teacher).about[0]
+    each = objective(model, {"x": x, "labels": labels[:, 0]}, teacher=teacher)
+    assert "relative" in each.about[0]
+
+
 def test_one_column_is_no_class() -> None:
     """The divergence of a single class is always 0."""
     model = net("y = MatMul(x, w)", {"w": (6, 1)})
