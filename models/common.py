@@ -96,12 +96,17 @@ def train(
     network.train()
     for _ in range(epochs):
         for rows in torch.randperm(len(labels)).split(BATCH):
-            loss = nn.functional.cross_entropy(network(*batch(rows)), labels[rows])
+            loss = cross_entropy(network(*batch(rows)), labels[rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
     network.eval()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over all labels, one for each place of the (..., classes) logits."""
+    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def publish(
@@ -116,21 +121,22 @@ def publish(
     data_licence: str,
     axes: Mapping[int, str] | None = None,
     keep_batchnorm: bool = False,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Write `out/NAME.onnx` and `out/NAME.npz`, compare ONNX Runtime with torch, print the result.
 
     `inputs` are the test rows by input name, in the order of the network's arguments, and `axes` names the
     dimensions that may vary (the same for all inputs). torch's exporter folds BatchNorm into the convolution
-    before it unless `keep_batchnorm`.
+    before it unless `keep_batchnorm`. `facts` go into the metadata besides, or in place of, the usual ones.
     """
     with torch.no_grad():
         logits = network(*inputs.values())
-    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    accuracy = (logits.argmax(-1) == labels).double().mean().item()
     parameters = sum(p.numel() for p in network.parameters())
     proto = export(network, {key: x[:3] for key, x in inputs.items()}, axes or {0: "batch"}, keep_batchnorm)
     proto.graph.name = name
     proto.doc_string = " ".join(about.split())
-    facts = {
+    usual = {
         "script": f"models/{name}.py",
         "licence": "Apache-2.0",
         "data": data,
@@ -140,7 +146,7 @@ def publish(
         "test_accuracy": f"{accuracy:.4f}",
         "parameters": str(parameters),
     }
-    onnx.helper.set_model_props(proto, facts)
+    onnx.helper.set_model_props(proto, usual | dict(facts or {}))
     onnx.checker.check_model(proto, full_check=True)
     difference = compare(proto, {key: x.numpy() for key, x in inputs.items()}, logits.numpy())
     onnx.save(proto, out / f"{name}.onnx")
