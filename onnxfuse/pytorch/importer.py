@@ -25,6 +25,7 @@ from torch import fx, nn
 from onnxfuse import shapes
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import Model, Source
+from onnxfuse.marks import GRADIENT_KEY
 from onnxfuse.pytorch.rules import TABLE
 from onnxfuse.pytorch.values import MOST_ON_HOST, Call, Host, Operator, Value, is_fixed, object_array
 from onnxfuse.pytorch.weights import (
@@ -52,6 +53,7 @@ def to_torch(
     *,
     trainable: Callable[[Weight], bool] | None = None,
     outputs: Sequence[str] | None = None,
+    shared_gradients: bool = False,
 ) -> fx.GraphModule:
     """The model as a module, in eval mode.
 
@@ -64,6 +66,8 @@ def to_torch(
         model: is left as it is.
         trainable: which stored tensors become Parameters; default `weights.is_trainable`.
         outputs: names of tensors to return instead of the model's outputs; inner ones may be among them.
+        shared_gradients: whether operators that `merge` gave one weight have the shares in its gradient that
+            it noted on them; without, the gradient is their sum, as usual.
 
     Raises:
         InputError: a file that can't be read; a trainable tensor that is not floating-point.
@@ -78,7 +82,8 @@ def to_torch(
     check_ties(weights)
     flat = _without_functions(loaded)
     names = list(outputs) if outputs is not None else [info.name for info in loaded.outputs]
-    root = _Root(weights, trainable or is_trainable, {o.domain: o.version for o in flat.source.opset_import})
+    opsets = {o.domain: o.version for o in flat.source.opset_import}
+    root = _Root(weights, trainable or is_trainable, opsets, shared_gradients)
     root.run_model(flat, names)
     module = fx.GraphModule(root.modules, root.graph, class_name="OnnxModule")
     _complete(module, root.modules)
@@ -122,6 +127,11 @@ def _put(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
 def _host_tensor(elements: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Numbers of the host as a tensor."""
     return torch.tensor(elements, dtype=dtype, device=device)
+
+
+def _share_of_gradient(tensor: torch.Tensor, share: float) -> torch.Tensor:
+    """The tensor itself; what flows back into it is multiplied by the share."""
+    return tensor.detach() + share * (tensor - tensor.detach())
 
 
 # --- scopes ------------------------------------------------------------------------------------------------
@@ -240,6 +250,18 @@ class Scope:
         else:
             self.store(node.output[0], partial(np.asarray, value))
 
+    def _with_share(self, value: Value, share: str, operator: Operator) -> Value:
+        """The value, of whose gradient through this operator only a share counts."""
+        try:
+            factor = float(share)
+        except ValueError:
+            factor = math.nan
+        if not math.isfinite(factor):
+            raise NotApplicableError(f"node {operator.label}: {GRADIENT_KEY} is '{share}', no number")
+        found = Value(value.name, value.dtype, value.rank, sizes=value.sizes)
+        found.node = self.graph.call_function(_share_of_gradient, (self.tensor(value), factor))
+        return found
+
     def _all_on_host(self, values: Iterable[Value]) -> bool:
         return all(self.host(value) is not None for value in values)
 
@@ -264,6 +286,9 @@ class Scope:
         """Imports one node."""
         rule = TABLE.get(operator.kind)
         inputs = [self.look_up(name) if name else None for name in operator.inputs]
+        share = operator.metadata.get(GRADIENT_KEY) if self.root.shared_gradients else None
+        if share is not None and len(inputs) > 1 and inputs[1] is not None:
+            inputs[1] = self._with_share(inputs[1], share, operator)
         call = Call(self, operator, inputs, self.root.opsets.get(operator.domain, 0))
         if rule is None:
             call.refuse(
@@ -325,9 +350,14 @@ class _Root(Scope):
     """The model's own graph, and the weights of all scopes."""
 
     def __init__(
-        self, weights: Iterable[Weight], trainable: Callable[[Weight], bool], opsets: dict[str, int]
+        self,
+        weights: Iterable[Weight],
+        trainable: Callable[[Weight], bool],
+        opsets: dict[str, int],
+        shared_gradients: bool,
     ) -> None:
         super().__init__(())
+        self.shared_gradients = shared_gradients
         self.weights = {(weight.scope, weight.name): weight for weight in weights}
         self.opsets = {"" if domain == "ai.onnx" else domain: version for domain, version in opsets.items()}
         self.trainable: set[str] = set()

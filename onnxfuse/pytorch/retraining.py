@@ -27,12 +27,14 @@ from torch import fx, nn
 from onnxfuse.calibration import Batch, Batches, Calibration, Data
 from onnxfuse.errors import InputError, ModelWarning, NotApplicableError, VerificationError
 from onnxfuse.graph import Model
+from onnxfuse.marks import KEPT_KEY
 from onnxfuse.metrics import Metric, load_metric
 from onnxfuse.normalization import lacks_normalization
 from onnxfuse.pass_manager import Progress, unknown_name
 from onnxfuse.protos import light_graph
 from onnxfuse.pytorch.checkpoint import Checkpoint
 from onnxfuse.pytorch.importer import to_torch
+from onnxfuse.pytorch.keeping import projection
 from onnxfuse.pytorch.objective import KINDS, Objective, make_objective
 from onnxfuse.pytorch.processes import choose_device, joined, on_first, processes, started
 from onnxfuse.pytorch.rules.normalization import BatchNorm
@@ -250,6 +252,7 @@ class _Retraining:
                 self.model,
                 trainable=lambda weight: (weight.scope, weight.name) in self.weights,
                 outputs=list(outputs),
+                shared_gradients=True,
             )
 
     def run(self, path: Path | None) -> Retrained:
@@ -272,6 +275,7 @@ class _Retraining:
                 held_out=_Again(self.held, request.batch_size) if self.held is not None else None,
                 metric=self.judge.of_outputs,
                 frozen=self._frozen_norms(),
+                after_step=projection(self.module, self.model),
                 device=self.device,
                 precision=precision,
                 resume=state,
@@ -332,6 +336,7 @@ class _Retraining:
             precision,
         )
         digest.update(repr((*parts, torch.__version__, self.module.code)).encode())
+        digest.update(repr([node.metadata.get(KEPT_KEY) for node in self.model.nodes]).encode())
         for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
             digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

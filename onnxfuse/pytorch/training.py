@@ -124,6 +124,7 @@ def train(
     held_out: Iterable[Batch] | None = None,
     metric: Metric | None = None,
     frozen: Collection[nn.Module] = (),
+    after_step: Callable[[], None] | None = None,
     device: torch.device | str = "cpu",
     precision: torch.dtype | None = None,
     resume: State | None = None,
@@ -141,6 +142,7 @@ def train(
         held_out: batches that are evaluated after each epoch, iterated over as often.
         metric: of the outputs on the held-out batches, to be told and nothing else.
         frozen: submodules that stay in eval mode, such as BatchNorms whose statistics are to stay.
+        after_step: run after every step of the optimiser, to put back what it must not move.
         device: where to train.
         precision: computes the training steps in float16 or bfloat16 where torch says that is safe.
         resume: what `keep` got in a former run of the same training; the same in all processes.
@@ -157,6 +159,7 @@ def train(
     devices = [device] if device.type == "cuda" else []
     with _deterministic(), torch.random.fork_rng(devices=devices), _failing_clearly():
         run = _Run(module, batches, objective, settings, held_out, metric, frozen, device, precision)
+        run.after_step = after_step
         try:
             return run.train(resume, keep, progress or NoProgress())
         finally:
@@ -226,6 +229,7 @@ class _Run:
         if self.world > 1:
             places = [device] if device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.named, device_ids=places, find_unused_parameters=True)
+        self.after_step: Callable[[], None] | None = None
         self.history: list[Epoch] = []
         self.best = 0
         self.best_state: dict[str, Tensor] = {}
@@ -307,6 +311,8 @@ class _Run:
             raise Diverged("the loss" if not math.isfinite(loss.detach()) else "the gradient")
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.after_step is not None:
+            self.after_step()
         return float(loss.detach())
 
     def _inputs(self, batch: Batch) -> list[Tensor]:

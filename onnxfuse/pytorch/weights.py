@@ -297,7 +297,7 @@ def of_node(node: Node) -> Operator:
         if not node.constant_form
     }
     inputs, outputs = (tuple(t.name for t in tensors) for tensors in (node.inputs, node.outputs))
-    return Operator(node.op, node.domain, node.label, inputs, outputs, attributes)
+    return Operator(node.op, node.domain, node.label, inputs, outputs, attributes, node.metadata)
 
 
 def of_proto(node: NodeProto) -> Operator:
