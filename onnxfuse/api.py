@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxfuse import growth as growing
+from onnxfuse import likeness, saving
 from onnxfuse import recipe as recipes
-from onnxfuse import saving
 from onnxfuse import verify as verification
 from onnxfuse.calibration import Calibration, Data
 from onnxfuse.channels import find_groups
@@ -30,6 +30,7 @@ from onnxfuse.channels.summary import summarise
 from onnxfuse.cost import count, latency, measure
 from onnxfuse.difference import Structure, structure
 from onnxfuse.errors import InputError, NotApplicableError, OnnxfuseError, VerificationError
+from onnxfuse.filesize import file_size
 from onnxfuse.graph import Model, Source
 from onnxfuse.inspection import Inspection, examine
 from onnxfuse.instruments import Dumps, Instrument, Journal
@@ -43,12 +44,16 @@ from onnxfuse.pass_manager import (
     PassManager,
     StepReport,
     discover,
+    unknown_name,
 )
 from onnxfuse.recipe import Option, Settings, options_of
+from onnxfuse.report import plots
 from onnxfuse.report.files import check_folder, write_report
-from onnxfuse.report.record import MetricChange, Report, RetrainReport, Samples
+from onnxfuse.report.record import FileSize, MetricChange, Report, RetrainReport, Samples
 from onnxfuse.runtime import Runtime
+from onnxfuse.schedule import parse_schedule
 from onnxfuse.significance import paired_difference
+from onnxfuse.similarity import CRITERIA, Criterion
 from onnxfuse.verify import Comparison, Divergence, OutputError
 
 if TYPE_CHECKING:
@@ -176,6 +181,7 @@ def compress(
     retrain: Data = None,
     epochs: int | None = None,
     lr: float | None = None,
+    schedule: str | None = None,
     provider: str = "auto",
     threads: int | None = None,
     seed: int | None = None,
@@ -198,12 +204,17 @@ def compress(
         batch_size: rows in a batch, where model and data leave that open.
         max_error: the relative error of any output allowed; None leaves a bound to the passes.
         max_drop: the drop of the metric allowed, absolute; needs a metric.
-        metric: "top1", "mse" or "file.py:function"; None takes top1 where the labels are class numbers.
+        metric: "top1", "mse", "nll" or "file.py:function"; None takes top1 where the labels are class
+            numbers.
         retrain: samples to retrain on after the passes, with the original as teacher; labels among them
             only serve a metric. `max_error` and `max_drop` are then held on the retrained model alone: no
             pass hears of `max_error`, so each goes as far as its own options say. With `max_error`, training
             minimises what that bounds (loss "mse"), else what "distill" is.
         epochs, lr: of retraining; None as in `retrain`.
+        schedule: "uniform:steps=4" or "exponential:steps=4": passes and retraining by turns, each turn going
+            on from the last with goals (merge:layers, prune:amount, ...) that come nearer to the whole one
+            (`onnxfuse.schedule`). Passes without such a goal run in the first turn only if they come before
+            the first that has one, else in every turn. The epochs are those of all turns together.
         provider, threads: of ONNX Runtime.
         seed: of everything random; None is 0.
         report: folder for `report.json` and `report.txt`; written for a failed run, too.
@@ -252,23 +263,22 @@ def compress(
         journal = Journal(Path(dump) / "journal.jsonl")
         context.journal = journal
         heard += [Dumps(Path(dump)), journal]
-    outcome = PassManager(plan, heard).run(original, context)
+    turns = _turns(plan, schedule or (settings.retrain.schedule if settings.retrain else None), training)
+    place = None if output is None or dry_run else _checkpoint_of(output)
+    loop = _Loop(turns, context, place)
+    outcome = PassManager([pass_ for turn in turns for pass_ in turn.passes], heard).run(
+        original, context, loop.between
+    )
     _raise_input_errors(outcome)
-    tail, refusal = None, None
-    if training is not None and _is_changed(outcome, original):
-        try:
-            place = None if output is None or dry_run else _checkpoint_of(output)
-            tail = _retrained(outcome.model, training, context, place)
-        except NotApplicableError as error:
-            refusal = _Verdict(error.exit_code, f"retraining: {error}")
-    final = outcome.model if tail is None or tail.model is None else tail.model
-    verdict = refusal or _conclude(outcome, final, replace(context, max_error=max_error), judge, sample)
+    final = loop.finish(outcome)
+    verdict = loop.refusal or _conclude(
+        outcome, final, bool(loop.tails), replace(context, max_error=max_error), judge, sample
+    )
     written = None
     if verdict.exit_code == 0 and output is not None and not dry_run:
         final.save(output)
         written = Path(output)
-    if tail is not None and tail.checkpoint is not None:
-        tail.checkpoint.remove()
+    loop.clear()
     record = Report(
         version=_version(),
         model=str(original.path) if original.path else None,
@@ -276,7 +286,7 @@ def compress(
         written=written is not None,
         exit_code=verdict.exit_code,
         reason=verdict.reason,
-        warnings=_warnings(calibration, outcome, judge, verdict, tail),
+        warnings=_warnings(calibration, outcome, judge, verdict, loop.tails),
         seed=seed,
         samples=_samples(calibration),
         providers=tuple(runtime.providers),
@@ -290,7 +300,8 @@ def compress(
         output_bound=max_error,
         output_error=verdict.output_error,
         metric=verdict.metric,
-        retraining=tail.record if tail is not None else None,
+        retrainings=tuple(tail.record for tail in loop.tails),
+        files=_files(original, written, packed=any(pass_.packed for pass_ in plan)),
         seconds=time.perf_counter() - start,
     )
     if report is not None:
@@ -358,8 +369,11 @@ def _loaded(model: ModelSource) -> Model:
 
 
 def _check_output(output: Path, model: Model) -> None:
-    source = model.folder / model.path.name if model.folder and model.path else None
-    saving.check_target(output, source)
+    saving.check_target(output, _file_of(model))
+
+
+def _file_of(model: Model) -> Path | None:
+    return model.folder / model.path.name if model.folder and model.path else None
 
 
 def _raise_input_errors(outcome: Outcome) -> None:
@@ -419,22 +433,117 @@ def _retrained(model: Model, training: Training, context: Context, place: Path |
     return found
 
 
-def _is_changed(outcome: Outcome, original: Model) -> bool:
+@dataclass(frozen=True)
+class _Turn:
+    """Some passes, and the retraining behind them, if there is one."""
+
+    passes: list[Pass]
+    training: Training | None
+
+
+def _turns(plan: Sequence[Pass], schedule: str | None, training: Training | None) -> list[_Turn]:
+    """What a schedule makes of the passes and the epochs.
+
+    Raises:
+        InputError: it has another form, or there is nothing to do by turns.
+    """
+    if schedule is None:
+        return [_Turn(list(plan), training)]
+    found = parse_schedule(schedule)
+    if training is None:
+        raise InputError("--schedule needs --retrain: it is about retraining between passes")
+    first = next((place for place, pass_ in enumerate(plan) if pass_.partly(1.0) is not None), None)
+    if first is None:
+        raise InputError(
+            "--schedule needs a pass with a goal to be reached in steps, such as merge:layers=0.25"
+        )
+    turns = []
+    settings = training.request.settings
+    epochs = found.epochs(settings.epochs)
+    shares = found.shares()
+    for number, (done, share, length) in enumerate(zip([0.0, *shares], shares, epochs, strict=False)):
+        passes = [pass_.partly(share, done) or pass_ for pass_ in plan[first if number else 0 :]]
+        request = replace(training.request, settings=replace(settings, epochs=length))
+        turns.append(_Turn(passes, replace(training, request=request)))
+    return turns
+
+
+class _Loop:
+    """Retraining between the turns of passes and after the last.
+
+    Attributes:
+        tails: what came of each retraining.
+        refusal: why one could not be done.
+    """
+
+    def __init__(self, turns: Sequence[_Turn], context: Context, place: Path | None) -> None:
+        self._context, self._place = context, place
+        ends = np.cumsum([len(turn.passes) for turn in turns]).tolist()
+        self._trainings = {end: turn.training for end, turn in zip(ends, turns, strict=True)}
+        self._last = ends[-1]
+        self.tails: list[Retrained] = []
+        self.refusal: _Verdict | None = None
+
+    def between(self, steps: Sequence[StepReport], model: Model, context: Context) -> tuple[Model, Context]:
+        """What the passes of the next turn get. Training moves inner tensors: what was trained is then what
+        they are held against."""
+        trained = model if len(steps) == self._last else self._trained(steps, model)
+        return trained, context if trained is model else replace(context, original=trained)
+
+    def finish(self, outcome: Outcome) -> Model:
+        """The model after the last turn and its retraining."""
+        return self._trained(outcome.steps, outcome.model)
+
+    def _trained(self, steps: Sequence[StepReport], model: Model) -> Model:
+        training = self._trainings.get(len(steps))
+        if training is None or self.refusal is not None or not _is_changed(steps):
+            return model
+        place = self._place
+        if place is not None and len(self._trainings) > 1:
+            place = place.with_name(f"{place.name}.{len(self.tails) + 1}")
+        try:
+            tail = _retrained(model, training, self._context, place)
+        except NotApplicableError as error:
+            self.refusal = _Verdict(error.exit_code, f"retraining: {error}")
+            return model
+        self.tails.append(tail)
+        return model if tail.model is None else tail.model
+
+    def clear(self) -> None:
+        """Remove what a killed run would have gone on from."""
+        for tail in self.tails:
+            if tail.checkpoint is not None:
+                tail.checkpoint.remove()
+
+
+def _is_changed(steps: Sequence[StepReport]) -> bool:
     """Whether all passes were committed and some has changed the model."""
-    done = all(step.committed for step in outcome.steps) and outcome.model is not original
-    return done and any(step.changes for step in outcome.steps)
+    return all(step.committed for step in steps) and any(step.changes for step in steps)
 
 
-def _conclude(outcome: Outcome, result: Model, context: Context, judge: _Judge, sample: Feed) -> _Verdict:
-    """Hold `result`, what the passes made, retrained or not, against the original on samples that no pass has
+def _files(original: Model, written: Path | None, *, packed: bool) -> tuple[FileSize, FileSize] | None:
+    """Sizes of the original's file and the result's, where there are both."""
+    if written is None or original.path is None or original.folder is None:
+        return None
+    try:
+        source = original.folder / original.path.name
+        return file_size(source, gzipped=packed), file_size(written, gzipped=packed)
+    except OSError:
+        return None  # the original has gone meanwhile
+
+
+def _conclude(
+    outcome: Outcome, result: Model, trained: bool, context: Context, judge: _Judge, sample: Feed
+) -> _Verdict:
+    """Hold `result`, what the passes made, trained or not, against the original on samples that no pass has
     fitted."""
     failed = next((step for step in outcome.steps if not step.committed), None)
     if failed is not None:
         return _Verdict(failed.exit_code, f"pass '{failed.name}': {failed.reason}")
-    if not _is_changed(outcome, context.original):
+    if not _is_changed(outcome.steps):
         return _Verdict(NotApplicableError.exit_code, _idle(outcome.steps))
     try:
-        error = _whole_error(outcome, result, context)
+        error = _whole_error(outcome, result, trained, context)
     except VerificationError as failure:
         return _Verdict(VerificationError.exit_code, str(failure))
     scores = judge.change(result, context)
@@ -451,15 +560,15 @@ def _idle(steps: Sequence[StepReport]) -> str:
     return f"no pass changed the model ({'; '.join(said)})"
 
 
-def _whole_error(outcome: Outcome, result: Model, context: Context) -> OutputError | None:
+def _whole_error(outcome: Outcome, result: Model, trained: bool, context: Context) -> OutputError | None:
     """The output error on held-out samples; where there are none, on the fitted ones if nothing did fit."""
     changed = [step for step in outcome.steps if step.changes]
     last = changed[-1].verification
-    if result is outcome.model and last is not None and last.output_error is not None:
+    if not trained and last is not None and last.output_error is not None:
         return last.output_error
     batches = context.calibration.held_out
     if not batches.samples:
-        if result is not outcome.model or any(step.contract is Contract.APPROXIMATE for step in changed):
+        if trained or any(step.contract is Contract.APPROXIMATE for step in changed):
             return None
         batches = context.calibration.fit
     return verification.output_error(context.original, result, batches, context.runtime)
@@ -532,7 +641,11 @@ class _Judge:
 
 
 def _warnings(
-    calibration: Calibration, outcome: Outcome, judge: _Judge, verdict: _Verdict, tail: Retrained | None
+    calibration: Calibration,
+    outcome: Outcome,
+    judge: _Judge,
+    verdict: _Verdict,
+    tails: Sequence[Retrained],
 ) -> tuple[str, ...]:
     found = [MADE_UP] if calibration.synthetic else []
     if verdict.latency is not None and verdict.slower:
@@ -549,7 +662,7 @@ def _warnings(
         marked = [note for note in step.notes if note.startswith("warning: ")]
         found += [f"{step.name}: {note.removeprefix('warning: ')}" for note in marked]
         found += [f"{step.name}: {note}" for note in (step.verification.notes if step.verification else ())]
-    if tail is not None:
+    for tail in tails:
         found += [f"retraining: {warning}" for warning in tail.warnings]
         if tail.reason is not None:
             found.append(f"retraining: {tail.reason}; what the passes made is kept")
@@ -620,7 +733,8 @@ def retrain(
         match: inner tensors that are to follow the teacher's, "NAME" or "NAME=NAME IN THE TEACHER".
         held_out: share of the samples that no step sees: they choose the best epoch, and measure it.
         patience: stop once the held-out loss has not improved for so many epochs; None never.
-        metric: "top1", "mse" or "file.py:function"; None takes top1 for class numbers, mse for other labels.
+        metric: "top1", "mse", "nll" or "file.py:function"; None takes top1 for class numbers, mse for
+            other labels.
         seed: of split, order and dropout: equal seeds give equal bytes.
         provider: of ONNX Runtime, where the teacher runs and the result is judged.
         device: of torch: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1".
@@ -734,6 +848,9 @@ def inspect(
     measure_latency: bool = True,
     channels: bool = False,
     growth: bool = False,
+    similarity: str | None = None,
+    heads: bool = False,
+    plot: PathOrText | None = None,
     provider: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -747,13 +864,19 @@ def inspect(
         measure_latency: whether to run the model for its latency.
         channels: whether to find the groups of coupled channels, too.
         growth: whether to find where the network can grow, too.
+        similarity: the criterion by which to tell how alike the layers are, too; of `similarity.CRITERIA`.
+        heads: whether to take the layers of attentions apart into heads for that.
+        plot: where to write a picture of it, a .png; needs Matplotlib.
         provider, threads: of ONNX Runtime.
-        seed: of made-up samples.
+        seed: of made-up samples, and of the criterion "centroids".
 
     Raises:
-        InputError: a bad file or bad samples.
+        InputError: a bad file or bad samples; the picture can't be drawn or written.
     """
+    criterion = _criterion(similarity, heads, plot)
     found = _loaded(model)
+    if plot is not None:
+        plots.check_plot(Path(plot), _file_of(found))
     runtime = Runtime(provider, threads)
     try:
         calibration = Calibration.open(
@@ -767,6 +890,11 @@ def inspect(
             raise
         several, feed, warnings = None, None, (str(error),)
     groups = find_groups(found, several) if channels or growth else None
+    alike = None if criterion is None else likeness.survey(found, criterion, heads, seed)
+    if plot is not None and not alike:
+        warnings = (*warnings, "no two layers can be compared: nothing was plotted")
+    elif plot is not None and alike:
+        plots.heat_maps(alike, Path(plot))
     return examine(
         found,
         feed,
@@ -774,7 +902,19 @@ def inspect(
         summarise(groups) if groups is not None and channels else None,
         warnings,
         growing.survey(found, groups) if groups is not None and growth else None,
+        alike,
     )
+
+
+def _criterion(name: str | None, heads: bool, plot: PathOrText | None) -> Criterion | None:
+    """The criterion of that name; refuses what only means something with one."""
+    for asked, option in ((heads, "heads"), (plot is not None, "plot")):
+        if asked and name is None:
+            raise InputError(f"--{option} needs --similarity")
+    found = next((criterion for criterion in CRITERIA if criterion == name), None)
+    if name is not None and found is None:
+        raise InputError(unknown_name("criterion", name, CRITERIA))
+    return found
 
 
 # --- verify and diff ----------------------------------------------------------------------------------------

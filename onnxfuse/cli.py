@@ -193,7 +193,7 @@ def compress(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="top1, mse or FILE.py:function; default top1 where labels are class numbers.",
+            help="top1, mse, nll or FILE.py:function; default top1 where labels are class numbers.",
         ),
     ] = None,
     retrain: Annotated[
@@ -208,6 +208,14 @@ def compress(
         int | None, typer.Option(metavar="N", help="Passes over the samples of --retrain; default 10.")
     ] = None,
     lr: Rate = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND:steps=N",
+            help="Passes and retraining by turns: uniform:steps=4, or exponential:steps=4 (each turn goes "
+            "half as far as the one before and trains twice as long). --epochs counts all turns.",
+        ),
+    ] = None,
     held_out: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of samples that errors are measured on.")
     ] = 0.2,
@@ -237,6 +245,8 @@ def compress(
       onnxfuse compress model.onnx --passes fold,fuse:max_blocks=4 -o out.onnx
       onnxfuse compress model.onnx --calib samples.npz --max-drop 0.01 --explain
       onnxfuse compress model.onnx --calib samples.npz --retrain train.npz
+      onnxfuse compress model.onnx --passes merge:layers=0.5 --calib samples.npz \\
+        --retrain train.npz --schedule exponential:steps=4
     """
     from rich.console import Console
 
@@ -260,6 +270,7 @@ def compress(
             retrain=retrain,
             epochs=epochs,
             lr=lr,
+            schedule=schedule,
             provider=provider,
             threads=threads,
             seed=seed,
@@ -456,7 +467,7 @@ def retrain(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="top1, mse or FILE.py:function; default by the type of the labels.",
+            help="top1, mse, nll or FILE.py:function; default by the type of the labels.",
         ),
     ] = None,
     provider: Provider = "auto",
@@ -545,6 +556,22 @@ def inspect(
         bool,
         typer.Option("--grow", help="List where the network can become wider, deeper, its kernels larger."),
     ] = False,
+    similarity: Annotated[
+        bool, typer.Option("--similarity", help="Tell how alike layers of one kind are.")
+    ] = False,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of --similarity: euclidean, covariance, kl, aligned, centroids or (default) wasserstein.",
+        ),
+    ] = None,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="With --similarity: the layers of attentions head by head.")
+    ] = False,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="With --similarity: draw heat maps of it.")
+    ] = None,
     provider: Provider = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -552,23 +579,31 @@ def inspect(
     """Show what is in a model.
 
     Operators, cost, linear operators, and the regions that could be fused; with --channels the groups of
-    channels that only make sense together; with --grow the sites of 'onnxfuse grow'.
+    channels that only make sense together; with --grow the sites of 'onnxfuse grow'; with --similarity how
+    far the weights of layers are from each other.
 
     \b
-    Example:
+    Examples:
       onnxfuse inspect model.onnx --no-latency
+      onnxfuse inspect model.onnx --similarity --criterion kl --plot kl.png
     """
     from onnxfuse import api
     from onnxfuse.report.channels_view import channels_view
     from onnxfuse.report.console import inspect_view
     from onnxfuse.report.growth_view import growth_view
+    from onnxfuse.report.similarity_view import similarity_view
 
+    if criterion is not None and not similarity:
+        raise InputError("--criterion needs --similarity")
     found = api.inspect(
         model,
         calib=calib,
         measure_latency=latency,
         channels=channels,
         growth=growth,
+        similarity=(criterion or "wasserstein") if similarity else None,
+        heads=heads,
+        plot=plot,
         provider=provider,
         threads=threads,
     )
@@ -580,6 +615,8 @@ def inspect(
             _show(channels_view(found.channels))
         if found.growth is not None:
             _show(growth_view(found.growth))
+        if found.similarity is not None:
+            _show(similarity_view(found.similarity))
     sys.stdout.flush()
     _warn(found.warnings)
     return 0

@@ -16,6 +16,7 @@ from onnxfuse.cost import Cost, Latency, count, dimension_sizes, latency, node_m
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import DEFAULT_DOMAINS, Feed, Model, TensorInfo
 from onnxfuse.growth import GrowthSite
+from onnxfuse.likeness import Likeness
 from onnxfuse.linear import LinearOp, linear_op
 from onnxfuse.protos import bodies
 from onnxfuse.regions import Region, describe, find_regions
@@ -63,8 +64,8 @@ class Inspection:
 
     `sizes` is the shape of every input at which MACs and latency were taken: one sample, or the smallest
     batch that the model takes; empty where there was none. `operators` counts nodes by operator (with its
-    domain, if not the default one), bodies included. `channels` and `growth` are None where nobody asked for
-    them.
+    domain, if not the default one), bodies included. `channels`, `growth` and `similarity` are None where
+    nobody asked for them.
     """
 
     path: str | None
@@ -84,6 +85,7 @@ class Inspection:
     channels: tuple[GroupSummary, ...] | None
     warnings: tuple[str, ...]
     growth: tuple[GrowthSite, ...] | None = None
+    similarity: tuple[Likeness, ...] | None = None
 
 
 def examine(
@@ -93,6 +95,7 @@ def examine(
     channels: tuple[GroupSummary, ...] | None,
     warnings: tuple[str, ...],
     growth: tuple[GrowthSite, ...] | None = None,
+    similarity: tuple[Likeness, ...] | None = None,
 ) -> Inspection:
     """Gather everything, in time linear in the number of nodes.
 
@@ -103,6 +106,7 @@ def examine(
         channels: the groups of coupled channels, if somebody asked for them.
         warnings: to go with the result.
         growth: where the network can grow, if somebody asked for it.
+        similarity: how alike its layers are, if somebody asked for it.
     """
     try:
         model.check_finite()
@@ -137,6 +141,7 @@ def examine(
         channels=channels,
         warnings=warnings,
         growth=growth,
+        similarity=similarity,
     )
 
 

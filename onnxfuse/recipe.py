@@ -41,6 +41,7 @@ class Retrain(pydantic.BaseModel):
     data: str = pydantic.Field(description="samples to retrain on")
     epochs: int | None = pydantic.Field(None, ge=1, description="passes over the samples")
     lr: float | None = pydantic.Field(None, gt=0, description="the highest learning rate")
+    schedule: str | None = pydantic.Field(None, description="retraining by turns: exponential:steps=4")
 
 
 class Settings(pydantic.BaseModel):
@@ -50,7 +51,7 @@ class Settings(pydantic.BaseModel):
 
     max_error: float | None = pydantic.Field(None, gt=0, description="relative output error allowed")
     max_drop: float | None = pydantic.Field(None, ge=0, description="drop of the metric allowed")
-    metric: str | None = pydantic.Field(None, description="top1, mse or file.py:function")
+    metric: str | None = pydantic.Field(None, description="top1, mse, nll or file.py:function")
     seed: int | None = pydantic.Field(None, ge=0, description="seed of everything random")
     retrain: Retrain | None = pydantic.Field(None, description="retraining after the passes")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from onnxfuse import api, cost
 from onnxfuse.calibration import Calibration
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import Model
+from onnxfuse.instruments import Instrument
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Prediction
 from onnxfuse.report.record import as_json
 from onnxfuse.significance import mcnemar, paired_difference
@@ -307,7 +309,7 @@ def test_report_files(path: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["report.json", "report.txt"]
     content = json.loads((folder / "report.json").read_text())
     assert content == json.loads(json.dumps(as_json(result.report, "compress")))
-    assert (content["onnxfuse"], content["format"], content["exit_code"]) == ("compress", 1, 0)
+    assert (content["onnxfuse"], content["format"], content["exit_code"]) == ("compress", 2, 0)
     assert content["before"]["nodes"], content["after"]["nodes"] == (4, 3)
     assert content["steps"][0]["verification"]["comparison"]["passed"] is True
     text = (folder / "report.txt").read_text()
@@ -368,8 +370,7 @@ def test_retraining_repairs_what_a_pass_did(path: Path) -> None:
     assert result.report.output_error is not None
     assert result.report.output_error.worst == pytest.approx(error, rel=1e-3)
     assert result.report.latency is not None
-    found = result.report.retraining
-    assert found is not None
+    found = result.report.retrainings[0]
     assert (found.teacher, found.epochs, found.lr, found.scored) == (str(path), 20, 0.01, "top1")
     assert found.objective == ("relative squared error of output 'y' against the teacher",)
     assert (found.samples.fitted, found.samples.held_out) == (160, 40)
@@ -408,8 +409,7 @@ def test_what_the_errors_are_measured_on_is_not_trained_on(path: Path) -> None:
     ]
     shared = len(parts[0] & parts[1])
     assert shared > 0
-    found = result.report.retraining
-    assert found is not None
+    found = result.report.retrainings[0]
     assert found.samples.fitted == 160 - shared
     said = f"retraining: {shared} training samples are held out by --calib: they were left out of training"
     assert said in result.report.warnings
@@ -421,10 +421,101 @@ def test_what_the_errors_are_measured_on_is_not_trained_on(path: Path) -> None:
 def test_nothing_is_retrained_that_no_pass_changed(path: Path) -> None:
     once = compress(path).model
     result = compress(once, retrain=DATA, epochs=1)
-    assert (result.exit_code, result.report.retraining) == (3, None)
+    assert (result.exit_code, result.report.retrainings) == (3, ())
     refusing = Refusing(NotApplicableError("not for this model"))
     result = compress(path, [Scale(1.0001), refusing], retrain=DATA)
-    assert (result.exit_code, result.report.retraining) == (3, None)
+    assert (result.exit_code, result.report.retrainings) == (3, ())
+
+
+class Slope(Pass):
+    """Multiplies the last weight by 1 + `rise`, in steps if asked to."""
+
+    name = "slope"
+    contract = Contract.APPROXIMATE
+    summary = "a pass for tests"
+
+    def __init__(self, rise: float) -> None:
+        super().__init__()
+        self.rise = rise
+
+    def partly(self, share: float, done: float = 0.0) -> Pass | None:
+        return Slope((1 + self.rise * share) / (1 + self.rise * done) - 1)
+
+    def run(self, model: Model, context: Context) -> PassResult:
+        before = context.original.to_proto()
+        y = np.concatenate([run(before, batch.feed["x"]) for batch in context.calibration.fit])
+        w2 = model.weight(model.tensor("w2"))
+        model.set_weight(model.tensor("w2"), (w2 * (1 + self.rise)).astype(np.float32))
+        error, variance = float(np.mean(np.sum((self.rise * y) ** 2, axis=1))), float(np.sum(y.var(axis=0)))
+        return PassResult(model, [Change(("y",), "")], predictions=[Prediction("y", "y", error, variance)])
+
+
+def test_by_turns(path: Path) -> None:
+    """Each turn goes on from the last, on what training has left; exact passes in front run once."""
+    output = path.with_name("out.onnx")
+    heard: list[tuple[str, float]] = []
+
+    class Twice(Pass):
+        name, contract, summary = "twice", Contract.EXACT, "a pass for tests: leaves everything"
+
+        def run(self, model: Model, context: Context) -> PassResult:
+            return PassResult(model)
+
+    class Ears(Instrument):
+        def before(self, index: int, pass_: Pass, model: Model) -> None:
+            heard.append((pass_.name, float(model.weight(model.tensor("w2"))[0, 0])))
+
+    result = compress(
+        path,
+        [Twice(), Slope(0.6)],
+        output=output,
+        retrain=DATA,
+        max_error=0.3,
+        epochs=30,
+        lr=0.01,
+        schedule="exponential:steps=2",
+        instruments=[Ears()],
+    )
+    assert result.ok, result.reason
+    assert [name for name, _ in heard] == ["twice", "slope", "slope"]
+    assert [found.epochs for found in result.report.retrainings] == [10, 20]
+    assert all(found.teacher == str(path) for found in result.report.retrainings)
+    start = float(W2[0, 0])
+    assert heard[1][1] == pytest.approx(start)
+    assert heard[2][1] != pytest.approx(start * 1.4)  # trained in between
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx", "out.onnx"]
+    y = reference(X)
+    error = np.sqrt(np.sum((run(output, X) - y) ** 2) / np.sum((y - y.mean(axis=0)) ** 2))
+    assert result.report.output_error is not None
+    assert error < 0.2  # it would be more than half without training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "uniform:steps=2"}, "--schedule needs --retrain"),
+        ({"schedule": "uniform:steps=2", "retrain": DATA}, "--schedule needs a pass with a goal"),
+        ({"schedule": "sometimes", "retrain": DATA}, "--schedule 'sometimes' is no schedule"),
+    ],
+)
+def test_bad_schedules(path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        compress(path, "fold", **options)
+
+
+def test_sizes_on_disk(path: Path) -> None:
+    output = path.with_name("out.onnx")
+    assert compress(path, [Scale(1.0001)]).report.files is None
+    before, after = compress(path, [Scale(1.0001)], output=output).report.files
+    assert (before.bytes, after.bytes) == (path.stat().st_size, output.stat().st_size)
+    assert before.gzipped is after.gzipped is None
+
+    class Packed(Scale):
+        packed = True
+
+    before, after = compress(path, [Packed(1.0001)], output=output).report.files
+    assert 0 < after.gzipped < after.bytes
+    assert 0 < before.gzipped < before.bytes
 
 
 def test_a_dry_run_keeps_no_state(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,11 +536,9 @@ def test_a_recipe_that_retrains(path: Path) -> None:
     np.savez(path.with_name("train.npz"), x=X, labels=LABELS)
     recipe, data = path.with_name("recipe.yaml"), path.with_name("train.npz")
     recipe.write_text(f"passes: [fold]\nretrain: {{data: '{data}', epochs: 2, lr: 0.01}}\n")
-    found = compress(path, None, recipe=recipe).report.retraining
-    assert found is not None
+    found = compress(path, None, recipe=recipe).report.retrainings[0]
     assert (found.epochs, found.lr) == (2, 0.01)
-    found = compress(path, None, recipe=recipe, epochs=1, lr=0.02).report.retraining
-    assert found is not None
+    found = compress(path, None, recipe=recipe, epochs=1, lr=0.02).report.retrainings[0]
     assert (found.epochs, found.lr) == (1, 0.02)
     recipe.write_text("passes: [fold]\nretrain: {epochs: 2}\n")
     with pytest.raises(InputError, match=r"option 'retrain.data' is required"):

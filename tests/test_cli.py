@@ -105,7 +105,7 @@ def test_json_and_nothing_else_on_stdout(arguments: tuple[str, ...], capsys: Cap
     save_other()
     assert main([*arguments, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert (content["onnxfuse"], content["format"]) == (arguments[0], 1)
+    assert (content["onnxfuse"], content["format"]) == (arguments[0], 2)
 
 
 def test_json_of_a_failed_run(capsys: Captured) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onnxfuse.difference import NodeChange, NodeSummary, WeightChange
     from onnxfuse.inspection import Inspection, LinearSummary
     from onnxfuse.pass_manager import Skip, StepReport
-    from onnxfuse.report.record import Epoch, MetricChange, Report, Retraining, RetrainReport
+    from onnxfuse.report.record import Epoch, FileSize, MetricChange, Report, Retraining, RetrainReport
     from onnxfuse.shapes import TensorInfo
     from onnxfuse.significance import PairedDifference
     from onnxfuse.verify import Comparison
@@ -166,8 +166,9 @@ def compress_view(
         for note in step.notes
         if not note.startswith("warning: ")
     )
-    if report.retraining is not None:
-        yield from _retraining(report.retraining)
+    for number, found in enumerate(report.retrainings, start=1):
+        several = f", {number} of {len(report.retrainings)}" if len(report.retrainings) > 1 else ""
+        yield from _retraining(found, several)
     if report.output_error is not None or report.before != report.after:
         yield Text()
         yield _costs(report)
@@ -224,6 +225,9 @@ def _costs(report: Report) -> Table:
     for key, before, after, show in _cost_rows(report.before, report.after):
         ratio = f"x {after / before:.3f}" if before and after is not None else ""
         table.add_row(key, show(before), show(after), ratio)
+    if report.files is not None:
+        for key, sizes in _file_rows(*report.files):
+            table.add_row(key, *map(_bytes, sizes), f"x {sizes[1] / sizes[0]:.3f}")
     if report.latency is not None:
         table.add_row(*_latency_row(report.latency, report.slower))
     if report.metric is not None:
@@ -239,6 +243,12 @@ def _cost_rows(before: Cost, after: Cost) -> Iterator[tuple[str, int | None, int
     yield "MACs", before.macs, after.macs, _macs
     yield "nodes", before.nodes, after.nodes, whole
     yield "weights", before.bytes, after.bytes, _bytes
+
+
+def _file_rows(before: FileSize, after: FileSize) -> Iterator[tuple[str, tuple[int, int]]]:
+    yield "file", (before.bytes, after.bytes)
+    if before.gzipped is not None and after.gzipped is not None:
+        yield "gzipped", (before.gzipped, after.gzipped)
 
 
 def _latency_row(latency: Latency, slower: bool) -> tuple[str, str, str, Text]:
@@ -353,9 +363,9 @@ def retrain_view(report: RetrainReport) -> Iterator[RenderableType]:
         yield table
 
 
-def _retraining(found: Retraining) -> Iterator[RenderableType]:
+def _retraining(found: Retraining, which: str = "") -> Iterator[RenderableType]:
     """What was trained, how, and how it went."""
-    yield _title("retraining")
+    yield _title(f"retraining{which}")
     yield from (_line(about, 2) for about in found.objective)
     where = found.device if found.processes == 1 else f"{found.processes} x {found.device}"
     decay = f", weight decay {found.weight_decay:g}" if found.weight_decay else ""

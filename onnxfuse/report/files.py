@@ -44,19 +44,23 @@ def write_report(folder: Path, report: Report) -> None:
     text = f"{plain_text(compress_view(report, verbose=True, explain=True))}\n{lines}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(
-            folder / "report.json", json.dumps(as_json(report, "compress"), indent=2, allow_nan=False) + "\n"
-        )
-        _write(folder / "report.txt", text)
+        record = json.dumps(as_json(report, "compress"), indent=2, allow_nan=False) + "\n"
+        for name, content in (("report.json", record), ("report.txt", text)):
+            write_whole(folder / name, content.encode("utf-8", errors="backslashreplace"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write the report to '{folder}': {reason}") from error
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """The file appears whole or not at all.
+
+    Raises:
+        OSError, ValueError: it can't be written.
+    """
     staged = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        staged.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+        staged.write_bytes(content)
         os.replace(staged, path)
     except BaseException:
         with contextlib.suppress(OSError):

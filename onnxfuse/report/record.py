@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnxfuse.significance import PairedDifference
     from onnxfuse.verify import OutputError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,23 @@ class RetrainReport:
 
 
 @dataclass(frozen=True)
+class FileSize:
+    """Bytes of a model on disk, external data included, and of the same gzipped (None: not measured)."""
+
+    bytes: int
+    gzipped: int | None
+
+
+@dataclass(frozen=True)
 class Report:
     """One run of `compress`.
 
     `before` and `after` are costs, `latency` timings of the original and the result, at the shapes `sizes` of
     one sample. `output_error` is the result against the original on samples that were not fitted.
     `output_bound` is what `--max-error` allowed, None where the passes' own bounds applied (their notes say
-    which). What does not apply to a run, or could not be measured any more when it failed, is None.
+    which). `retrainings` are those between and after the passes. `files` are the sizes on disk of the
+    original and the result. What does not apply to a run, or could not be measured any more when it failed,
+    is None.
     """
 
     version: str
@@ -136,7 +146,8 @@ class Report:
     output_bound: float | None
     output_error: OutputError | None
     metric: MetricChange | None
-    retraining: Retraining | None
+    retrainings: tuple[Retraining, ...]
+    files: tuple[FileSize, FileSize] | None
     seconds: float
 
 
