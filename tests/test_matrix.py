@@ -18,12 +18,18 @@ from onnx import helper
 
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import PASS_KEY, Model
-from onnxfuse.pass_manager import Context, Contract, PassManager, Prediction, StepReport
+from onnxfuse.marks import kept
+from onnxfuse.pass_manager import Context, Contract, Pass, PassManager, Prediction, StepReport
+from onnxfuse.passes.autoencode import Autoencode
 from onnxfuse.passes.batchnorm import Batchnorm
+from onnxfuse.passes.cluster import Cluster
 from onnxfuse.passes.deepen import Deepen
 from onnxfuse.passes.fold import Fold
 from onnxfuse.passes.fuse import Fuse
 from onnxfuse.passes.kernel import Kernel
+from onnxfuse.passes.lowrank import Lowrank
+from onnxfuse.passes.merge import Merge
+from onnxfuse.passes.prune import Prune
 from onnxfuse.passes.refit import Refit
 from onnxfuse.passes.select import Select
 from onnxfuse.passes.widen import Widen
@@ -430,6 +436,101 @@ def test_batchnorm_in_and_out_on_every_kind_of_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_autoencode_on_every_kind_of_graph(name: str) -> None:
+    case = CASES[name]
+    model, found, ctx, steps = run(case, [Autoencode(rank=2, epochs=1)])
+    (step,) = steps
+    assert step.committed, step.reason
+    _check_kept(model, found)
+    pairs = [change for change in step.changes if "rank" in change.detail]
+    sites = [node for node in model.nodes if node.op in LINEAR]
+    told = {name for item in (*step.changes, *step.skipped) for name in item.nodes}
+    assert {site.name or site.outputs[0].name for site in sites} <= told
+    added = [n for n in found.nodes if n.metadata.get(PASS_KEY) == "autoencode" and n.op in LINEAR]
+    assert len(added) == 2 * len(pairs)
+    for batch in (1, 2, 9):
+        feed = {"x": normal(batch, *case.shape, seed=batch), **case.more}
+        (expected,), (got,) = compute(model, feed), compute(found, feed)
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    _check_claims(model, found, ctx, steps)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merge_on_every_kind_of_graph(name: str) -> None:
+    case = CASES[name]
+    model, found, ctx, (step,) = run(case, [Merge(params=0.999, samples=64)])
+    assert step.committed, step.reason
+    _check_kept(model, found)
+    assert [node.op for node in found.nodes] == [node.op for node in model.nodes]
+    assert step.changes or "share a weight" in step.notes[0]
+    for batch in (1, 2, 9):
+        feed = {"x": normal(batch, *case.shape, seed=batch), **case.more}
+        (expected,), (got,) = compute(model, feed), compute(found, feed)
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    _check_claims(model, found, ctx, [step])
+
+
+@pytest.mark.parametrize("name", CHANNEL_CASES)
+def test_merge_on_every_kind_of_coupling(name: str) -> None:
+    """Layers share wherever there are two of one kind; a new order of channels was held against the old."""
+    case = CHANNEL_CASES[name]
+    model = case.model()
+    feeds = [case.feed(model, 12, seed=seed) for seed in range(10)]
+    ctx = Context(model, Calibration.open(feeds, model, batch_size=12, held_out=0.3), RUNTIME)
+    outcome = PassManager([Merge(params=0.999, criterion="aligned")]).run(model, ctx)
+    (step,) = outcome.steps
+    assert step.committed, step.reason
+    if not step.changes:
+        assert "share a weight" in step.notes[0]
+        return
+    assert step.after.parameters < step.before.parameters
+    onnx.checker.check_model(outcome.model.to_proto(), full_check=True)
+    for batch in (1, 5):
+        feed = case.feed(model, batch, seed=batch)
+        for got, before in zip(compute(outcome.model, feed), compute(model, feed), strict=True):
+            assert got.shape == before.shape
+    for claim in step.predictions:
+        error, variance = _measured(model, outcome.model, claim, [b.feed for b in ctx.calibration.fit])
+        assert error == pytest.approx(claim.error, rel=5e-3, abs=1e-3 * variance)
+
+
+def test_passes_that_compress_in_a_row() -> None:
+    """Each goes on from the one before and keeps its own promise against the original."""
+    model = Model.load(MODELS / "digits_resnet.onnx")
+    with np.load(MODELS / "digits_resnet.npz") as data:
+        feed = {name: data[name][:96] for name in data.files if name != "labels"}
+    ctx = Context(model, Calibration.open(feed, model, batch_size=48), RUNTIME)
+    passes = [
+        Fold(),
+        Select(ratio=0.25),
+        Fuse(max_blocks=1, shortlist=1),
+        Merge(layers=0.2, criterion="aligned"),
+        Prune(amount=0.2),
+        Cluster(values=64),
+    ]
+    outcome = PassManager(passes).run(model, ctx)
+    for step in outcome.steps:
+        assert step.committed, f"{step.name}: {step.reason}"
+        assert step.changes, step.name
+    _check_kept(model, outcome.model)
+    parameters = [step.after.parameters for step in outcome.steps]
+    assert parameters[1] > parameters[2] > parameters[3] > 0
+    for node in outcome.model.nodes:
+        if node.op == "Conv" and kept(node):
+            value = weight(outcome.model, node.inputs[1].name)
+            assert len(np.unique(value)) <= 64
+    users = [n.inputs[1].name for n in outcome.model.nodes if n.op in LINEAR]
+    assert len(set(users)) < len(users)
+    claims = outcome.steps[-1].predictions
+    assert len(claims) > 2
+    feeds = [batch.feed for batch in ctx.calibration.fit]
+    for claim in claims:
+        if claim.positions is None:
+            error, _ = _measured(model, outcome.model, claim, feeds)
+            assert error == pytest.approx(claim.error, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_select_on_every_kind_of_graph(name: str) -> None:
     case = CASES[name]
     model, found, ctx, steps = run(case, [Select(ratio=0.25), Refit()])
@@ -440,6 +541,40 @@ def test_select_on_every_kind_of_graph(name: str) -> None:
         assert steps[0].after.parameters < steps[0].before.parameters
         _check_outputs(case, model, found)
         _check_claims(model, found, ctx, steps)
+
+
+REWRITES: dict[str, Callable[[], Pass]] = {
+    "lowrank": lambda: Lowrank(rank=0.4),
+    "cluster": lambda: Cluster(values=3),
+    "cluster with a codebook": lambda: Cluster(values=3, codebook=True),
+    "prune": lambda: Prune(amount=0.4, scope="layer"),
+}
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("which", REWRITES)
+@pytest.mark.parametrize("name", CASES)
+def test_other_weights_on_every_kind_of_graph(name: str, which: str, refit: bool) -> None:
+    """Other weights, or two operators in place of one: as far off as was claimed, and still that network."""
+    case = CASES[name]
+    pass_ = REWRITES[which]()
+    pass_ = type(pass_)(**{**pass_.options.model_dump(exclude_none=True), "refit": refit})
+    model, found, ctx, (step,) = run(case, [pass_])
+    assert step.committed, step.reason
+    _check_kept(model, found)
+    _check_claims(model, found, ctx, [step])
+    linear = {n.name or n.outputs[0].name for n in model.nodes if n.op in LINEAR}
+    refused = {skip.nodes[0] for skip in step.skipped}
+    done = {name for change in step.changes for name in change.nodes}
+    assert linear <= refused | done
+    assert step.changes or step.notes
+    assert step.changes or name == "nothing to fuse"
+    for batch in (1, 2, 9):
+        feed = {"x": normal(batch, *case.shape, seed=batch), **case.more}
+        (expected,), (got,) = compute(model, feed), compute(found, feed)
+        assert got.shape == expected.shape
+        assert got.dtype == expected.dtype
+        assert np.isfinite(got).all()
 
 
 @pytest.mark.parametrize("compensate", [False, True])
