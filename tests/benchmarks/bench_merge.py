@@ -13,9 +13,9 @@ and 0.5 of the parameters:
    aligned, nothing refitted).
 2. The comparators at the same size: prune and cluster by their gzipped files, the others by their parameters.
 3. Retrained (two epochs on 2,000 samples, the original as teacher; of 3e-4, 1e-3 and 3e-3 the learning rate
-   with the least held-out loss on a merged and on a pruned network, one for all): at 0.5 the paper's criteria
-   in every mode once, the best of each mode and the comparators over three seeds; and by turns
-   (`exponential:steps=4`).
+   with the least held-out loss on a merged and on a pruned network in batches of 32, one for all): at 0.5 the
+   paper's criteria in every mode once, the best of each mode and the comparators over three seeds; and by
+   turns (`exponential:steps=4`).
 
 Sizes are those of the gzipped files beside the gzipped original. Differences to the original come with 95 %
 intervals from a paired bootstrap over the test samples; over seeds with the standard deviation.
@@ -297,11 +297,16 @@ def _best(task: Task, rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row.score is None or row.name.endswith("plain"):
             continue
-        kind = row.name.split(",")[0]
-        key = (kind if kind in MODES else row.name, row.goal)
+        key = _kind(row), row.goal
         if key not in found or worse * row.score < worse * (found[key].score or 0):
             found[key] = row
     return sorted(found.values(), key=lambda row: worse * (row.score or 0))
+
+
+def _kind(row: Row) -> str:
+    """The mode of a merge, or the comparator."""
+    mode = row.name.split(",")[0]
+    return mode if mode in MODES else row.name
 
 
 def _trained(task: Task, model: Model, seed: int, epochs: int = EPOCHS) -> float:
@@ -346,9 +351,9 @@ def _plot(task: Task, rows: Sequence[Row], path: Path) -> None:
         return
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
     best = _best(task, rows)
-    kinds = list(dict.fromkeys(row.name.split(",")[0] if "," in row.name else row.name for row in best))
+    kinds = list(dict.fromkeys(map(_kind, best)))
     for kind in kinds:
-        own = sorted((row for row in best if row.name.split(",")[0] == kind), key=lambda row: row.size)
+        own = sorted((row for row in best if _kind(row) == kind), key=lambda row: row.size)
         mark = "o" if kind in MODES else "x"
         label = f"merge, {kind}" if kind in MODES else kind
         axes[0].plot([r.size for r in own], [r.score for r in own], marker=mark, label=label)
