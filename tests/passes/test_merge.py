@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -306,8 +307,9 @@ def test_hidden_channels_in_another_order_are_no_difference() -> None:
 
 
 def test_attention_shares_each_with_its_like() -> None:
-    model = Model.load("models/tiny_transformer.onnx")
-    ctx = context(model, dict(_arrays("models/tiny_transformer.npz", 96)), batch_size=32)
+    models = Path(__file__).parents[2] / "models"
+    model = Model.load(models / "tiny_transformer.onnx")
+    ctx = context(model, dict(_arrays(models / "tiny_transformer.npz", 96)), batch_size=32)
     made, step = done(model, ctx, layers=0.7, criterion="wasserstein", refit=False)
     for change in step.changes:
         parts = {name.split("/")[1].split(".")[-1] for name in change.nodes}
@@ -316,7 +318,7 @@ def test_attention_shares_each_with_its_like() -> None:
     assert made.outputs[0].name == "logits"
 
 
-def _arrays(path: str, count: int) -> Mapping[str, np.ndarray]:
+def _arrays(path: Path, count: int) -> Mapping[str, np.ndarray]:
     with np.load(path) as data:
         return {name: data[name][:count] for name in data.files if name != "labels"}
 
