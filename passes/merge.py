@@ -33,7 +33,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Annotated, ClassVar, Literal
@@ -53,11 +53,12 @@ from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear import LinearOp, can_share_bias, linear_op, share_weights
 from onnxfuse.marks import GRADIENT_KEY, kept
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
+from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
+from onnxfuse.rewriting import OperatorOptions, unmeasurable, walked
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.similarity import Criterion, distance, freeze_share
 from onnxfuse.trials import Trials, error_bound, longest, probe
-from onnxfuse.walk import LINEAR, Solved, check_mask, refit_change, refit_sites, walk
+from onnxfuse.walk import LINEAR, Solved, check_mask, refit_change
 
 RIDGE = 1e-3
 """Of "fit", relative to the mean diagonal of the summed covariances."""
@@ -70,7 +71,7 @@ SMALLER_NOT_FASTER = "the file shrinks; latency does not: every layer still runs
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class MergeOptions(PassOptions):
+class MergeOptions(OperatorOptions):
     """Options of `merge`."""
 
     layers: float | None = Field(
@@ -81,7 +82,7 @@ class MergeOptions(PassOptions):
         "has, too",
     )
     params: Share | None = Field(None, description="share of the model's parameters that may be left")
-    criterion: Criterion | Literal["output"] = Field(
+    criterion: Literal[Criterion, "output"] = Field(
         "output",
         description="rank pairs by a distance of their weights, or by what sharing does to the outputs",
     )
@@ -94,13 +95,8 @@ class MergeOptions(PassOptions):
         "global", description="adjacent: only layers that follow each other among those alike"
     )
     align: bool = Field(True, description="put hidden channels of merged layers in the same order first")
-    refit: bool = Field(True, description="refit the biases of merged layers and the operators behind them")
-    only: str = Field("*", description="pattern: layers with matching names")
     samples: Annotated[int, Field(gt=0)] = Field(
         768, description="fit samples on which pairs are tried (criterion=output)"
-    )
-    mask: str | None = Field(
-        None, description="graph input that is 0 where a token is padding; those rows are left out"
     )
 
     @model_validator(mode="after")
@@ -167,7 +163,7 @@ class Merge(Pass):
         VerificationError for a budget that can't be met."""
         check_mask(model, self.options.mask)
         found, skipped = find_weight_layers(model)
-        layers = self._eligible(found, skipped)
+        layers = self._eligible(model, found, skipped, context)
         plan = self._plan(model, layers, (len(found) - 1) / 2, context)
         if not plan.steps:
             return PassResult(model, skipped=skipped, notes=[self._idle(plan)])
@@ -200,14 +196,25 @@ class Merge(Pass):
 
     # What may share, in which order
 
-    def _eligible(self, found: Sequence[WeightLayer], skipped: list[Skip]) -> list[WeightLayer]:
+    def _eligible(
+        self, model: Model, found: Sequence[WeightLayer], skipped: list[Skip], context: Context
+    ) -> list[WeightLayer]:
         layers = []
+        outputs = [
+            str(op.node.outputs[0].name) for layer in found for op in layer.ops if op.node.op in LINEAR
+        ]
+        # An exact merge predicts nothing.
+        exact = self.contract is Contract.EXACT
+        refused = {} if exact else unmeasurable(model, model.copy(), outputs, context)
         for layer in found:
+            reasons = [refused[y] for op in layer.ops if (y := op.node.outputs[0].name) in refused]
             transposed = [op.node.op for op in layer.ops if op.node.op not in LINEAR]
             if any(kept(op.node) for op in layer.ops):
                 skipped.append(Skip((layer.name,), "it is pruned or clustered, which sharing would undo"))
             elif transposed:
                 skipped.append(Skip((layer.name,), f"the error of {transposed[0]} can't be predicted"))
+            elif reasons:
+                skipped.append(Skip((layer.name,), reasons[0]))
             elif any(fnmatchcase(op.name, self.options.only) for op in layer.ops):
                 layers.append(layer)
         return layers
@@ -244,7 +251,7 @@ class Merge(Pass):
         that is saved."""
         if self.options.criterion != "output" or self.options.layers is not None:
             return step.height
-        return step.height / layers[step.others[0]].matrix.size
+        return step.height / _size(layers[step.others[0]])
 
     def _compared(
         self,
@@ -258,12 +265,13 @@ class Merge(Pass):
         Raises:
             NotApplicableError: too many pairs to try each.
         """
-        if self.contract is Contract.EXACT:
-            return [0.0 if np.array_equal(a.matrix, b.matrix) else math.inf for a, b in pairs]
-        if self.options.criterion == "output":
+        criterion, exact = self.options.criterion, self.contract is Contract.EXACT
+        if criterion == "output" and not exact:
             return self._tried(model, plan, pairs, context)
         matrices = {layer: layer.matrix for layer in plan.layers}
-        criterion = self.options.criterion
+        if exact:
+            return [0.0 if np.array_equal(matrices[a], matrices[b]) else math.inf for a, b in pairs]
+        assert criterion != "output"
         return [distance(matrices[a], matrices[b], criterion, context.seed) for a, b in pairs]
 
     def _tried(
@@ -376,29 +384,8 @@ class Merge(Pass):
         if self.options.mode == "fit":
             known = self._seen(made, clusters, context)
         changes, nodes = self._share(made, clusters, self.options.mode, known, context.seed)
-        sites, left = refit_sites(
-            context.original,
-            made,
-            mask=self.options.mask,
-            feed=next(iter(context.calibration.fit)).feed,
-            before=model,
-            fixed=nodes,
-        )
-        if not self.options.refit:
-            sites = [replace(site, how="keep") for site in sites if site.op.node in nodes]
-            left = [
-                skip for skip in left if skip.nodes[0] in {op for change in changes for op in change.nodes}
-            ]
-        solved = walk(
-            context.original,
-            made,
-            sites,
-            context.calibration,
-            context.runtime,
-            seed=context.seed,
-            progress=context.progress,
-        )
-        return _Made(cut, made, changes, solved, left)
+        solved, skipped = walked(model, made, nodes, self.options, context)
+        return _Made(cut, made, changes, solved, skipped)
 
     def _aligned(
         self, model: Model, plan: _Plan, clusters: Sequence[Sequence[WeightLayer]]
@@ -486,7 +473,7 @@ def _now(model: Model, op: LinearOp, shapes: Mapping[str, TensorInfo]) -> Linear
 
 
 def _size(layer: WeightLayer) -> int:
-    return int(layer.matrix.size)
+    return layer.ops[0].out_features * layer.ops[0].columns
 
 
 def _shared(

@@ -12,13 +12,14 @@ import pytest
 from nets import columns, compute, context, fitted, held, net, normal, weight
 
 from onnxfuse.api import retrain
-from onnxfuse.errors import NotApplicableError, VerificationError
+from onnxfuse.errors import InputError, NotApplicableError, VerificationError
 from onnxfuse.graph import Model
 from onnxfuse.marks import GRADIENT_KEY
 from onnxfuse.pass_manager import Context, Contract, PassManager, StepReport
 from onnxfuse.passes.merge import RIDGE, Merge
 from onnxfuse.passes.prune import Prune
 from onnxfuse.pytorch import to_torch
+from onnxfuse.recipe import make_pass
 from onnxfuse.similarity import freeze_share
 from onnxfuse.trials import Trials
 
@@ -591,6 +592,26 @@ def test_pruned_layers_stay(dense: tuple[Model, Context]) -> None:
     _, step = outcome.steps
     assert not step.changes
     assert [skip.nodes for skip in step.skipped if "pruned or clustered" in skip.reason] == [("h1",), ("h3",)]
+
+
+def test_a_criterion_that_there_is_not_is_told_all_that_there_are() -> None:
+    with pytest.raises(
+        InputError, match=r"option 'criterion' should be 'euclidean', .* or 'output', not 'cosine'"
+    ):
+        make_pass("merge", {"criterion": "cosine"})
+
+
+def test_layers_whose_error_can_not_be_predicted_stay(
+    dense: tuple[Model, Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ctx = dense
+    monkeypatch.setattr("onnxfuse.walk.MOST_COLUMNS", 7)  # each of the three like layers has 8
+    made, step = run(model, ctx, layers=0.2)
+    assert not sharing(made)
+    assert {("h1",), ("h2",), ("h3",)} <= {s.nodes for s in step.skipped if "too many to solve" in s.reason}
+    base = weight(model, "w1")
+    twins = chain(w1=base, w3=base.copy())
+    assert sharing(done(twins, context(twins, {"x": normal(40, 6)}), layers=0)[0]) == [{"h1", "h3"}]
 
 
 def test_transposed_convolutions_are_refused() -> None:
