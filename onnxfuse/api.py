@@ -523,10 +523,10 @@ def _is_changed(steps: Sequence[StepReport]) -> bool:
 
 def _files(original: Model, written: Path | None, *, packed: bool) -> tuple[FileSize, FileSize] | None:
     """Sizes of the original's file and the result's, where there are both."""
-    if written is None or original.path is None or original.folder is None:
+    source = _file_of(original)
+    if written is None or source is None:
         return None
     try:
-        source = original.folder / original.path.name
         return file_size(source, gzipped=packed), file_size(written, gzipped=packed)
     except OSError:
         return None  # the original has gone meanwhile

@@ -158,8 +158,9 @@ def train(
     module.to(device)
     devices = [device] if device.type == "cuda" else []
     with _deterministic(), torch.random.fork_rng(devices=devices), _failing_clearly():
-        run = _Run(module, batches, objective, settings, held_out, metric, frozen, device, precision)
-        run.after_step = after_step
+        run = _Run(
+            module, batches, objective, settings, held_out, metric, frozen, after_step, device, precision
+        )
         try:
             return run.train(resume, keep, progress or NoProgress())
         finally:
@@ -212,11 +213,13 @@ class _Run:
         held_out: Iterable[Batch] | None,
         metric: Metric | None,
         frozen: Collection[nn.Module],
+        after_step: Callable[[], None] | None,
         device: torch.device,
         precision: torch.dtype | None,
     ) -> None:
         self.module, self.batches, self.objective, self.settings = module, batches, objective, settings
         self.held_out, self.metric, self.frozen = held_out, metric, frozen
+        self.after_step = after_step
         self.device, self.precision = device, precision
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
@@ -229,7 +232,6 @@ class _Run:
         if self.world > 1:
             places = [device] if device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.named, device_ids=places, find_unused_parameters=True)
-        self.after_step: Callable[[], None] | None = None
         self.history: list[Epoch] = []
         self.best = 0
         self.best_state: dict[str, Tensor] = {}
