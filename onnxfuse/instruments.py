@@ -21,8 +21,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from onnxfuse.errors import InputError
 
 if TYPE_CHECKING:
+    from onnxfuse.findings import Json
     from onnxfuse.graph import Model
-    from onnxfuse.pass_manager import Advance, Json, Pass, StepReport
+    from onnxfuse.pass_manager import Pass, StepReport
+    from onnxfuse.progress import Advance
 
 
 class Instrument:

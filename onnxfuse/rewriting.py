@@ -17,9 +17,10 @@ from typing import TypeVar
 import numpy as np
 from pydantic import Field
 
+from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.graph import Model, Node, Tensor
 from onnxfuse.linear import LinearOp, linear_op, weight_type
-from onnxfuse.pass_manager import Change, Context, Json, PassOptions, PassResult, Skip
+from onnxfuse.pass_manager import Context, PassOptions, PassResult
 from onnxfuse.regions import site_name
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.trials import Made, error_bound, longest, probe

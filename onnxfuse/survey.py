@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from onnxfuse.calibration import Batch, Calibration
 from onnxfuse.graph import Model
 from onnxfuse.moments import Moments, add_patches, gather, sample_positions
-from onnxfuse.pass_manager import NoProgress, Progress
+from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.regions import Region
 from onnxfuse.runtime import Feed, Runtime
 from onnxfuse.solve import Affine

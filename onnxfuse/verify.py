@@ -47,8 +47,8 @@ from onnxfuse.samples import batch_axes, fixed_batch
 
 if TYPE_CHECKING:
     from onnxfuse.calibration import Batch, Calibration
+    from onnxfuse.findings import Prediction
     from onnxfuse.graph import Model, TensorInfo
-    from onnxfuse.pass_manager import Prediction
     from onnxfuse.runtime import Feed, Runtime, Session
 
 MULTIPLE = 8.0

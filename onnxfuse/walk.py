@@ -33,11 +33,12 @@ from threadpoolctl import threadpool_limits
 
 from onnxfuse.calibration import Batches, Calibration
 from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.findings import Change, Prediction, Skip
 from onnxfuse.graph import DEFAULT_DOMAINS, Constant, Model, Node, Tensor, TensorInfo
 from onnxfuse.linear import LinearOp, linear_op, write_weights
 from onnxfuse.marks import kept
 from onnxfuse.moments import Moments, add_patches, gather, sample_positions
-from onnxfuse.pass_manager import Change, NoProgress, Prediction, Progress, Skip
+from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed, Runtime, Session
 from onnxfuse.shapes import fill

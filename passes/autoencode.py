@@ -28,10 +28,11 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from onnxfuse import sites
 from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Model, Tensor
 from onnxfuse.linear import LinearOp, linear_op
 from onnxfuse.moments import gather, output_size, patches, sample_positions
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed
 from onnxfuse.solve import Affine

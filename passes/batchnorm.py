@@ -24,10 +24,11 @@ from pydantic import Field
 
 from onnxfuse.calibration import Batch
 from onnxfuse.errors import NotApplicableError
+from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.graph import Model, Variable
 from onnxfuse.linear import LinearOp, is_main_domain, linear_op
 from onnxfuse.normalization import CONVOLUTIONS, normalized_by
-from onnxfuse.pass_manager import Change, Context, Contract, Json, Pass, PassOptions, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed, Session
 from onnxfuse.samples import batch_axes

@@ -34,18 +34,10 @@ from threadpoolctl import threadpool_limits
 
 from onnxfuse.cost import node_macs, shapes_at
 from onnxfuse.errors import NotApplicableError
+from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.graph import Model, Node
-from onnxfuse.pass_manager import (
-    Change,
-    Context,
-    Contract,
-    Json,
-    NoProgress,
-    Pass,
-    PassOptions,
-    PassResult,
-    Skip,
-)
+from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
+from onnxfuse.progress import NoProgress
 from onnxfuse.regions import Region, check_geometry, describe, find_regions, site_name
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.solve import Affine

@@ -26,10 +26,11 @@ from onnxfuse.channels.importance import Statistics, statistics
 from onnxfuse.cost import measure, node_macs, shapes_at
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.factors import Basis, allocate, randomised, reduced_rank, truncated
+from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model, Node
 from onnxfuse.linear import LinearOp, is_shared, linear_op, optional_input, write_weights
 from onnxfuse.marks import KEPT_KEY
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.rewriting import (
     OperatorOptions,
     Rewritten,

@@ -50,10 +50,11 @@ from onnxfuse.channels.importance import Statistics, statistics
 from onnxfuse.clusters import Step, agglomerate, joined
 from onnxfuse.cost import count as cost_of
 from onnxfuse.errors import NotApplicableError, VerificationError
+from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear import LinearOp, can_share_bias, linear_op, share_weights
 from onnxfuse.marks import GRADIENT_KEY, kept
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.rewriting import OperatorOptions, unmeasurable, walked
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.similarity import Criterion, distance, freeze_share

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from onnxfuse.findings import Json
 from onnxfuse.graph import Model, Node
 from onnxfuse.marks import ZEROS, keep
-from onnxfuse.pass_manager import Context, Contract, Json, Pass, PassResult
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.rewriting import (
     OperatorOptions,
     Rewritten,

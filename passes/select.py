@@ -36,8 +36,9 @@ from onnxfuse.channels.consumers import Consumer, View, consumers
 from onnxfuse.channels.importance import Ranking, Statistics, compensation, magnitudes, rank, statistics
 from onnxfuse.channels.timing import rewarded
 from onnxfuse.errors import NotApplicableError, VerificationError
+from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.trials import Trials, error_bound, longest, probe
 from onnxfuse.verify import few_rows
 from onnxfuse.walk import Solved, check_mask, refit_change, refit_sites, walk

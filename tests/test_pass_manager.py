@@ -20,20 +20,10 @@ from rich.console import Console
 from onnxfuse import pass_manager
 from onnxfuse.calibration import Calibration
 from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.findings import Change, Prediction, Skip
 from onnxfuse.graph import Model
 from onnxfuse.instruments import Dumps, Instrument, Journal, RichProgress, Timing, plain
-from onnxfuse.pass_manager import (
-    Change,
-    Context,
-    Contract,
-    Pass,
-    PassManager,
-    PassOptions,
-    PassResult,
-    Prediction,
-    Skip,
-    StepReport,
-)
+from onnxfuse.pass_manager import Context, Contract, Pass, PassManager, PassOptions, PassResult, StepReport
 from onnxfuse.runtime import Runtime
 
 TEXT = """<ir_version: 8, opset_import: ["" : 17]>

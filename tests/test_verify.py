@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxfuse import moments, verify
 from onnxfuse.calibration import Batch, Calibration
 from onnxfuse.errors import InputError, VerificationError
+from onnxfuse.findings import Prediction
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Prediction
 from onnxfuse.runtime import Runtime
 
 

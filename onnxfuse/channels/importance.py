@@ -28,7 +28,7 @@ from onnxfuse.channels.consumers import Consumer, View
 from onnxfuse.channels.groups import Group
 from onnxfuse.graph import Model
 from onnxfuse.moments import Moments, gather, output_size, patches, sample_positions
-from onnxfuse.pass_manager import NoProgress, Progress
+from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime import Feed, Runtime
 
 RIDGE = 1e-2

@@ -21,7 +21,7 @@ from onnxfuse.channels.groups import ChannelGroups, Group
 from onnxfuse.cost import interleaved
 from onnxfuse.errors import OnnxfuseError
 from onnxfuse.graph import Model, Node
-from onnxfuse.pass_manager import NoProgress, Progress
+from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime import Feed, Runtime
 
 REPEATS, SECONDS = 100, 1.5
