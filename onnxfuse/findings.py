@@ -34,9 +34,9 @@ class Skip:
 class Prediction:
     """A claim about one tensor of the rewritten model, made from moments.
 
-    Over the fit samples, at the positions `moments.sample_positions(context.seed, tensor, batch.index, ...)`,
-    |tensor - reference|^2 summed over `channel_axis` and averaged over rows (samples x positions) equals
-    `error`.
+    Over the fit samples, at the positions that `numerics.sampling.RowSampler(context.seed, tensor, mask)`
+    draws, |tensor - reference|^2 summed over `channel_axis` and averaged over rows (samples x positions)
+    equals `error`.
 
     `tensor` names a tensor of the rewritten model, `reference` one of `context.original` with the same
     shape, up to `channels`. `error` and `variance` (the reference's, about its mean, also summed over

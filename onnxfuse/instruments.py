@@ -1,4 +1,4 @@
-"""What surrounds passes without being part of them: times, progress bars, dumped models, a journal.
+"""What surrounds passes without being part of them: progress bars, dumped models, a journal.
 
 An instrument overrides the moments it cares about; the manager calls each in turn. None of them can change a
 result. `RichProgress` and `Journal` are also what goes into `Context.progress` and `Context.journal`, so that
@@ -41,24 +41,6 @@ class Instrument:
 
     def finished(self) -> None:
         """At the end, also when a pass raised or the user interrupted."""
-
-
-class Timing(Instrument):
-    """Seconds by step, `(pass name, seconds)` in order, and the total including what lies between passes."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[str, float]] = []
-        self.total = 0.0
-        self._start = 0.0
-
-    def started(self, passes: Sequence[Pass], model: Model) -> None:
-        self._start = time.perf_counter()
-
-    def after(self, index: int, step: StepReport, model: Model) -> None:
-        self.steps.append((step.name, step.seconds))
-
-    def finished(self) -> None:
-        self.total = time.perf_counter() - self._start
 
 
 class RichProgress(Instrument):

@@ -14,7 +14,6 @@ per sample say nearly as much, because neighbouring patches repeat each other.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -23,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg.blas
 
-from onnxfuse import solve as _solve
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.solve import Affine, Array
+from onnxfuse.numerics.affine import Affine, Array
+from onnxfuse.numerics.sampling import gather, output_size, patches
 
 _BUFFER_ROWS = 1024
 _BUFFER_ELEMENTS = 1 << 20
@@ -300,14 +299,6 @@ class Moments:
             return error / variance
         return 0.0 if error <= rounding else float("inf")
 
-    def solve(self, ridge: float, prior: npt.ArrayLike | None = None) -> Affine:
-        """The best affine map from x to y under a relative ridge; see `onnxfuse.solve.solve`."""
-        return _solve.solve(self, ridge, prior)
-
-    def path(self, ridges: Sequence[float], prior: npt.ArrayLike | None = None) -> list[Affine]:
-        """Solutions for many ridges from one eigendecomposition; see `onnxfuse.solve.path`."""
-        return _solve.path(self, ridges, prior)
-
     def _require_rows(self) -> None:
         if self.n <= 0:
             raise NotApplicableError("no calibration rows to measure on")
@@ -331,90 +322,6 @@ def _centre(rows: npt.NDArray[Any]) -> Array:
     return np.where(
         rows.min(axis=0) == rows.max(axis=0), rows[0], rows.mean(axis=0, dtype=np.float64)
     ).astype(np.float64)
-
-
-def output_size(
-    spatial: Sequence[int],
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    pads: Sequence[int],
-) -> tuple[int, ...]:
-    """Spatial size of a Conv's output; pads as in ONNX, all begins and then all ends (negative ones crop)."""
-    axes = len(spatial)
-    if not len(kernel) == len(strides) == len(dilations) == axes or len(pads) != 2 * axes:
-        raise ValueError(f"geometry doesn't fit {axes} spatial axes")
-    sizes = tuple(
-        (size + begin + end - dilation * (k - 1) - 1) // stride + 1
-        for size, k, stride, dilation, begin, end in zip(
-            spatial, kernel, strides, dilations, pads[:axes], pads[axes:], strict=True
-        )
-    )
-    if min(sizes, default=1) < 1:
-        raise ValueError(f"kernel {tuple(kernel)} doesn't fit into {tuple(spatial)} with pads {tuple(pads)}")
-    return sizes
-
-
-def patches(
-    x: npt.NDArray[Any],
-    positions: npt.NDArray[np.int64] | None,
-    *,
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    pads: Sequence[int],
-) -> npt.NDArray[Any]:
-    """The zero-padded patches that a Conv sees at some of its output positions.
-
-    Args:
-        x: (N, C, *spatial), one to three spatial axes (or any number).
-        positions: flat (C-ordered) output positions per sample, (N, P); None for all of them.
-        kernel, strides, dilations: one per spatial axis.
-        pads: all begins, then all ends, as in ONNX.
-
-    Returns:
-        (N * P, C * prod(kernel)), samples outermost, of x's type; columns in the order of an ONNX Conv weight
-        (channel, then kernel), so that patches @ W.reshape(M, -1).T is the convolution. Group g of a grouped
-        Conv sees the g-th of `groups` equal runs of columns, as `Moments` has it.
-    """
-    samples, channels, *spatial = x.shape
-    sizes = output_size(spatial, kernel, strides, dilations, pads)
-    if positions is None:
-        positions = np.broadcast_to(np.arange(prod(sizes)), (samples, prod(sizes)))
-    rows, taps = positions.size, prod(kernel)
-    index = np.zeros((rows, 1), dtype=np.intp)
-    outside = np.zeros((rows, 1), dtype=bool)
-    for axis, at in enumerate(np.unravel_index(positions.ravel(), sizes)):
-        steps = np.arange(kernel[axis]) * dilations[axis] - pads[axis]
-        where = at[:, None] * strides[axis] + steps
-        beyond = (where < 0) | (where >= spatial[axis])
-        where[beyond] = 0
-        index = (index[:, :, None] * spatial[axis] + where[:, None, :]).reshape(rows, -1)
-        outside = (outside[:, :, None] | beyond[:, None, :]).reshape(rows, -1)
-    sample = np.repeat(np.arange(samples), positions.shape[1])[:, None]
-    # Index arrays shared by all channels, and no padded copy of x: only what is asked for is touched.
-    found = x.reshape(samples, channels, -1)[sample, :, index]  # (rows, taps, C)
-    found[outside] = 0
-    return found.swapaxes(1, 2).reshape(rows, channels * taps)
-
-
-def gather(
-    y: npt.NDArray[Any], positions: npt.NDArray[np.int64] | None, channel_axis: int = 1
-) -> npt.NDArray[Any]:
-    """Channel vectors at flat positions (N, P), or at all of them: (N * P, C), in the order of `patches`.
-
-    y is (N, C, *spatial), or (N, *spatial, C) with channel_axis -1.
-    """
-    if channel_axis not in (1, -1, y.ndim - 1):
-        raise ValueError("channels must be the second axis or the last")
-    samples, channels = len(y), y.shape[channel_axis]
-    if channel_axis == 1:
-        flat = y.reshape(samples, channels, -1)
-        found = flat.swapaxes(1, 2) if positions is None else flat[np.arange(samples)[:, None], :, positions]
-    else:
-        flat = y.reshape(samples, -1, channels)
-        found = flat if positions is None else flat[np.arange(samples)[:, None], positions]
-    return found.reshape(-1, channels)
 
 
 def add_patches(
@@ -447,24 +354,3 @@ def add_patches(
             at = positions[part, first : first + columns]
             seen = patches(x[part], at, kernel=kernel, strides=strides, dilations=dilations, pads=pads)
             moments.add(seen, gather(y[part], at))
-
-
-def sample_positions(
-    seed: int, key: str, batch: int, samples: int, size: int, count: int | None
-) -> npt.NDArray[np.int64] | None:
-    """Which of `size` positions to look at, per sample: (samples, count), sorted and distinct; None for all.
-
-    The positions depend on nothing but the arguments, so two runs over the same batches see the same ones.
-    They are stratified: one per equal stretch, the stretches turned by a random amount per sample. Every
-    position has the same chance, and the spread beats independent draws.
-    """
-    if count is None or count >= size:
-        return None
-    if count < 1:
-        raise ValueError("at least one position per sample is needed")
-    digest = hashlib.sha256(f"{seed}\0{key}\0{batch}".encode()).digest()
-    random = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-    edges = np.arange(count + 1) * size // count
-    inside = (random.random((samples, count)) * np.diff(edges)).astype(np.int64)
-    turned = (edges[:-1] + inside + random.integers(size, size=(samples, 1))) % size
-    return np.sort(turned, axis=1)

@@ -20,42 +20,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
 from onnxfuse.errors import NotApplicableError
-
-if TYPE_CHECKING:
-    from onnxfuse.moments import Moments
-
-Array = npt.NDArray[np.float64]
+from onnxfuse.moments import Moments
+from onnxfuse.numerics.affine import Affine, Array
 
 RIDGES = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 """Ridges tried by `choose_ridge`; relative to the mean diagonal of C_xx."""
 
 _CHOLESKY_FROM = 1e-9
 """Above this relative ridge the system's condition number, at most columns / ridge, is safe for Cholesky."""
-
-
-@dataclass(frozen=True)
-class Affine:
-    """y = W x + b, with weight (dy, dx / groups) and bias (dy,), float64.
-
-    With groups, outputs [g dy/groups, (g+1) dy/groups) see inputs [g dx/groups, (g+1) dx/groups) only.
-    """
-
-    weight: Array
-    bias: Array
-
-    def __call__(self, x: npt.ArrayLike, groups: int = 1) -> Array:
-        """Apply to rows x (n, dx); returns (n, dy)."""
-        rows = np.asarray(x, dtype=np.float64)
-        stack = self.weight.reshape(groups, -1, self.weight.shape[1])
-        out = np.einsum("ngp,gqp->ngq", rows.reshape(len(rows), groups, -1), stack, optimize=True)
-        return out.reshape(len(rows), -1) + self.bias
 
 
 def solve(moments: Moments, ridge: float, prior: npt.ArrayLike | None = None) -> Affine:
@@ -92,16 +70,6 @@ def path(moments: Moments, ridges: Sequence[float], prior: npt.ArrayLike | None 
     `solve`."""
     spectrum = _Spectrum.of(moments, prior)
     return [spectrum.solution(ridge) for ridge in ridges]
-
-
-def predicted_error(moments: Moments) -> float:
-    """The error that the unregularised solution leaves: trace(C_y - C_yx C_xx^+ C_xy) (FuseInit, Corollary
-    1).
-
-    It is what `moments.error(moments.solve(0.0))` measures, without solving. On the rows it was fitted to it
-    flatters, the more so the nearer their number is to the number of columns: judge by held-out rows.
-    """
-    return float(_Spectrum.of(moments, None).residuals(0.0).sum()) / moments.n
 
 
 def generalised_cross_validation(

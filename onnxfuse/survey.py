@@ -19,11 +19,13 @@ from threadpoolctl import threadpool_limits
 
 from onnxfuse.calibration import Batch, Calibration
 from onnxfuse.graph import Model
-from onnxfuse.moments import Moments, add_patches, gather, sample_positions
+from onnxfuse.moments import Moments, add_patches
+from onnxfuse.numerics.affine import Affine
+from onnxfuse.numerics.sampling import RowSampler, per_sample, row_shape
 from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.regions import Region
 from onnxfuse.runtime import Feed, Runtime
-from onnxfuse.solve import Affine
+from onnxfuse.solve import solve
 
 ROWS_PER_COLUMN = 8
 """Sampled rows per column: enough to tell a good candidate from a bad one."""
@@ -78,19 +80,17 @@ class _View:
         self.moments = [Moments(first.columns, sum(self.widths.values()), single=True) for _ in range(2)]
         self.batches = batches
         self.positions: int | None = None
-        self.seed = seed
-        self.mask = mask if first.region.kind == "token" else None
+        self.sampler = RowSampler(seed, first.region.u, mask if first.region.kind == "token" else None)
 
     def add(self, batch: Batch, held: bool, found: Feed) -> None:
         first = self.candidates[0]
         region, x = first.region, found[first.region.u]
         y = [found[name] for name in self.targets]
         moments = self.moments[held]
-        axis = 1 if region.kind == "conv" else y[0].ndim - 1
-        size = math.prod(y[0].shape) // max(y[0].shape[0] * y[0].shape[axis], 1)
         if self.positions is None:
-            self.positions = -(-ROWS_PER_COLUMN * first.columns // (self.batches * len(x)))
-        at = sample_positions(self.seed, region.u, batch.index, len(x), size, self.positions)
+            self.positions = per_sample(ROWS_PER_COLUMN * first.columns, self.batches * len(x))
+        shape = row_shape(y[0].shape, 1 if region.kind == "conv" else -1)
+        rows = self.sampler.sample(batch.index, shape, self.positions, batch.feed)
         if region.kind == "conv":
             assert region.geometry is not None
             target = np.concatenate(y, axis=1) if len(y) > 1 else y[0]
@@ -98,24 +98,21 @@ class _View:
                 moments,
                 x,
                 target,
-                at,
+                rows.positions,
                 kernel=first.kernel,
                 strides=region.geometry.strides,
                 dilations=(1,) * len(first.kernel),
                 pads=first.pads,
             )
             return
-        rows = x.reshape(len(x), -1) if region.kind == "flatten" else gather(x, at, -1)
-        weights = None
-        if self.mask is not None and batch.feed[self.mask].shape == y[0].shape[:-1]:
-            weights = (gather(batch.feed[self.mask][..., None], at, -1)[:, 0] != 0).astype(np.float64)
-        moments.add(rows, np.concatenate([gather(t, at, -1) for t in y], axis=1), weights)
+        inputs = x.reshape(len(x), -1) if region.kind == "flatten" else rows.vectors(x, -1)
+        moments.add(inputs, np.concatenate([rows.vectors(t, -1) for t in y], axis=1), rows.weights)
 
     def fits(self, ridge: float) -> list[Fit]:
         fit, held = self.moments
         if not held.n:
             held = fit
-        affine = fit.solve(ridge)
+        affine = solve(fit, ridge)
         errors = [moments.errors(affine) for moments in (fit, held)]
         spreads = [moments.yy / moments.n for moments in (fit, held)]
         result, start, where = [], 0, {}

@@ -37,12 +37,14 @@ from onnxfuse.findings import Change, Prediction, Skip
 from onnxfuse.graph import DEFAULT_DOMAINS, Constant, Model, Node, Tensor, TensorInfo
 from onnxfuse.linear import LinearOp, linear_op, write_weights
 from onnxfuse.marks import kept
-from onnxfuse.moments import Moments, add_patches, gather, sample_positions
+from onnxfuse.moments import Moments, add_patches
+from onnxfuse.numerics.affine import Affine
+from onnxfuse.numerics.sampling import RowSampler, per_sample, row_shape
 from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed, Runtime, Session
 from onnxfuse.shapes import fill
-from onnxfuse.solve import RIDGES, Affine, best_bias, choose_ridge, generalised_cross_validation, per_channel
+from onnxfuse.solve import RIDGES, best_bias, choose_ridge, generalised_cross_validation, per_channel, solve
 from onnxfuse.spool import Spool
 
 REFIT_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
@@ -128,7 +130,7 @@ class Solved:
             self.error,
             self.variance,
             self.positions,
-            _channel_axis(self.site.op),
+            channel_axis(self.site.op),
             self.site.mask,
             self.site.channels,
         )
@@ -260,7 +262,7 @@ def refit_sites(
     sites: list[Site] = []
     for index, op, how in ops:
         own = mask if op.kind == "token" else None
-        axis = _channel_axis(op)
+        axis = channel_axis(op)
         if op.node in new:
             channels = kept_channels(rewritten, new[op.node], axis)
             assert not isinstance(channels, str)
@@ -328,7 +330,7 @@ def _sum_with(model: Model, op: LinearOp, shapes: Mapping[str, TensorInfo]) -> t
     return total, rest.name
 
 
-def _channel_axis(op: LinearOp) -> int:
+def channel_axis(op: LinearOp) -> int:
     return 1 if op.kind == "conv" else -1
 
 
@@ -593,7 +595,7 @@ class _Task:
 
     def __init__(self, site: Site, seed: int, batches: int, quick: bool) -> None:
         self.site = site
-        self.seed = seed
+        self.sampler = RowSampler(seed, site.tensor, site.mask)
         self.quick = quick
         op = site.op
         self.moments = [
@@ -605,12 +607,12 @@ class _Task:
             self.spreads = [_Spread(), _Spread()]
         self.batches = batches
         self.positions: int | None = None
-        self.size: int | None = None
+        self.is_first = True
 
     def add(self, batch: int, held: bool, reference: np.ndarray, found: Feed) -> None:
         op, x = self.site.op, found[self.site.op.x]
         if self.site.channels is not None:
-            reference = np.take(reference, self.site.channels, _channel_axis(op))
+            reference = np.take(reference, self.site.channels, channel_axis(op))
         target = reference
         if self.site.rest is not None:
             rest = found[self.site.rest]
@@ -619,37 +621,38 @@ class _Task:
                     f"'{self.site.rest}' does not have the shape of '{self.site.tensor}'"
                 )
             target = reference - rest
-        axis = 1 if op.kind == "conv" else target.ndim - 1
-        size = math.prod(target.shape) // max(target.shape[0] * target.shape[axis], 1)
-        if self.size is None:
-            self.size = size
-            if self.site.mask is not None and found[self.site.mask].shape != target.shape[:-1]:
+        axis = channel_axis(op)
+        shape = row_shape(target.shape, axis)
+        if self.is_first:
+            self.is_first = False
+            self.positions = self._positions(shape)
+            if self.site.mask is not None and found[self.site.mask].shape != shape:
                 self.site = replace(self.site, mask=None)
-            rows = max(LEAST_ROWS, ROWS_PER_COLUMN * op.columns)
-            wanted = -(-(rows // 8 if self.quick else rows) // (self.batches * len(target)))
-            self.positions = wanted if wanted < size else None
-        positions = sample_positions(self.seed, self.site.tensor, batch, len(target), size, self.positions)
+        rows = self.sampler.sample(batch, shape, self.positions, found)
         moments = self.moments[held]
-        weights = None
-        if self.site.mask is not None:
-            weights = (gather(found[self.site.mask][..., None], positions, -1)[:, 0] != 0).astype(np.float64)
         spread = self.spreads[held]
         if isinstance(spread, _Spread):
-            spread.add(gather(reference, positions, axis), weights)
+            spread.add(rows.vectors(reference, axis), rows.weights)
         if op.kind == "conv":
             assert op.pads is not None
             add_patches(
                 moments,
                 x,
                 target,
-                positions,
+                rows.positions,
                 kernel=op.kernel,
                 strides=op.strides,
                 dilations=op.dilations,
                 pads=op.pads,
             )
             return
-        moments.add(gather(x, positions, -1), gather(target, positions, -1), weights)
+        moments.add(rows.vectors(x, -1), rows.vectors(target, -1), rows.weights)
+
+    def _positions(self, shape: Sequence[int]) -> int | None:
+        """Positions in each sample of batches whose rows are of this shape, None for all."""
+        rows = max(LEAST_ROWS, ROWS_PER_COLUMN * self.site.op.columns)
+        count = per_sample(rows // 8 if self.quick else rows, self.batches * shape[0])
+        return count if count < math.prod(shape[1:]) else None
 
     def solve(self, model: Model, ridge: float | None, paper: bool) -> Solved:
         op, judge = self.site.op, 1 if self.moments[1].n else 0
@@ -690,10 +693,10 @@ class _Task:
         if paper and prior is None and self.site.op.kind == "conv":
             return 0.0, per_channel(fit, self.site.op.in_features)
         if prior is None and ridge is not None:
-            return ridge, fit.solve(ridge)
+            return ridge, solve(fit, ridge)
         if self.quick:
             used = TRIAL_RIDGE if prior is None else TRIAL_REFIT_RIDGE
-            return used, fit.solve(used, prior)
+            return used, solve(fit, used, prior)
         return _choose(fit, held, prior)
 
 
@@ -708,7 +711,7 @@ def _choose(fit: Moments, held: Moments, prior: np.ndarray | None) -> tuple[floa
     """The ridge with the least held-out error (cross-validated where none are held out), and its solution."""
     ridges = RIDGES if prior is None else REFIT_RIDGES
     if fit.dx // fit.groups > EIGEN_COLUMNS:
-        found = [(ridge, fit.solve(ridge, prior)) for ridge in _FEW_RIDGES]
+        found = [(ridge, solve(fit, ridge, prior)) for ridge in _FEW_RIDGES]
         return found[-1] if held is fit else min(found, key=lambda pair: held.error(pair[1]))
     if held is fit:
         return generalised_cross_validation(fit, ridges, prior)

@@ -31,11 +31,11 @@ from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Model, Tensor
 from onnxfuse.linear import LinearOp, linear_op
-from onnxfuse.moments import gather, output_size, patches, sample_positions
+from onnxfuse.numerics.affine import Affine
+from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
 from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed
-from onnxfuse.solve import Affine
 from onnxfuse.walk import LINEAR, MOST_COLUMNS, Site, Solved, check_mask, refit_change, refit_sites, walk
 
 if TYPE_CHECKING:
@@ -339,7 +339,8 @@ def _joined(op: LinearOp, parts: Sequence[Sequence[np.ndarray]]) -> tuple[np.nda
 def _sampled(op: LinearOp, batch: Batch, seen: Feed, batches: int, mask: str | None, seed: int) -> np.ndarray:
     """Rows of one batch, at sampled positions; padding tokens are left out."""
     x = seen[op.x]
-    count = -(-_wanted(op) // (batches * len(x)))
+    count = per_sample(_wanted(op), batches * len(x))
+    sampler = RowSampler(seed, op.y, mask if op.kind == "token" else None)
     geometry: dict[str, Any] = {
         "kernel": op.kernel,
         "strides": op.strides,
@@ -347,13 +348,9 @@ def _sampled(op: LinearOp, batch: Batch, seen: Feed, batches: int, mask: str | N
         "pads": op.pads,
     }
     inner = output_size(x.shape[2:], **geometry) if op.kind == "conv" else x.shape[1:-1]
-    positions = sample_positions(seed, op.y, batch.index, len(x), math.prod(inner), count)
-    if op.kind == "conv":
-        return patches(x, positions, **geometry).astype(np.float32, copy=False)
-    rows = gather(x, positions, -1).astype(np.float32, copy=False)
-    if op.kind == "token" and mask is not None and batch.feed[mask].shape == x.shape[:-1]:
-        rows = rows[gather(batch.feed[mask][..., None], positions, -1)[:, 0] != 0]
-    return rows
+    rows = sampler.sample(batch.index, (len(x), *inner), count, batch.feed)
+    found = patches(x, rows.positions, **geometry) if op.kind == "conv" else rows.vectors(x, -1)
+    return rows.without_padding(found.astype(np.float32, copy=False))
 
 
 # --- rewriting ----------------------------------------------------------------------------------------------

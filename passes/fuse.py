@@ -36,11 +36,11 @@ from onnxfuse.cost import node_macs, shapes_at
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.graph import Model, Node
+from onnxfuse.numerics.affine import Affine
 from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.progress import NoProgress
 from onnxfuse.regions import Region, check_geometry, describe, find_regions, site_name
 from onnxfuse.shapes import TensorInfo
-from onnxfuse.solve import Affine
 from onnxfuse.survey import Candidate, Fit, survey
 from onnxfuse.trials import Trials, error_bound, longest, probe
 from onnxfuse.walk import MOST_COLUMNS, Solved, check_mask, kept_channels, refit_change, refit_sites, walk

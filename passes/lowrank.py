@@ -30,6 +30,7 @@ from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model, Node
 from onnxfuse.linear import LinearOp, is_shared, linear_op, optional_input, write_weights
 from onnxfuse.marks import KEPT_KEY
+from onnxfuse.numerics.affine import Array
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.rewriting import (
     OperatorOptions,
@@ -43,7 +44,6 @@ from onnxfuse.rewriting import (
     within_bound,
 )
 from onnxfuse.shapes import TensorInfo
-from onnxfuse.solve import Array
 from onnxfuse.walk import Solved, check_mask
 
 MEMORY = 1 << 30

@@ -31,7 +31,7 @@ from onnxfuse import walk as module
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear import LinearOp, linear_op
-from onnxfuse.moments import sample_positions
+from onnxfuse.numerics.sampling import sample_positions
 from onnxfuse.pass_manager import Context
 from onnxfuse.spool import Spool
 from onnxfuse.verify import check_predictions
