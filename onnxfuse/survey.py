@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -22,6 +22,7 @@ from onnxfuse.graph import Model
 from onnxfuse.moments import Moments, add_patches
 from onnxfuse.numerics.affine import Affine
 from onnxfuse.numerics.sampling import RowSampler, per_sample, row_shape
+from onnxfuse.observe import Background, TappedModel, observe
 from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.regions import Region
 from onnxfuse.runtime import Feed, Runtime
@@ -154,29 +155,22 @@ def survey(
     runs = list(_affordable(grouped.values()))
     total = len(runs) * (len(calibration.fit) + len(calibration.held_out))
     advance = (progress or NoProgress()).task("calibrating", total=total)
-    fed = {info.name for info in model.inputs}
     fits: dict[int, Fit] = {}
     for groups in runs:
-        names = dict.fromkeys(name for group in groups for c in group for name in (c.region.u, c.region.v))
-        session = runtime.session(model, taps=[name for name in names if name not in fed], outputs=())
+        names = [name for group in groups for c in group for name in (c.region.u, c.region.v)]
+        tapped = TappedModel(model, names, runtime)
         views = [_View(group, len(calibration.fit), seed, mask) for group in groups]
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(1) as worker:
-            pending: Future[None] | None = None
+        with threadpool_limits(1, "blas"), Background() as background:
             for held, part in ((False, calibration.fit), (True, calibration.held_out)):
-                for batch in part:
-                    found = {**batch.feed, **session.run(batch.feed)}
-                    if pending is not None:
-                        pending.result()
-                    # The moments of one batch are summed while the network runs the next.
-                    pending = worker.submit(_add, views, batch, held, found)
-                    advance()
-            if pending is not None:
-                pending.result()
+                # The moments of one batch are summed while the network runs the next.
+                add = partial(background.call, _add, views, held)
+                observe(tapped, part, [add], advance)
+            background.wait()
             fits.update((id(fit.candidate), fit) for view in views for fit in view.fits(ridge))
     return [fits[id(candidate)] for candidate in candidates]
 
 
-def _add(views: Sequence[_View], batch: Batch, held: bool, found: Feed) -> None:
+def _add(views: Sequence[_View], held: bool, batch: Batch, found: Feed) -> None:
     for view in views:
         view.add(batch, held, found)
 

@@ -33,6 +33,7 @@ from onnxfuse.graph import Model, Tensor
 from onnxfuse.linear import LinearOp, linear_op
 from onnxfuse.numerics.affine import Affine
 from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
+from onnxfuse.observe import TappedModel, observe
 from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed
@@ -309,48 +310,57 @@ def _rows(
 ) -> dict[LinearOp, tuple[np.ndarray, np.ndarray]]:
     """Inputs of operators as rows (n, columns) float32, of the fit samples and of the held-out ones.
 
-    Raises NotApplicableError where they aren't finite, or all are padding.
+    Args:
+        model: the operators' own.
+        ops: operators whose rows fit in memory together.
+        mask: graph input that is 0 where a token is padding, None without one.
+        context: of the pass.
+
+    Raises:
+        NotApplicableError: rows that aren't finite, or all of them padding.
     """
-    fed = {info.name for info in model.inputs}
-    taps = sorted({op.x for op in ops} - fed)
-    session = context.runtime.session(model, taps=taps, outputs=()) if taps else None
+    tapped = TappedModel(model, sorted({op.x for op in ops}), context.runtime)
     parts = context.calibration.fit, context.calibration.held_out
-    found: dict[LinearOp, list[list[np.ndarray]]] = {op: [[], []] for op in ops}
-    for number, part in enumerate(parts):
-        for batch in part:
-            seen = {**batch.feed, **(session.run(batch.feed) if session is not None else {})}
-            for op in ops:
-                found[op][number].append(_sampled(op, batch, seen, len(parts[0]), mask, context.seed))
-    rows = {op: _joined(op, own) for op, own in found.items()}
-    for op, own in rows.items():
-        if not all(np.isfinite(array).all() for array in own):
+    found: list[dict[LinearOp, np.ndarray]] = []
+    for part in parts:
+        collected = [_Collected(op, len(parts[0]), mask, context.seed) for op in ops]
+        observe(tapped, part, [own.add for own in collected])
+        found.append({own.op: own.rows() for own in collected})
+    fitted, held = found
+    for op in ops:
+        if not all(np.isfinite(own[op]).all() for own in found):
             raise NotApplicableError(f"'{op.x}' is not finite on the samples")
-        if not len(own[0]):
+        if not len(fitted[op]):
             raise NotApplicableError(f"all rows of '{op.x}' are padding")
-    return rows
+    return {op: (fitted[op], held[op]) for op in ops}
 
 
-def _joined(op: LinearOp, parts: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    none = np.empty((0, op.columns), np.float32)
-    fitted, held = (np.concatenate([none, *part]) for part in parts)
-    return fitted, held
+class _Collected:
+    """Rows of one operator's input at sampled positions; padding tokens are left out."""
 
+    def __init__(self, op: LinearOp, batches: int, mask: str | None, seed: int) -> None:
+        self.op = op
+        self._batches = batches
+        self._sampler = RowSampler(seed, op.y, mask if op.kind == "token" else None)
+        self._found = [np.empty((0, op.columns), np.float32)]
 
-def _sampled(op: LinearOp, batch: Batch, seen: Feed, batches: int, mask: str | None, seed: int) -> np.ndarray:
-    """Rows of one batch, at sampled positions; padding tokens are left out."""
-    x = seen[op.x]
-    count = per_sample(_wanted(op), batches * len(x))
-    sampler = RowSampler(seed, op.y, mask if op.kind == "token" else None)
-    geometry: dict[str, Any] = {
-        "kernel": op.kernel,
-        "strides": op.strides,
-        "dilations": op.dilations,
-        "pads": op.pads,
-    }
-    inner = output_size(x.shape[2:], **geometry) if op.kind == "conv" else x.shape[1:-1]
-    rows = sampler.sample(batch.index, (len(x), *inner), count, batch.feed)
-    found = patches(x, rows.positions, **geometry) if op.kind == "conv" else rows.vectors(x, -1)
-    return rows.without_padding(found.astype(np.float32, copy=False))
+    def add(self, batch: Batch, seen: Feed) -> None:
+        op, x = self.op, seen[self.op.x]
+        count = per_sample(_wanted(op), self._batches * len(x))
+        geometry: dict[str, Any] = {
+            "kernel": op.kernel,
+            "strides": op.strides,
+            "dilations": op.dilations,
+            "pads": op.pads,
+        }
+        inner = output_size(x.shape[2:], **geometry) if op.kind == "conv" else x.shape[1:-1]
+        rows = self._sampler.sample(batch.index, (len(x), *inner), count, batch.feed)
+        found = patches(x, rows.positions, **geometry) if op.kind == "conv" else rows.vectors(x, -1)
+        self._found.append(rows.without_padding(found.astype(np.float32, copy=False)))
+
+    def rows(self) -> np.ndarray:
+        """(n, columns) float32."""
+        return np.concatenate(self._found)
 
 
 # --- rewriting ----------------------------------------------------------------------------------------------

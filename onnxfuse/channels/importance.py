@@ -23,12 +23,13 @@ from dataclasses import dataclass
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnxfuse.calibration import Batches
+from onnxfuse.calibration import Batch, Batches
 from onnxfuse.channels.consumers import Consumer, View
 from onnxfuse.channels.groups import Group
 from onnxfuse.graph import Model
 from onnxfuse.moments import Moments
 from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
+from onnxfuse.observe import TappedModel, observe
 from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime import Feed, Runtime
 
@@ -85,19 +86,12 @@ def statistics(
         NotApplicableError: activations that are not finite.
     """
     wanted = [_Gathering(view, batches, seed, mask) for view in dict.fromkeys(views) if view.tensor]
-    fed = {info.name for info in model.inputs}
-    names = dict.fromkeys(item.view.tensor for item in wanted)
     if not wanted:
         return {}
-    taps = [name for name in names if name not in fed]
-    session = runtime.session(model, taps=taps, outputs=()) if taps else None
+    tapped = TappedModel(model, [item.view.tensor for item in wanted], runtime)
     advance = (progress or NoProgress()).task("calibrating", total=len(batches))
     with threadpool_limits(runtime.threads, "blas"):
-        for batch in batches:
-            found = {**batch.feed, **(session.run(batch.feed) if session else {})}
-            for item in wanted:
-                item.add(found, batch.index)
-            advance()
+        observe(tapped, batches, [item.add for item in wanted], advance)
     return {item.view: item.result() for item in wanted}
 
 
@@ -113,8 +107,9 @@ class _Gathering:
         sizes = (view.columns, view.groups, view.groups) if view.correlated else (1, view.columns, 1)
         self.moments = Moments(*sizes, single=True)
 
-    def add(self, found: Feed, batch: int) -> None:
-        rows, weights = self._rows(found, batch)
+    def add(self, batch: Batch, found: Feed) -> None:
+        """Take in one batch's rows."""
+        rows, weights = self._rows(found, batch.index)
         for start in range(0, len(rows), _CHUNK_ROWS):
             part = slice(start, start + _CHUNK_ROWS)
             own = rows[part]
