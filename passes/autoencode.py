@@ -37,7 +37,7 @@ from onnxfuse.observe import TappedModel, observe
 from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed
-from onnxfuse.walk import LINEAR, MOST_COLUMNS, Site, Solved, check_mask, refit_change, refit_sites, walk
+from onnxfuse.walk import LINEAR, MOST_COLUMNS, RefitSite, Solved, check_mask, refit_change, refit_sites, walk
 
 if TYPE_CHECKING:
     from onnxfuse.calibration import Batch
@@ -242,7 +242,7 @@ class Autoencode(Pass):
 
     def _sites(
         self, model: Model, rewritten: Model, pairs: Mapping[str, tuple[str, str]], context: Context
-    ) -> tuple[list[Site], list[Skip]]:
+    ) -> tuple[list[RefitSite], list[Skip]]:
         """Places to solve, or of the pairs alone to measure; and what is skipped, but for the encoders."""
         feed = next(iter(context.calibration.fit)).feed
         places, skipped = refit_sites(
