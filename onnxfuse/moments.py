@@ -1,4 +1,4 @@
-"""Streaming second moments of a region's inputs and outputs, and the patches that feed them.
+"""Streaming second moments of an operator's inputs and outputs.
 
 Nothing of the data is kept but sums, so memory doesn't grow with the number of samples. Rows are shifted by
 the mean of the first ones before products are formed: second moments about a point inside the data lose no
@@ -6,15 +6,11 @@ digits to a mean that is large beside the spread, and unlike a running mean it c
 matrix per batch. (The loss is bounded: the shift is off by d only if the total variance is at least about d^2
 times the share of those first rows.) Few rows at a time would starve BLAS, so they are buffered; X^T X is a
 symmetric rank-k update in place, half the work of a product.
-
-A convolution is a dense operator on patches. Only the patches at sampled output positions are gathered: a
-full patch Gram for one 3x3 layer with 64 channels costs as much as a whole small network, and a few positions
-per sample say nearly as much, because neighbouring patches repeat each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -52,7 +48,7 @@ class Moments:
             raise ValueError(f"{dx} inputs and {dy} outputs can't be split into {groups} groups")
         self.dx, self.dy, self.groups = dx, dy, groups
         self.n = 0.0
-        self._dtype = np.float32 if single else np.float64
+        self._dtype: type[np.floating[Any]] = np.float32 if single else np.float64
         # Rounding perturbs a sum of n products by about eps, and p of them an eigenvalue by at most p eps; in
         # single precision the errors of many buffers average out, and that bound would discard directions
         # that matter.
@@ -66,13 +62,16 @@ class Moments:
         self._yy = np.zeros(dy)
         self._settled = True
         self._rows = max(64, min(_BUFFER_ROWS, _BUFFER_ELEMENTS // (dx + dy)))
-        self._buffers: list[npt.NDArray[Any]] | None = None  # x rows, y rows, square roots of weights
-        self._filled = 0
+        self._buffer: _RowBuffer | None = None
 
     def add(self, x: npt.ArrayLike, y: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> None:
-        """Take in rows x (n, dx) and y (n, dy), of any real type, with weights (n,) at least 0 (None: all 1).
+        """Take in rows.
 
-        A row of weight 0 counts as absent, whatever it holds: that is how padding tokens are left out.
+        Args:
+            x: (n, dx), of any real type.
+            y: (n, dy), of any real type.
+            weights: (n,), at least 0; None: all 1. A row of weight 0 counts as absent, whatever it holds:
+                that is how padding tokens are left out.
 
         Raises:
             ValueError: shapes that don't fit, or a weight that is negative or not finite.
@@ -87,40 +86,18 @@ class Moments:
             return
         if self._shift is None:
             self._shift = np.concatenate([_centre(x[: self._rows]), _centre(y[: self._rows])])
-        for start in range(0, len(x), self._rows):
-            stop = start + self._rows
-            self._push(x[start:stop], y[start:stop], None if roots is None else roots[start:stop])
+        if self._buffer is None:
+            shifts = self._shift[: self.dx], self._shift[self.dx :]
+            self._buffer = _RowBuffer(self._rows, shifts, self._dtype)
+        for block in self._buffer.fill(x, y, roots):
+            self._sum_up(*block)
         self.n += float(len(x)) if roots is None else float(roots @ roots)
 
-    def _push(self, x: npt.NDArray[Any], y: npt.NDArray[Any], roots: Array | None) -> None:
-        """Buffer at most `_rows` rows, in at most two pieces."""
-        assert self._shift is not None
-        if self._buffers is None:
-            shapes = ((self._rows, self.dx), (self._rows, self.dy), (self._rows,))
-            self._buffers = [np.empty(shape, self._dtype) for shape in shapes]
-        done = 0
-        while done < len(x):
-            take = min(len(x) - done, self._rows - self._filled)
-            to, of = slice(self._filled, self._filled + take), slice(done, done + take)
-            for buffer, rows, shift in (
-                (self._buffers[0], x, self._shift[: self.dx]),
-                (self._buffers[1], y, self._shift[self.dx :]),
-            ):
-                with np.errstate(invalid="ignore", over="ignore"):  # `solve` refuses what isn't finite
-                    np.subtract(rows[of], shift, out=buffer[to], casting="same_kind")
-                if roots is not None:
-                    buffer[to] *= roots[of, None]
-            self._buffers[2][to] = 1.0 if roots is None else roots[of]
-            self._filled, done = self._filled + take, done + take
-            if self._filled == self._rows:
-                self._flush()
-
-    def _flush(self) -> None:
-        """Move the buffered rows into the sums."""
-        if not self._filled or self._buffers is None:
+    def _sum_up(self, x: npt.NDArray[Any], y: npt.NDArray[Any], roots: npt.NDArray[Any]) -> None:
+        """Add shifted rows, scaled by the roots of their weights, to the sums."""
+        if not len(roots):
             return
-        x, y, roots = (buffer[: self._filled] for buffer in self._buffers)
-        self._filled, self._settled = 0, False
+        self._settled = False
         self._sum += np.concatenate([roots @ x, roots @ y])
         self._yy += np.einsum("nq,nq->q", y, y)
         if self.groups == 1 and self._dtype == np.float32:
@@ -137,9 +114,10 @@ class Moments:
             self._xy += left @ y.reshape(len(y), self.groups, -1).swapaxes(0, 1)
 
     def _settle(self) -> None:
-        """Flush, free the buffers and move the shift to the mean: the sums are then centred."""
-        self._flush()
-        self._buffers = None
+        """Empty and free the buffer and move the shift to the mean: the sums are then centred."""
+        if self._buffer is not None:
+            self._sum_up(*self._buffer.drain())
+        self._buffer = None
         if self._settled or self._shift is None:
             return
         if self.groups == 1:
@@ -159,7 +137,7 @@ class Moments:
         self._sum[:] = 0.0
 
     def _outer(self, delta: Array, weight: float) -> tuple[Array, Array, Array]:
-        """What `weight` rows at delta (dx + dy,) would add to xx, xy and yy; xx exactly symmetric."""
+        """The xx, xy and yy of `weight` rows at delta (dx + dy,); xx exactly symmetric."""
         x, y = (part.reshape(self.groups, -1, 1) for part in (delta[: self.dx], delta[self.dx :]))
         xx, xy = x * x.swapaxes(1, 2), x * y.swapaxes(1, 2)
         xx *= weight
@@ -208,7 +186,7 @@ class Moments:
         return np.zeros(self.dx + self.dy) if self._shift is None else self._shift
 
     def merge(self, other: Moments) -> None:
-        """Take in all rows that `other` has seen, which stays as it is (Chan, Golub and LeVeque 1979).
+        """Take in all rows of `other`, which stays as it is (Chan, Golub and LeVeque 1979).
 
         Raises:
             ValueError: different sizes.
@@ -240,7 +218,7 @@ class Moments:
         return both
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything as arrays (for `np.savez`, or another process); `from_state` restores it."""
+        """All sums and sizes as arrays (for `np.savez`, or another process); `from_state` restores them."""
         mean = self._mean()
         return {
             "sizes": np.array([self.dx, self.dy, self.groups]),
@@ -254,7 +232,11 @@ class Moments:
 
     @classmethod
     def from_state(cls, state: Mapping[str, npt.NDArray[Any]]) -> Moments:
-        """The moments that `state` described; KeyError or ValueError if it isn't one."""
+        """The moments that `state` gave.
+
+        Raises:
+            KeyError, ValueError: not such a state.
+        """
         moments = cls(*(int(size) for size in state["sizes"]))
         n, mean = float(state["n"]), np.array(state["mean"], dtype=np.float64)
         arrays = [np.array(state[key], dtype=np.float64, order="C") for key in ("xx", "xy", "yy")]
@@ -276,8 +258,10 @@ class Moments:
         """Mean over rows of the squared error of any affine map (its bias included), per output (dy,).
 
         Exact: the quadratic form in the moments, not an estimate. Its rounding is about 1e-15 of the variance
-            times the squared weights in units of the best ones, so errors far below that can't be told from
-            0.
+        times the squared weights in units of the best ones, so errors far below that can't be told from 0.
+
+        Raises:
+            NotApplicableError: no rows.
         """
         self._require_rows()
         xx, xy = self.stacked()
@@ -291,8 +275,8 @@ class Moments:
         return float(self.errors(affine).sum())
 
     def relative_error(self, affine: Affine) -> float:
-        """error / variance. A target that never moves has no scale: 0 if it is met to rounding, else
-        infinite."""
+        """`error` as a share of `variance`. A target that never moves has no scale: 0 if it is met to
+        rounding, else infinite."""
         error, variance = self.error(affine), self.variance
         rounding = (8 * np.finfo(np.float64).eps) ** 2 * float(self.mean_y @ self.mean_y)
         if variance > rounding:
@@ -302,6 +286,52 @@ class Moments:
     def _require_rows(self) -> None:
         if self.n <= 0:
             raise NotApplicableError("no calibration rows to measure on")
+
+
+class _RowBuffer:
+    """Rows that wait until they are enough for BLAS: shifted, and scaled by the roots of their weights."""
+
+    def __init__(self, rows: int, shifts: tuple[Array, Array], dtype: type[np.floating[Any]]) -> None:
+        """Nothing is in it yet.
+
+        Args:
+            rows: how many it holds.
+            shifts: what is subtracted from rows of x (dx,) and of y (dy,).
+            dtype: of the rows.
+        """
+        self._shifts = shifts
+        self._x, self._y = (np.empty((rows, len(shift)), dtype) for shift in shifts)
+        self._roots = np.empty(rows, dtype)
+        self._filled = 0
+
+    def fill(
+        self, x: npt.NDArray[Any], y: npt.NDArray[Any], roots: Array | None
+    ) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+        """Take in rows, and give back a full buffer whenever there is one: views, to be read at once.
+
+        Args:
+            x: (n, dx).
+            y: (n, dy).
+            roots: of the weights (n,), None where they are all 1.
+        """
+        done = 0
+        while done < len(x):
+            take = min(len(x) - done, len(self._roots) - self._filled)
+            to, of = slice(self._filled, self._filled + take), slice(done, done + take)
+            for buffer, rows, shift in zip((self._x, self._y), (x, y), self._shifts, strict=True):
+                with np.errstate(invalid="ignore", over="ignore"):  # `solve` refuses what isn't finite
+                    np.subtract(rows[of], shift, out=buffer[to], casting="same_kind")
+                if roots is not None:
+                    buffer[to] *= roots[of, None]
+            self._roots[to] = 1.0 if roots is None else roots[of]
+            self._filled, done = self._filled + take, done + take
+            if self._filled == len(self._roots):
+                yield self.drain()
+
+    def drain(self) -> tuple[npt.NDArray[Any], ...]:
+        """The rows of x and y and the roots of their weights, as views; the buffer is empty then."""
+        filled, self._filled = self._filled, 0
+        return self._x[:filled], self._y[:filled], self._roots[:filled]
 
 
 def _weighted(
@@ -335,10 +365,20 @@ def add_patches(
     dilations: Sequence[int],
     pads: Sequence[int],
 ) -> None:
-    """Add x's patches against y (N, C', *output size) at the same positions, a bounded number of rows at a
-    time.
+    """Add a Conv's patches, and the target at the same positions, to moments.
 
-    Unfolded at once, a batch of full feature maps would be prod(kernel) times its size.
+    A bounded number of rows at a time: unfolded at once, a batch of full feature maps would be prod(kernel)
+    times its size.
+
+    Args:
+        moments: of C * prod(kernel) inputs and C' outputs.
+        x: (N, C, *spatial).
+        y: the target (N, C', *output size).
+        positions: flat output positions (N, P), None for all of them.
+        kernel, strides, dilations, pads: as in `patches`.
+
+    Raises:
+        ValueError: the target's size isn't the Conv's.
     """
     if output_size(x.shape[2:], kernel, strides, dilations, pads) != y.shape[2:]:
         raise ValueError(f"target of size {y.shape[2:]} doesn't fit the geometry")

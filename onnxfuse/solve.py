@@ -40,7 +40,7 @@ def solve(moments: Moments, ridge: float, prior: npt.ArrayLike | None = None) ->
     """The ridge solution for one ridge.
 
     Args:
-        moments: what the data said.
+        moments: of the data.
         ridge: at least 0, relative to the mean diagonal of C_xx (of each group's own).
         prior: weights (dy, dx / groups) to shrink towards; None is zero.
 
@@ -66,8 +66,15 @@ def solve(moments: Moments, ridge: float, prior: npt.ArrayLike | None = None) ->
 
 
 def path(moments: Moments, ridges: Sequence[float], prior: npt.ArrayLike | None = None) -> list[Affine]:
-    """The ridge solutions for many ridges, from one eigendecomposition; arguments and errors as in
-    `solve`."""
+    """The ridge solutions for many ridges, from one eigendecomposition.
+
+    Args:
+        moments, prior: as in `solve`.
+        ridges: the ridges, in the order of the solutions.
+
+    Raises:
+        ValueError, NotApplicableError: as in `solve`.
+    """
     spectrum = _Spectrum.of(moments, prior)
     return [spectrum.solution(ridge) for ridge in ridges]
 
@@ -81,6 +88,13 @@ def generalised_cross_validation(
     The score is n RSS / (n - f)^2 summed over groups, f being the effective number of parameters 1 + sum(l /
     (l + r)) over the eigenvalues l (Golub, Heath and Wahba 1979). Rows count as independent, which
     neighbouring patches of one image are not; held-out samples, where there are any, are the better judge.
+
+    Args:
+        moments, prior: as in `solve`.
+        ridges: those to choose from. On a tie the larger one wins.
+
+    Raises:
+        ValueError, NotApplicableError: as in `solve`; no ridges.
     """
     spectrum = _Spectrum.of(moments, prior)
     scores = [spectrum.cross_validation(ridge) for ridge in ridges]
@@ -95,7 +109,14 @@ def choose_ridge(
 ) -> tuple[float, Affine]:
     """The ridge whose solution on `fit` has the least error on `held`, and that solution.
 
-    On a tie the larger ridge wins. Errors as in `solve`, for either of the two.
+    Args:
+        fit: moments of the rows that are fitted.
+        held: moments of the rows that judge.
+        ridges: those to choose from. On a tie the larger one wins.
+        prior: as in `solve`.
+
+    Raises:
+        ValueError, NotApplicableError: as in `solve`, for either of the two; no ridges.
     """
     spectrum = _Spectrum.of(fit, prior)
     scores = [held.error(spectrum.solution(ridge)) for ridge in ridges]

@@ -1,9 +1,11 @@
 """Rows of a network's tensors at sampled positions: which ones, and the patches and channel vectors there.
 
-A linear operator is a regression, and each position of its output is one row of it: what the operator reads
-there, and what it computes. Neighbouring positions say nearly the same, so a few of them in every sample do
-(`RowSampler`). Whoever looks at the same tensor under the same seed and key sees the same rows, which is how
-the error that a pass predicted can be measured by someone else.
+A convolution is a dense operator on patches. Only the patches at sampled output positions are gathered: a
+full patch Gram for one 3x3 layer with 64 channels costs as much as a whole small network, and a few positions
+per sample say nearly as much, because neighbouring patches repeat each other.
+
+Equal seeds and keys give equal rows (`RowSampler`), which is how the error that a pass predicted can be
+measured by someone else.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class RowSampler:
     def sample(
         self, batch: int, shape: Sequence[int], count: int | None, feed: Mapping[str, npt.NDArray[Any]]
     ) -> SampledRows:
-        """The rows of one batch.
+        """The sampled rows of one batch.
 
         Args:
             batch: the batch's number: others have other positions.
@@ -88,11 +90,20 @@ def per_sample(rows: int, samples: int) -> int:
 def sample_positions(
     seed: int, key: str, batch: int, samples: int, size: int, count: int | None
 ) -> npt.NDArray[np.int64] | None:
-    """Which of `size` positions to look at, per sample: (samples, count), sorted and distinct; None for all.
+    """Positions to look at in each sample: (samples, count), sorted and distinct; None for all.
 
     The positions depend on nothing but the arguments, so two runs over the same batches see the same ones.
     They are stratified: one per equal stretch, the stretches turned by a random amount per sample. Every
     position has the same chance, and the spread beats independent draws.
+
+    Args:
+        seed, key, batch: what tells these draws from others.
+        samples: in the batch.
+        size: the number of positions there are in a sample.
+        count: how many to draw, None for all of them.
+
+    Raises:
+        ValueError: a count below 1.
     """
     if count is None or count >= size:
         return None
@@ -113,7 +124,16 @@ def output_size(
     dilations: Sequence[int],
     pads: Sequence[int],
 ) -> tuple[int, ...]:
-    """Spatial size of a Conv's output; pads as in ONNX, all begins and then all ends (negative ones crop)."""
+    """Spatial size of a Conv's output.
+
+    Args:
+        spatial: size of its input.
+        kernel, strides, dilations: one per spatial axis.
+        pads: as in ONNX, all begins and then all ends; negative ones crop.
+
+    Raises:
+        ValueError: numbers that don't fit one another, or a kernel that doesn't fit the input.
+    """
     axes = len(spatial)
     if not len(kernel) == len(strides) == len(dilations) == axes or len(pads) != 2 * axes:
         raise ValueError(f"geometry doesn't fit {axes} spatial axes")
@@ -174,9 +194,15 @@ def patches(
 def gather(
     y: npt.NDArray[Any], positions: npt.NDArray[np.int64] | None, channel_axis: int = 1
 ) -> npt.NDArray[Any]:
-    """Channel vectors at flat positions (N, P), or at all of them: (N * P, C), in the order of `patches`.
+    """Channel vectors at some positions: (N * P, C), in the order of `patches`.
 
-    y is (N, C, *spatial), or (N, *spatial, C) with channel_axis -1.
+    Args:
+        y: (N, C, *spatial), or (N, *spatial, C) with channel_axis -1.
+        positions: flat positions (N, P), None for all of them.
+        channel_axis: 1 or the last.
+
+    Raises:
+        ValueError: another channel axis.
     """
     if channel_axis not in (1, -1, y.ndim - 1):
         raise ValueError("channels must be the second axis or the last")
