@@ -541,7 +541,7 @@ def _compensate(
         gone = np.setdiff1d(np.arange(group.size), kept)
         for consumer in reading.consumers[group]:
             key = consumer.node, consumer.view, consumer.stored
-            readers.setdefault(key, []).append((consumer, consumer.channel_columns[gone].reshape(-1)))
+            readers.setdefault(key, []).append((consumer, consumer.places[gone].reshape(-1)))
     for reader, own in readers.items():
         consumer = own[0][0]
         if consumer.view not in known or reader in done or not consumer.writable(model):

@@ -134,7 +134,7 @@ def test_those_whose_weights_are_only_stored_make_up_for_a_twin(
     choice = {group: np.array([0, 1, 2, 3, 5])}
     cut = model.copy()
     take(cut, choice)
-    found = compensation(consumer, model, known[consumer.view], consumer.channel_columns[4].reshape(-1))
+    found = compensation(consumer, model, known[consumer.view], consumer.places[4].reshape(-1))
     assert found is not None
     assert consumer.writable(model)
     plain = compute(cut, feed, "y")[0]

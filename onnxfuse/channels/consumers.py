@@ -59,15 +59,14 @@ class Consumer:
 
     Attributes:
         view: the rows it sees; its `columns` are those of all groups of a grouped convolution together.
-        channel_columns: int64 (size of the group, columns per channel): the columns that each channel lies
-            on.
+        places: int64 (size of the group, columns per channel): the columns that each channel lies on.
         op: the operator, where its weights and bias can be written (`linear.write_weights`).
         stored: else the weight that multiplies, and its axis, where there is one.
         node: name of the operator's first output.
     """
 
     view: View
-    channel_columns: np.ndarray
+    places: np.ndarray
     node: str
     op: LinearOp | None = None
     stored: tuple[str, int] | None = None
@@ -120,8 +119,8 @@ class Consumer:
             value = found.system.model.weight(found.system.model.tensor(name))
             assert value is not None
             new = np.moveaxis(weight.reshape(*np.moveaxis(value, axis, -1).shape), -1, axis)
-            places = found.positions(name, choice)
-            cut.set_weight(cut.tensor(name), np.ascontiguousarray(new[np.ix_(*places)]).astype(value.dtype))
+            new = np.ascontiguousarray(new[np.ix_(*found.positions(name, choice))])
+            cut.set_weight(cut.tensor(name), new.astype(value.dtype))
             return
         assert self.op is not None
         node = cut.producer(cut.tensor(self.node))

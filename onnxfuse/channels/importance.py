@@ -181,24 +181,22 @@ class _Part:
     """One consumer, as its columns go."""
 
     def __init__(self, consumer: Consumer, model: Model, found: Statistics | None) -> None:
-        self.columns = consumer.channel_columns
+        self.places = consumer.places
         matrix = consumer.matrix(model)
         size = consumer.view.columns
         given = found if found is not None else Statistics(np.zeros(size), np.ones(size))
         self.static: np.ndarray | None = None
-        self.idle = np.zeros(len(self.columns), bool)
+        self.idle = np.zeros(len(self.places), bool)
         if found is not None:
             silent = (given.variances() == 0) & (given.mean == 0)
-            self.idle = silent[self.columns].all(axis=1)
+            self.idle = silent[self.places].all(axis=1)
         if given.covariance.ndim == 1 or matrix is None:
             # Without W a sum is taken as it is, mean included; with it a bias makes up for means.
             energy = given.variances() + (given.mean**2 if matrix is None else 0.0)
             if matrix is not None:
                 energy = energy * (matrix**2).sum(axis=0)
             total = float(energy.sum())
-            self.static = (
-                energy[self.columns].sum(axis=1) / total if total > 0 else np.zeros(len(self.columns))
-            )
+            self.static = energy[self.places].sum(axis=1) / total if total > 0 else np.zeros(len(self.places))
             return
         variance = float(np.einsum("op,op->", matrix, matrix @ given.covariance))
         self.scale = 1.0 / variance if variance > 0 else 0.0
@@ -209,7 +207,7 @@ class _Part:
         """The cost of losing each of these channels next."""
         if self.static is not None:
             return self.static[channels]
-        at = self.columns[channels]
+        at = self.places[channels]
         blocks = self.inverse[at[:, :, None], at[:, None, :]]
         weights = self.weight.T[at]  # (channels, columns of each, outputs)
         return self.scale * np.einsum("cmo,cmo->c", weights, np.linalg.solve(blocks, weights))
@@ -218,7 +216,7 @@ class _Part:
         """The cost of losing these channels, which are taken out."""
         if self.static is not None:
             return float(self.static[channels].sum())
-        at = self.columns[channels].reshape(-1)
+        at = self.places[channels].reshape(-1)
         rows, weights = self.inverse[at], self.weight[:, at]
         solved = np.linalg.solve(rows[:, at], np.hstack([rows, weights.T]))
         gain = solved[:, : rows.shape[1]]  # [(H^-1)_BB]^-1 (H^-1)_B:
