@@ -346,7 +346,7 @@ def test_what_is_refused() -> None:
     assert not result.changes
     reasons = {skip.nodes[0]: skip.reason for skip in result.skipped}
     assert reasons["h"] == "its weight is also used by 'e' (Gather)"
-    assert reasons["k"] == "its weight is also used by the body of another node"
+    assert reasons["k"] == "its weight is also used by a body of 'y' (If)"
     assert result.notes == ["no weight of this model can be clustered"]
 
 

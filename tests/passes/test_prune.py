@@ -258,7 +258,7 @@ def test_what_is_refused() -> None:
     assert not result.changes
     assert {skip.nodes[0]: skip.reason for skip in result.skipped} == {
         "h": "its weight is also used by 'e' (Gather)",
-        "k": "its weight is also used by the body of another node",
+        "k": "its weight is also used by a body of 'y' (If)",
         "m": "the weight of MatMul is computed, not constant",
     }
     assert result.notes == ["no weight of this model can be pruned"]
