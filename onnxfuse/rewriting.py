@@ -275,19 +275,22 @@ def within_bound(
     return farthest(levels, make, context, options, said=said, none=lambda within, _: f"{none} {within}")
 
 
-def finished(
-    model: Model, made: PassResult | None, skipped: Sequence[Skip], notes: Sequence[str], idle: str = ""
-) -> PassResult:
+def finished(model: Model, found: Found, skipped: Sequence[Skip], idle: str = "") -> PassResult:
     """What a pass returns.
 
     Args:
         model: the one it was given.
-        made: what it made of that, if anything.
+        found: what it made of that, if anything, and how far that is.
         skipped: what it refused beforehand.
-        notes: in front of those of `made`.
-        idle: the note where nothing was done and `notes` are empty.
+        idle: the note where nothing was done and nothing is said of why.
     """
+    made = found.made
     every = list(dict.fromkeys([*skipped, *([] if made is None else made.skipped)]))
     if made is None or not made.changes:
-        return PassResult(model, skipped=every, notes=list(notes) or [idle])
-    return replace(made, skipped=every, notes=[*notes, *made.notes])
+        return PassResult(model, skipped=every, notes=found.notes or [idle])
+    return replace(made, skipped=every, notes=[*found.notes, *made.notes])
+
+
+def nothing(model: Model, skipped: Sequence[Skip], note: str) -> PassResult:
+    """What a pass returns that has nothing to do."""
+    return PassResult(model, skipped=list(skipped), notes=[note])

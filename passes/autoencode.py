@@ -29,6 +29,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from onnxfuse import sites
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.fitting.memory import in_budget
+from onnxfuse.fitting.search import Found
 from onnxfuse.goals import Goals, Share
 from onnxfuse.graph import Model, Node, Variable
 from onnxfuse.linear import LinearOp, linear_op
@@ -36,7 +37,7 @@ from onnxfuse.linear_building import add_linear
 from onnxfuse.moments import gather, output_size, patches, sample_positions
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
 from onnxfuse.regions import site_name
-from onnxfuse.rewriting import Mask, finished, first_feed, settled, unmeasurable, walked
+from onnxfuse.rewriting import Mask, finished, first_feed, nothing, settled, unmeasurable, walked
 from onnxfuse.runtime import Feed
 from onnxfuse.solve import Affine
 from onnxfuse.walk import LINEAR, MOST_COLUMNS, Solved, check_mask
@@ -112,7 +113,7 @@ class Autoencode(Pass):
         check_mask(model, self.options.mask)
         plans, skipped = self._plans(model, context)
         if not plans:
-            return finished(model, None, skipped, [sites.idle("replace", skipped)])
+            return nothing(model, skipped, sites.idle("replace", skipped))
         trained = self._train(training, model, plans, context)
         made = model.copy()
         pairs = [
@@ -132,7 +133,7 @@ class Autoencode(Pass):
         ]
         share = sum(plan.after for plan in plans) / sum(plan.before for plan in plans)
         note = f"{share:.3g} of the parameters of {len(plans)} operators are left"
-        return finished(model, settled(made, changes, solved, left, own=decoders), skipped, [note])
+        return finished(model, Found(settled(made, changes, solved, left, own=decoders), [note]), skipped)
 
     # Which operators, and how narrow
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 from pydantic import Field
 
+from onnxfuse.fitting.search import Found
 from onnxfuse.graph import Model
 from onnxfuse.marks import VALUES, ZEROS, keep, kept
 from onnxfuse.pass_manager import Context, Contract, Json, Pass, PassResult
@@ -32,6 +33,7 @@ from onnxfuse.rewriting import (
     finished,
     first_feed,
     named,
+    nothing,
     rewrite_change,
     settled,
     stored_weights,
@@ -103,11 +105,9 @@ class Cluster(Pass):
         skipped = [skip for skip in skipped if skip.nodes[0] not in coded]
         if not weights and not coded:
             where = named(self.options.only)
-            return finished(model, None, skipped, [f"no weight of this model{where} can be clustered"])
-        made: PassResult | None
-        notes: list[str] = []
+            return nothing(model, skipped, f"no weight of this model{where} can be clustered")
         if self.options.values is not None:
-            made = self._clustered(model, weights, done, self.options.values, context)
+            found = Found(self._clustered(model, weights, done, self.options.values, context))
         else:
             found = within_bound(
                 LEVELS,
@@ -116,10 +116,9 @@ class Cluster(Pass):
                 self.options,
                 lambda values: f"{values} values",
             )
-            made, notes = found.made, found.notes
-        if made is not None and made.changes:
-            notes = [*notes, self._stored(made.model, weights)]
-        return finished(model, made, skipped, notes, "as much is clustered already")
+        if found.made is not None and found.made.changes:
+            found.notes.append(self._stored(found.made.model, weights))
+        return finished(model, found, skipped, "as much is clustered already")
 
     def _clustered(
         self, model: Model, weights: Sequence[SharedWeight], done: int, values: int, context: Context

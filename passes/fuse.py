@@ -39,7 +39,7 @@ from onnxfuse.graph import Model, Node
 from onnxfuse.linear_building import add_linear
 from onnxfuse.pass_manager import Change, Context, Contract, Json, Pass, PassResult, Skip
 from onnxfuse.regions import Region, check_geometry, describe, find_regions, site_name
-from onnxfuse.rewriting import Mask, finished, first_feed, named, walked
+from onnxfuse.rewriting import Mask, finished, first_feed, named, nothing, walked
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.solve import Affine
 from onnxfuse.survey import Candidate, Fit, survey
@@ -126,7 +126,7 @@ class Fuse(Pass):
         candidates, skipped = self._candidates(model, context)
         if not candidates:
             where = named(self.options.only, "with all names")
-            return finished(model, None, skipped, [f"no region of this model{where} can be fused"])
+            return nothing(model, skipped, f"no region of this model{where} can be fused")
         fits = survey(
             model,
             [candidate for candidate, _ in candidates],
@@ -144,7 +144,7 @@ class Fuse(Pass):
         fused = {item.region.v for item in order[: found.count]}
         left = [item for item in ranked if item.region.v not in fused]
         why = "beyond the bound or number of blocks" if fused else "see the notes"
-        return finished(model, found.made, skipped + _left(left, why), found.notes)
+        return finished(model, found, skipped + _left(left, why))
 
     def _candidates(self, model: Model, context: Context) -> tuple[list[tuple[Candidate, float]], list[Skip]]:
         """Regions with the operator that may replace them and the share of the model's MACs that it saves."""
@@ -285,7 +285,7 @@ class Fuse(Pass):
             number = min(most, len(order))
             notes = [f"fused {number} of {len(order)} regions, as asked for (max_blocks={most})"]
             made = self._fused(model, order[:number], context) if number else None
-            return Found(made, number, notes), order
+            return Found(made, notes, number), order
         bound = error_bound(context)[0]
         # One that breaks the bound alone would end the prefix, however many MACs it saves: it goes last.
         order.sort(key=lambda item: self.options.rank == "error" and item.change > bound**2)

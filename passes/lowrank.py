@@ -23,6 +23,7 @@ from onnxfuse.channels.consumers import View
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.factors import Basis, allocate, randomised, reduced_rank, truncated
 from onnxfuse.fitting.factoring import Product, find_products, measured, put_factors, rank_costs
+from onnxfuse.fitting.search import Found
 from onnxfuse.goals import Share, left_of_all
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear import LinearOp, linear_op, write_weights
@@ -33,6 +34,7 @@ from onnxfuse.rewriting import (
     first_feed,
     linear_ops,
     named,
+    nothing,
     rewrite_change,
     seen_in_parts,
     settled,
@@ -50,9 +52,6 @@ LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 
 ATTEMPTS = 4
 """Biases that a refit adds may break a tight budget: it is then tightened by as much, so often."""
-
-Chosen = tuple[PassResult | None, list[str]]
-"""A result, None where nothing was done, and notes."""
 
 
 def _rank(goal: int | float, share: float, done: float) -> float | None:
@@ -127,15 +126,15 @@ class Lowrank(Pass):
         products, skipped = self._products(model, context)
         if not products:
             where = named(self.options.only)
-            return finished(model, None, skipped, [f"no operator of this model{where} can be split"])
+            return nothing(model, skipped, f"no operator of this model{where} can be split")
         splits = list(self._splits(model, products, context))
         if self.options.rank is not None:
-            made, notes = self._at_rank(model, splits, self.options.rank, context)
+            found = self._at_rank(model, splits, self.options.rank, context)
         elif self.options.params is not None or self.options.macs is not None:
-            made, notes = self._within_budget(model, splits, context)
+            found = self._within_budget(model, splits, context)
         else:
-            made, notes = self._within_error(model, splits, context)
-        return finished(model, made, skipped, notes, "no operator gets smaller")
+            found = self._within_error(model, splits, context)
+        return finished(model, found, skipped, "no operator gets smaller")
 
     # Which operators
 
@@ -184,9 +183,7 @@ class Lowrank(Pass):
 
     # How far
 
-    def _at_rank(
-        self, model: Model, splits: Sequence[_Split], asked: int | float, context: Context
-    ) -> Chosen:
+    def _at_rank(self, model: Model, splits: Sequence[_Split], asked: int | float, context: Context) -> Found:
         """Every product at this rank, or at this share of its full rank."""
         ranks: list[int | None] = []
         left = []
@@ -197,9 +194,9 @@ class Lowrank(Pass):
                 reason = f"rank {rank} would not make it smaller: at most {product.most} does"
                 left.append(Skip((product.name,), reason))
         made = self._factored(model, splits, ranks, context)
-        return replace(made, skipped=left + made.skipped), []
+        return Found(replace(made, skipped=left + made.skipped))
 
-    def _within_budget(self, model: Model, splits: Sequence[_Split], context: Context) -> Chosen:
+    def _within_budget(self, model: Model, splits: Sequence[_Split], context: Context) -> Found:
         """A share of the parameters or of the MACs."""
         what = "parameters" if self.options.params is not None else "MACs"
         share = self.options.params if self.options.params is not None else self.options.macs
@@ -209,7 +206,7 @@ class Lowrank(Pass):
         goal = share * costs.unfactored
         saving = costs.now - goal
         if saving <= 0:
-            return None, [f"{costs.now / costs.unfactored:.3g} of the {what} are left already"]
+            return Found(None, [f"{costs.now / costs.unfactored:.3g} of the {what} are left already"])
         for _ in range(ATTEMPTS):
             ranks = allocate([split.lost for split in splits], costs.unit, costs.full, saving)
             if ranks is None:
@@ -217,14 +214,14 @@ class Lowrank(Pass):
             made = self._factored(model, splits, ranks, context)
             rest = measured(made.model, feed, what)
             if rest <= goal:
-                return made, [f"{rest / costs.unfactored:.3g} of the {what} are left"]
+                return Found(made, [f"{rest / costs.unfactored:.3g} of the {what} are left"])
             saving += rest - goal
         raise VerificationError(
             f"{share:g} of the {what} can't be met: rank 1 throughout leaves "
             f"{costs.least / costs.unfactored:.3g}"
         )
 
-    def _within_error(self, model: Model, splits: Sequence[_Split], context: Context) -> Chosen:
+    def _within_error(self, model: Model, splits: Sequence[_Split], context: Context) -> Found:
         """As few parameters as the bound on the output error allows."""
         products = [split.product for split in splits]
         costs = rank_costs(model, products, first_feed(context), "parameters", self.name)
@@ -236,15 +233,14 @@ class Lowrank(Pass):
             if saving > 0 and plan is not None:
                 plans[level] = plan
         if not plans:
-            return None, ["no rank below those that are there makes the model smaller by much"]
-        found = within_bound(
+            return Found(None, ["no rank below those that are there makes the model smaller by much"])
+        return within_bound(
             list(plans),
             lambda level: self._factored(model, splits, plans[level], context),
             context,
             self.options,
             lambda level: f"{level:g} of the parameters",
         )
-        return found.made, found.notes
 
     # Making it
 

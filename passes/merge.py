@@ -40,7 +40,7 @@ from onnxfuse.channels.consumers import rows_of
 from onnxfuse.clusters import Step, agglomerate, joined
 from onnxfuse.cost import count as cost_of
 from onnxfuse.errors import NotApplicableError, VerificationError
-from onnxfuse.fitting.search import farthest
+from onnxfuse.fitting.search import Found, farthest
 from onnxfuse.goals import Share, gone_of_all, left
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear import LinearOp, can_share_bias, linear_op, share_weights
@@ -52,6 +52,7 @@ from onnxfuse.rewriting import (
     finished,
     first_feed,
     named,
+    nothing,
     seen_in_parts,
     settled,
     unmeasurable,
@@ -62,9 +63,6 @@ from onnxfuse.shared_weights import producer
 from onnxfuse.similarity import Criterion, distance
 from onnxfuse.trials import Trials
 from onnxfuse.walk import LINEAR, check_mask
-
-Chosen = tuple[PassResult | None, list[str]]
-"""A result, None where nothing was done, and notes."""
 
 MOST_TRIALS = 2000
 """Pairs of layers that are tried at most: each is one run of the network over some samples."""
@@ -160,9 +158,8 @@ class Merge(Pass):
         if not plan.steps:
             where = named(self.options.only, "with names")
             note = f"no two layers{where} are alike enough in role, shape and layout to share a weight"
-            return finished(model, None, skipped, [note])
-        made, notes = self._chosen(model, plan, context)
-        return finished(model, made, skipped, notes)
+            return nothing(model, skipped, note)
+        return finished(model, self._chosen(model, plan, context), skipped)
 
     # What may share, in which order
 
@@ -275,15 +272,15 @@ class Merge(Pass):
 
     # How many
 
-    def _chosen(self, model: Model, plan: _Plan, context: Context) -> Chosen:
+    def _chosen(self, model: Model, plan: _Plan, context: Context) -> Found:
         """The model with as many layers merged as asked for, or as the bound allows."""
         if self.contract is Contract.EXACT:
-            return self._merged(model, plan, len(plan.steps), context), []
+            return Found(self._merged(model, plan, len(plan.steps), context))
         if self.options.layers is not None:
             return self._within_layers(model, plan, self.options.layers, context)
         if self.options.params is not None:
             return self._within_params(model, plan, self.options.params, context)
-        found = farthest(
+        return farthest(
             range(1, len(plan.steps) + 1),
             lambda count: self._merged(model, plan, count, context),
             context,
@@ -294,9 +291,8 @@ class Merge(Pass):
             guess=1,
             event=("merge probe", "merged"),
         )
-        return found.made, found.notes
 
-    def _within_layers(self, model: Model, plan: _Plan, share: float, context: Context) -> Chosen:
+    def _within_layers(self, model: Model, plan: _Plan, share: float, context: Context) -> Found:
         wanted = max(round(share * plan.total) - plan.already, 0)
         if wanted > len(plan.steps):
             raise VerificationError(
@@ -304,11 +300,11 @@ class Merge(Pass):
                 f"{plan.already + len(plan.steps)} have another that is like them"
             )
         if not wanted:
-            return None, [f"{plan.already} of {plan.total} layers share already"]
+            return Found(None, [f"{plan.already} of {plan.total} layers share already"])
         note = f"{plan.already + wanted} of {plan.total} layers have no weight of their own"
-        return self._merged(model, plan, wanted, context), [note]
+        return Found(self._merged(model, plan, wanted, context), [note])
 
-    def _within_params(self, model: Model, plan: _Plan, share: float, context: Context) -> Chosen:
+    def _within_params(self, model: Model, plan: _Plan, share: float, context: Context) -> Found:
         full = cost_of(model, {}).parameters
         rest = full - np.cumsum([plan.layers[step.others[0]].size for step in plan.steps])
         enough = np.flatnonzero(rest <= share * full)
@@ -318,7 +314,8 @@ class Merge(Pass):
                 f"{share:g} of the parameters can't be met: {least:.3g} are left when all share that can"
             )
         made = self._merged(model, plan, int(enough[0]) + 1, context)
-        return made, [f"{cost_of(made.model, {}).parameters / full:.3g} of the parameters are left"]
+        note = f"{cost_of(made.model, {}).parameters / full:.3g} of the parameters are left"
+        return Found(made, [note])
 
     # Making it
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from onnxfuse.fitting.search import Found
 from onnxfuse.goals import Share, gone_of_all
 from onnxfuse.graph import Model
 from onnxfuse.marks import ZEROS, keep
@@ -25,6 +26,7 @@ from onnxfuse.rewriting import (
     OperatorOptions,
     finished,
     named,
+    nothing,
     rewrite_change,
     settled,
     stored_weights,
@@ -68,11 +70,9 @@ class Prune(Pass):
         weights, skipped = stored_weights(model, self.options.only, context)
         if not weights:
             where = named(self.options.only)
-            return finished(model, None, skipped, [f"no weight of this model{where} can be pruned"])
-        made: PassResult | None
-        notes: list[str] = []
+            return nothing(model, skipped, f"no weight of this model{where} can be pruned")
         if self.options.amount is not None:
-            made = self._pruned(model, weights, self.options.amount, context)
+            found = Found(self._pruned(model, weights, self.options.amount, context))
         else:
             found = within_bound(
                 LEVELS,
@@ -81,8 +81,7 @@ class Prune(Pass):
                 self.options,
                 lambda amount: f"{amount:g} of the weights zero",
             )
-            made, notes = found.made, found.notes
-        return finished(model, made, skipped, notes, "as many weights are zero already")
+        return finished(model, found, skipped, "as many weights are zero already")
 
     def _pruned(
         self, model: Model, weights: Sequence[SharedWeight], amount: float, context: Context

@@ -34,11 +34,11 @@ from onnxfuse.channels.importance import Ranking, Statistics, magnitudes, rank
 from onnxfuse.channels.timing import rewarded
 from onnxfuse.errors import VerificationError
 from onnxfuse.fitting.compensating import compensate
-from onnxfuse.fitting.search import error_bound, farthest
+from onnxfuse.fitting.search import Found, error_bound, farthest
 from onnxfuse.goals import Goals, Share, gone, left
 from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
-from onnxfuse.rewriting import Mask, finished, first_feed, named, seen_in_parts, settled, walked
+from onnxfuse.rewriting import Mask, finished, first_feed, named, nothing, seen_in_parts, settled, walked
 from onnxfuse.trials import Trials
 from onnxfuse.verify import few_rows
 from onnxfuse.walk import check_mask
@@ -58,9 +58,6 @@ LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 
 ATTEMPTS = 6
 """Cuts that are timed to meet a latency budget."""
-
-Chosen = tuple[PassResult | None, list[str]]
-"""A result, None where nothing was done, and notes."""
 
 
 class SelectOptions(Goals):
@@ -136,20 +133,20 @@ class Select(Pass):
         VerificationError for a budget that can't be met."""
         check_mask(model, self.options.mask)
         feed = first_feed(context)
-        found = find_groups(model, feed)
-        groups, skipped = self._eligible(found)
+        known = find_groups(model, feed)
+        groups, skipped = self._eligible(known)
         if not groups:
             where = named(self.options.only)
-            return finished(model, None, skipped, [f"no channel group of this model{where} can be cut"])
+            return nothing(model, skipped, f"no channel group of this model{where} can be cut")
         shapes = cost.shapes_at(model, feed)
         readers = {group: consumers(model, group, shapes) for group in groups}
         dead = _dead(model, groups)
         counts = {group: len(own) for group, own in dead.items()}
         seen = _Seen(model, readers, self.options, context)
-        reading = _Reading(found, groups, readers, {}, counts, seen)
+        reading = _Reading(known, groups, readers, {}, counts, seen)
         curves = self._curves(model, reading, dead, context)
-        made, notes = self._chosen(model, reading, curves, context)
-        return finished(model, made, skipped, notes, "no channel has to go")
+        found = self._chosen(model, reading, curves, context)
+        return finished(model, found, skipped, "no channel has to go")
 
     def _eligible(self, found: ChannelGroups) -> tuple[list[Group], list[Skip]]:
         """The groups that may be cut, and those that may not."""
@@ -257,12 +254,12 @@ class Select(Pass):
 
     # Widths under the goal
 
-    def _chosen(self, model: Model, reading: _Reading, curves: Sequence[Curve], context: Context) -> Chosen:
+    def _chosen(self, model: Model, reading: _Reading, curves: Sequence[Curve], context: Context) -> Found:
         """The model cut to the widths that the goal asks for, or that the bound allows."""
         options = self.options
         if options.ratio is not None:
             wanted = {group: self._wanted(group) for group in reading.groups}
-            return self._cut(model, wanted, reading, context), []
+            return Found(self._cut(model, wanted, reading, context))
         if options.latency is not None:
             return self._within_latency(model, reading, curves, options.latency, context)
         if options.params is not None:
@@ -283,7 +280,7 @@ class Select(Pass):
                 f"{share:g} of the {what} can't be met: the narrowest widths leave {least:.3g}"
             )
         note = f"{total.at(chosen) / full:.3g} of the {what} are left"
-        return self._cut(model, chosen, reading, context), [note]
+        return Found(self._cut(model, chosen, reading, context), [note])
 
     def _within_error(
         self,
@@ -293,7 +290,7 @@ class Select(Pass):
         total: Total,
         full: float,
         context: Context,
-    ) -> Chosen:
+    ) -> Found:
         """As few MACs as the bound on the output error allows.
 
         Args:
@@ -317,7 +314,7 @@ class Select(Pass):
             rest = total.at({**{group: group.size for group in reading.groups}, **kept})
             return f"{rest / full:.3g} of the MACs are left"
 
-        found = farthest(
+        return farthest(
             list(plans),
             lambda level: self._cut(model, plans[level], reading, context),
             context,
@@ -328,7 +325,6 @@ class Select(Pass):
             guess=sum(loss**0.5 <= error_bound(context)[0] for loss in expected),
             event=("select probe", "macs"),
         )
-        return found.made, found.notes
 
     def _within_latency(
         self,
@@ -337,7 +333,7 @@ class Select(Pass):
         curves: Sequence[Curve],
         share: float,
         context: Context,
-    ) -> Chosen:
+    ) -> Found:
         """Widths that this machine runs faster, tightened until the whole network is as fast as asked for."""
         sample = few_rows(model, context.calibration.fit, 1)
         times = rewarded(
@@ -371,7 +367,7 @@ class Select(Pass):
             context.journal("select latency", goal=goal, measured=timing.ratio)
             if timing.ratio_high <= share:
                 note = f"latency is {timing.ratio:.3g} of what it was (at most {share:g} was asked for)"
-                return self._cut(model, chosen, reading, context), [note]
+                return Found(self._cut(model, chosen, reading, context), [note])
             if narrowest:
                 break
             goal *= min(0.99 * share / timing.ratio, 0.98)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from onnxfuse import verify
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Found:
-    """The outcome of a search.
+    """How far a pass goes.
 
     Attributes:
-        made: the result at the harshest level that stays within the bound; None where no level does.
-        count: number of levels up to that one.
-        notes: one line on how far it went, or why nowhere.
+        made: what it makes of the model; None where it does nothing.
+        notes: lines on how far that is, or why nowhere.
+        count: of a search, the number of levels up to the one that it found.
     """
 
     made: PassResult | None
-    count: int
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
+    count: int = 0
 
 
 def farthest(
@@ -64,7 +64,7 @@ def farthest(
     """
     if not context.calibration.held_out.samples:
         listed = options.listed_goals("or")
-        return Found(None, 0, [f"no held-out samples to hold the error bound on; give {listed} instead"])
+        return Found(None, [f"no held-out samples to hold the error bound on; give {listed} instead"])
     bound, source = error_bound(context)
     errors: dict[int, float] = {}
 
@@ -76,11 +76,11 @@ def farthest(
     best, count = longest(len(levels), (len(levels) + 1) // 2 if guess is None else guess, attempt)
     within = f"within {bound:g} ({source})"
     if best is None:
-        return Found(None, 0, [none(within, errors.get(1, math.inf))])
+        return Found(None, [none(within, errors.get(1, math.inf))])
     note = f"{said(levels[count - 1])}: held-out output error {within}"
     if count + 1 in errors:
         note += f"; with {(more or said)(levels[count])} it would be {errors[count + 1]:.3g}"
-    return Found(best, count, [note])
+    return Found(best, [note], count)
 
 
 def error_bound(context: Context) -> tuple[float, str]:
