@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from onnxfuse.constants import label
+from onnxfuse.findings import Skip
 from onnxfuse.graph import Model, Node, Tensor
 from onnxfuse.layers import MULTIPLYING
 from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, optional_input, weight_type
-from onnxfuse.pass_manager import Skip
 from onnxfuse.shared_weights import SharedWeight, shared_weights
 
 ROLES = ("query", "key", "value", "output")

@@ -29,23 +29,14 @@ from onnxfuse.channels import find_groups
 from onnxfuse.channels.summary import summarise
 from onnxfuse.cost import count, latency, measure
 from onnxfuse.difference import Structure, structure
-from onnxfuse.errors import InputError, NotApplicableError, OnnxfuseError, VerificationError
+from onnxfuse.errors import InputError, NotApplicableError, OnnxfuseError, VerificationError, unknown_name
 from onnxfuse.filesize import file_size
 from onnxfuse.graph import Model, Source
 from onnxfuse.inspection import Inspection, examine
 from onnxfuse.instruments import Dumps, Instrument, Journal
 from onnxfuse.metrics import Metric, evaluate, load_metric
-from onnxfuse.pass_manager import (
-    Context,
-    Contract,
-    NoProgress,
-    Outcome,
-    Pass,
-    PassManager,
-    StepReport,
-    discover,
-    unknown_name,
-)
+from onnxfuse.pass_manager import Context, Contract, Outcome, Pass, PassManager, StepReport, discover
+from onnxfuse.progress import NoProgress
 from onnxfuse.recipe import Option, Settings, options_of
 from onnxfuse.report import plots
 from onnxfuse.report.files import check_folder, write_report
@@ -58,7 +49,7 @@ from onnxfuse.verify import Comparison, Divergence, OutputError
 
 if TYPE_CHECKING:
     from onnxfuse.cost import Cost, Latency
-    from onnxfuse.pass_manager import Progress
+    from onnxfuse.progress import Progress
     from onnxfuse.pytorch.retraining import Request, Retrained, Training
     from onnxfuse.runtime import Feed
 

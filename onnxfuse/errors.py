@@ -1,5 +1,8 @@
 """Errors a user can cause. Each message is the one line shown on stderr; each class knows its exit code."""
 
+import difflib
+from collections.abc import Sequence
+
 
 class OnnxfuseError(Exception):
     """Base of every error that is the user's to solve, not a bug in onnxfuse."""
@@ -31,3 +34,16 @@ class NotApplicableError(OnnxfuseError):
 
 class ModelWarning(UserWarning):
     """Something about a model that its user should know, and that stops nothing."""
+
+
+def unknown_name(kind: str, name: str, allowed: Sequence[str]) -> str:
+    """The message for a name that does not exist: what may have been meant, and what there is.
+
+    Args:
+        kind: what such names stand for, in words.
+        name: the name as it was given.
+        allowed: the names that exist.
+    """
+    near = difflib.get_close_matches(name, allowed, n=1)
+    guess = f"; did you mean '{near[0]}'?" if near else ";"
+    return f"there is no {kind} '{name}'{guess} known: {', '.join(allowed) or 'none'}"

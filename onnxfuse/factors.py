@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from onnxfuse.solve import Array
+from onnxfuse.numerics.affine import Array
 
 POWER = 3
 """Power iterations of the randomised SVD: trained weights have spectra that fall off slowly."""

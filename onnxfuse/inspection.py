@@ -24,7 +24,7 @@ from onnxfuse.regions import Region, describe, find_regions
 if TYPE_CHECKING:
     import onnx
 
-    from onnxfuse.pass_manager import Skip
+    from onnxfuse.findings import Skip
     from onnxfuse.runtime import Runtime
 
 

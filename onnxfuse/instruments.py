@@ -1,4 +1,4 @@
-"""What surrounds passes without being part of them: times, progress bars, dumped models, a journal.
+"""What surrounds passes without being part of them: progress bars, dumped models, a journal.
 
 An instrument overrides the moments it cares about; the manager calls each in turn. None of them can change a
 result. `RichProgress` and `Journal` are also what goes into `Context.progress` and `Context.journal`, so that
@@ -21,8 +21,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from onnxfuse.errors import InputError
 
 if TYPE_CHECKING:
+    from onnxfuse.findings import Json
     from onnxfuse.graph import Model
-    from onnxfuse.pass_manager import Advance, Json, Pass, StepReport
+    from onnxfuse.pass_manager import Pass, StepReport
+    from onnxfuse.progress import Advance
 
 
 class Instrument:
@@ -39,24 +41,6 @@ class Instrument:
 
     def finished(self) -> None:
         """At the end, also when a pass raised or the user interrupted."""
-
-
-class Timing(Instrument):
-    """Seconds by step, `(pass name, seconds)` in order, and the total including what lies between passes."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[str, float]] = []
-        self.total = 0.0
-        self._start = 0.0
-
-    def started(self, passes: Sequence[Pass], model: Model) -> None:
-        self._start = time.perf_counter()
-
-    def after(self, index: int, step: StepReport, model: Model) -> None:
-        self.steps.append((step.name, step.seconds))
-
-    def finished(self) -> None:
-        self.total = time.perf_counter() - self._start
 
 
 class RichProgress(Instrument):

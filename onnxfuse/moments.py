@@ -1,4 +1,4 @@
-"""Streaming second moments of a region's inputs and outputs, and the patches that feed them.
+"""Streaming second moments of an operator's inputs and outputs.
 
 Nothing of the data is kept but sums, so memory doesn't grow with the number of samples. Rows are shifted by
 the mean of the first ones before products are formed: second moments about a point inside the data lose no
@@ -6,16 +6,11 @@ digits to a mean that is large beside the spread, and unlike a running mean it c
 matrix per batch. (The loss is bounded: the shift is off by d only if the total variance is at least about d^2
 times the share of those first rows.) Few rows at a time would starve BLAS, so they are buffered; X^T X is a
 symmetric rank-k update in place, half the work of a product.
-
-A convolution is a dense operator on patches. Only the patches at sampled output positions are gathered: a
-full patch Gram for one 3x3 layer with 64 channels costs as much as a whole small network, and a few positions
-per sample say nearly as much, because neighbouring patches repeat each other.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -23,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg.blas
 
-from onnxfuse import solve as _solve
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.solve import Affine, Array
+from onnxfuse.numerics.affine import Affine, Array
+from onnxfuse.numerics.sampling import gather, output_size, patches
 
 _BUFFER_ROWS = 1024
 _BUFFER_ELEMENTS = 1 << 20
@@ -53,7 +48,7 @@ class Moments:
             raise ValueError(f"{dx} inputs and {dy} outputs can't be split into {groups} groups")
         self.dx, self.dy, self.groups = dx, dy, groups
         self.n = 0.0
-        self._dtype = np.float32 if single else np.float64
+        self._dtype: type[np.floating[Any]] = np.float32 if single else np.float64
         # Rounding perturbs a sum of n products by about eps, and p of them an eigenvalue by at most p eps; in
         # single precision the errors of many buffers average out, and that bound would discard directions
         # that matter.
@@ -67,13 +62,16 @@ class Moments:
         self._yy = np.zeros(dy)
         self._settled = True
         self._rows = max(64, min(_BUFFER_ROWS, _BUFFER_ELEMENTS // (dx + dy)))
-        self._buffers: list[npt.NDArray[Any]] | None = None  # x rows, y rows, square roots of weights
-        self._filled = 0
+        self._buffer: _RowBuffer | None = None
 
     def add(self, x: npt.ArrayLike, y: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> None:
-        """Take in rows x (n, dx) and y (n, dy), of any real type, with weights (n,) at least 0 (None: all 1).
+        """Take in rows.
 
-        A row of weight 0 counts as absent, whatever it holds: that is how padding tokens are left out.
+        Args:
+            x: (n, dx), of any real type.
+            y: (n, dy), of any real type.
+            weights: (n,), at least 0; None: all 1. A row of weight 0 counts as absent, whatever it holds:
+                that is how padding tokens are left out.
 
         Raises:
             ValueError: shapes that don't fit, or a weight that is negative or not finite.
@@ -88,40 +86,18 @@ class Moments:
             return
         if self._shift is None:
             self._shift = np.concatenate([_centre(x[: self._rows]), _centre(y[: self._rows])])
-        for start in range(0, len(x), self._rows):
-            stop = start + self._rows
-            self._push(x[start:stop], y[start:stop], None if roots is None else roots[start:stop])
+        if self._buffer is None:
+            shifts = self._shift[: self.dx], self._shift[self.dx :]
+            self._buffer = _RowBuffer(self._rows, shifts, self._dtype)
+        for block in self._buffer.fill(x, y, roots):
+            self._sum_up(*block)
         self.n += float(len(x)) if roots is None else float(roots @ roots)
 
-    def _push(self, x: npt.NDArray[Any], y: npt.NDArray[Any], roots: Array | None) -> None:
-        """Buffer at most `_rows` rows, in at most two pieces."""
-        assert self._shift is not None
-        if self._buffers is None:
-            shapes = ((self._rows, self.dx), (self._rows, self.dy), (self._rows,))
-            self._buffers = [np.empty(shape, self._dtype) for shape in shapes]
-        done = 0
-        while done < len(x):
-            take = min(len(x) - done, self._rows - self._filled)
-            to, of = slice(self._filled, self._filled + take), slice(done, done + take)
-            for buffer, rows, shift in (
-                (self._buffers[0], x, self._shift[: self.dx]),
-                (self._buffers[1], y, self._shift[self.dx :]),
-            ):
-                with np.errstate(invalid="ignore", over="ignore"):  # `solve` refuses what isn't finite
-                    np.subtract(rows[of], shift, out=buffer[to], casting="same_kind")
-                if roots is not None:
-                    buffer[to] *= roots[of, None]
-            self._buffers[2][to] = 1.0 if roots is None else roots[of]
-            self._filled, done = self._filled + take, done + take
-            if self._filled == self._rows:
-                self._flush()
-
-    def _flush(self) -> None:
-        """Move the buffered rows into the sums."""
-        if not self._filled or self._buffers is None:
+    def _sum_up(self, x: npt.NDArray[Any], y: npt.NDArray[Any], roots: npt.NDArray[Any]) -> None:
+        """Add shifted rows, scaled by the roots of their weights, to the sums."""
+        if not len(roots):
             return
-        x, y, roots = (buffer[: self._filled] for buffer in self._buffers)
-        self._filled, self._settled = 0, False
+        self._settled = False
         self._sum += np.concatenate([roots @ x, roots @ y])
         self._yy += np.einsum("nq,nq->q", y, y)
         if self.groups == 1 and self._dtype == np.float32:
@@ -138,9 +114,10 @@ class Moments:
             self._xy += left @ y.reshape(len(y), self.groups, -1).swapaxes(0, 1)
 
     def _settle(self) -> None:
-        """Flush, free the buffers and move the shift to the mean: the sums are then centred."""
-        self._flush()
-        self._buffers = None
+        """Empty and free the buffer and move the shift to the mean: the sums are then centred."""
+        if self._buffer is not None:
+            self._sum_up(*self._buffer.drain())
+        self._buffer = None
         if self._settled or self._shift is None:
             return
         if self.groups == 1:
@@ -160,7 +137,7 @@ class Moments:
         self._sum[:] = 0.0
 
     def _outer(self, delta: Array, weight: float) -> tuple[Array, Array, Array]:
-        """What `weight` rows at delta (dx + dy,) would add to xx, xy and yy; xx exactly symmetric."""
+        """The xx, xy and yy of `weight` rows at delta (dx + dy,); xx exactly symmetric."""
         x, y = (part.reshape(self.groups, -1, 1) for part in (delta[: self.dx], delta[self.dx :]))
         xx, xy = x * x.swapaxes(1, 2), x * y.swapaxes(1, 2)
         xx *= weight
@@ -209,7 +186,7 @@ class Moments:
         return np.zeros(self.dx + self.dy) if self._shift is None else self._shift
 
     def merge(self, other: Moments) -> None:
-        """Take in all rows that `other` has seen, which stays as it is (Chan, Golub and LeVeque 1979).
+        """Take in all rows of `other`, which stays as it is (Chan, Golub and LeVeque 1979).
 
         Raises:
             ValueError: different sizes.
@@ -241,7 +218,7 @@ class Moments:
         return both
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything as arrays (for `np.savez`, or another process); `from_state` restores it."""
+        """All sums and sizes as arrays (for `np.savez`, or another process); `from_state` restores them."""
         mean = self._mean()
         return {
             "sizes": np.array([self.dx, self.dy, self.groups]),
@@ -255,7 +232,11 @@ class Moments:
 
     @classmethod
     def from_state(cls, state: Mapping[str, npt.NDArray[Any]]) -> Moments:
-        """The moments that `state` described; KeyError or ValueError if it isn't one."""
+        """The moments that `state` gave.
+
+        Raises:
+            KeyError, ValueError: not such a state.
+        """
         moments = cls(*(int(size) for size in state["sizes"]))
         n, mean = float(state["n"]), np.array(state["mean"], dtype=np.float64)
         arrays = [np.array(state[key], dtype=np.float64, order="C") for key in ("xx", "xy", "yy")]
@@ -277,8 +258,10 @@ class Moments:
         """Mean over rows of the squared error of any affine map (its bias included), per output (dy,).
 
         Exact: the quadratic form in the moments, not an estimate. Its rounding is about 1e-15 of the variance
-            times the squared weights in units of the best ones, so errors far below that can't be told from
-            0.
+        times the squared weights in units of the best ones, so errors far below that can't be told from 0.
+
+        Raises:
+            NotApplicableError: no rows.
         """
         self._require_rows()
         xx, xy = self.stacked()
@@ -292,25 +275,63 @@ class Moments:
         return float(self.errors(affine).sum())
 
     def relative_error(self, affine: Affine) -> float:
-        """error / variance. A target that never moves has no scale: 0 if it is met to rounding, else
-        infinite."""
+        """`error` as a share of `variance`. A target that never moves has no scale: 0 if it is met to
+        rounding, else infinite."""
         error, variance = self.error(affine), self.variance
         rounding = (8 * np.finfo(np.float64).eps) ** 2 * float(self.mean_y @ self.mean_y)
         if variance > rounding:
             return error / variance
         return 0.0 if error <= rounding else float("inf")
 
-    def solve(self, ridge: float, prior: npt.ArrayLike | None = None) -> Affine:
-        """The best affine map from x to y under a relative ridge; see `onnxfuse.solve.solve`."""
-        return _solve.solve(self, ridge, prior)
-
-    def path(self, ridges: Sequence[float], prior: npt.ArrayLike | None = None) -> list[Affine]:
-        """Solutions for many ridges from one eigendecomposition; see `onnxfuse.solve.path`."""
-        return _solve.path(self, ridges, prior)
-
     def _require_rows(self) -> None:
         if self.n <= 0:
             raise NotApplicableError("no calibration rows to measure on")
+
+
+class _RowBuffer:
+    """Rows that wait until they are enough for BLAS: shifted, and scaled by the roots of their weights."""
+
+    def __init__(self, rows: int, shifts: tuple[Array, Array], dtype: type[np.floating[Any]]) -> None:
+        """Nothing is in it yet.
+
+        Args:
+            rows: how many it holds.
+            shifts: what is subtracted from rows of x (dx,) and of y (dy,).
+            dtype: of the rows.
+        """
+        self._shifts = shifts
+        self._x, self._y = (np.empty((rows, len(shift)), dtype) for shift in shifts)
+        self._roots = np.empty(rows, dtype)
+        self._filled = 0
+
+    def fill(
+        self, x: npt.NDArray[Any], y: npt.NDArray[Any], roots: Array | None
+    ) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+        """Take in rows, and give back a full buffer whenever there is one: views, to be read at once.
+
+        Args:
+            x: (n, dx).
+            y: (n, dy).
+            roots: of the weights (n,), None where they are all 1.
+        """
+        done = 0
+        while done < len(x):
+            take = min(len(x) - done, len(self._roots) - self._filled)
+            to, of = slice(self._filled, self._filled + take), slice(done, done + take)
+            for buffer, rows, shift in zip((self._x, self._y), (x, y), self._shifts, strict=True):
+                with np.errstate(invalid="ignore", over="ignore"):  # `solve` refuses what isn't finite
+                    np.subtract(rows[of], shift, out=buffer[to], casting="same_kind")
+                if roots is not None:
+                    buffer[to] *= roots[of, None]
+            self._roots[to] = 1.0 if roots is None else roots[of]
+            self._filled, done = self._filled + take, done + take
+            if self._filled == len(self._roots):
+                yield self.drain()
+
+    def drain(self) -> tuple[npt.NDArray[Any], ...]:
+        """The rows of x and y and the roots of their weights, as views; the buffer is empty then."""
+        filled, self._filled = self._filled, 0
+        return self._x[:filled], self._y[:filled], self._roots[:filled]
 
 
 def _weighted(
@@ -333,90 +354,6 @@ def _centre(rows: npt.NDArray[Any]) -> Array:
     ).astype(np.float64)
 
 
-def output_size(
-    spatial: Sequence[int],
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    pads: Sequence[int],
-) -> tuple[int, ...]:
-    """Spatial size of a Conv's output; pads as in ONNX, all begins and then all ends (negative ones crop)."""
-    axes = len(spatial)
-    if not len(kernel) == len(strides) == len(dilations) == axes or len(pads) != 2 * axes:
-        raise ValueError(f"geometry doesn't fit {axes} spatial axes")
-    sizes = tuple(
-        (size + begin + end - dilation * (k - 1) - 1) // stride + 1
-        for size, k, stride, dilation, begin, end in zip(
-            spatial, kernel, strides, dilations, pads[:axes], pads[axes:], strict=True
-        )
-    )
-    if min(sizes, default=1) < 1:
-        raise ValueError(f"kernel {tuple(kernel)} doesn't fit into {tuple(spatial)} with pads {tuple(pads)}")
-    return sizes
-
-
-def patches(
-    x: npt.NDArray[Any],
-    positions: npt.NDArray[np.int64] | None,
-    *,
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    pads: Sequence[int],
-) -> npt.NDArray[Any]:
-    """The zero-padded patches that a Conv sees at some of its output positions.
-
-    Args:
-        x: (N, C, *spatial), one to three spatial axes (or any number).
-        positions: flat (C-ordered) output positions per sample, (N, P); None for all of them.
-        kernel, strides, dilations: one per spatial axis.
-        pads: all begins, then all ends, as in ONNX.
-
-    Returns:
-        (N * P, C * prod(kernel)), samples outermost, of x's type; columns in the order of an ONNX Conv weight
-        (channel, then kernel), so that patches @ W.reshape(M, -1).T is the convolution. Group g of a grouped
-        Conv sees the g-th of `groups` equal runs of columns, as `Moments` has it.
-    """
-    samples, channels, *spatial = x.shape
-    sizes = output_size(spatial, kernel, strides, dilations, pads)
-    if positions is None:
-        positions = np.broadcast_to(np.arange(prod(sizes)), (samples, prod(sizes)))
-    rows, taps = positions.size, prod(kernel)
-    index = np.zeros((rows, 1), dtype=np.intp)
-    outside = np.zeros((rows, 1), dtype=bool)
-    for axis, at in enumerate(np.unravel_index(positions.ravel(), sizes)):
-        steps = np.arange(kernel[axis]) * dilations[axis] - pads[axis]
-        where = at[:, None] * strides[axis] + steps
-        beyond = (where < 0) | (where >= spatial[axis])
-        where[beyond] = 0
-        index = (index[:, :, None] * spatial[axis] + where[:, None, :]).reshape(rows, -1)
-        outside = (outside[:, :, None] | beyond[:, None, :]).reshape(rows, -1)
-    sample = np.repeat(np.arange(samples), positions.shape[1])[:, None]
-    # Index arrays shared by all channels, and no padded copy of x: only what is asked for is touched.
-    found = x.reshape(samples, channels, -1)[sample, :, index]  # (rows, taps, C)
-    found[outside] = 0
-    return found.swapaxes(1, 2).reshape(rows, channels * taps)
-
-
-def gather(
-    y: npt.NDArray[Any], positions: npt.NDArray[np.int64] | None, channel_axis: int = 1
-) -> npt.NDArray[Any]:
-    """Channel vectors at flat positions (N, P), or at all of them: (N * P, C), in the order of `patches`.
-
-    y is (N, C, *spatial), or (N, *spatial, C) with channel_axis -1.
-    """
-    if channel_axis not in (1, -1, y.ndim - 1):
-        raise ValueError("channels must be the second axis or the last")
-    samples, channels = len(y), y.shape[channel_axis]
-    if channel_axis == 1:
-        flat = y.reshape(samples, channels, -1)
-        found = flat.swapaxes(1, 2) if positions is None else flat[np.arange(samples)[:, None], :, positions]
-    else:
-        flat = y.reshape(samples, -1, channels)
-        found = flat if positions is None else flat[np.arange(samples)[:, None], positions]
-    return found.reshape(-1, channels)
-
-
 def add_patches(
     moments: Moments,
     x: npt.NDArray[Any],
@@ -428,10 +365,20 @@ def add_patches(
     dilations: Sequence[int],
     pads: Sequence[int],
 ) -> None:
-    """Add x's patches against y (N, C', *output size) at the same positions, a bounded number of rows at a
-    time.
+    """Add a Conv's patches, and the target at the same positions, to moments.
 
-    Unfolded at once, a batch of full feature maps would be prod(kernel) times its size.
+    A bounded number of rows at a time: unfolded at once, a batch of full feature maps would be prod(kernel)
+    times its size.
+
+    Args:
+        moments: of C * prod(kernel) inputs and C' outputs.
+        x: (N, C, *spatial).
+        y: the target (N, C', *output size).
+        positions: flat output positions (N, P), None for all of them.
+        kernel, strides, dilations, pads: as in `patches`.
+
+    Raises:
+        ValueError: the target's size isn't the Conv's.
     """
     if output_size(x.shape[2:], kernel, strides, dilations, pads) != y.shape[2:]:
         raise ValueError(f"target of size {y.shape[2:]} doesn't fit the geometry")
@@ -447,24 +394,3 @@ def add_patches(
             at = positions[part, first : first + columns]
             seen = patches(x[part], at, kernel=kernel, strides=strides, dilations=dilations, pads=pads)
             moments.add(seen, gather(y[part], at))
-
-
-def sample_positions(
-    seed: int, key: str, batch: int, samples: int, size: int, count: int | None
-) -> npt.NDArray[np.int64] | None:
-    """Which of `size` positions to look at, per sample: (samples, count), sorted and distinct; None for all.
-
-    The positions depend on nothing but the arguments, so two runs over the same batches see the same ones.
-    They are stratified: one per equal stretch, the stretches turned by a random amount per sample. Every
-    position has the same chance, and the spread beats independent draws.
-    """
-    if count is None or count >= size:
-        return None
-    if count < 1:
-        raise ValueError("at least one position per sample is needed")
-    digest = hashlib.sha256(f"{seed}\0{key}\0{batch}".encode()).digest()
-    random = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-    edges = np.arange(count + 1) * size // count
-    inside = (random.random((samples, count)) * np.diff(edges)).astype(np.int64)
-    turned = (edges[:-1] + inside + random.integers(size, size=(samples, 1))) % size
-    return np.sort(turned, axis=1)

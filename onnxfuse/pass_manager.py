@@ -12,12 +12,11 @@ A pass rewrites a copy of a model and declares, by its contract, what the rewrit
 The manager is transactional. A pass works on a copy; the copy must be a valid graph, must load in ONNX
 Runtime and must keep its contract there; then it is committed, otherwise rolled back with the reason in its
 `StepReport`. Nothing is written to disk by the manager itself, so an interrupted run leaves nothing behind.
-Timing, progress, dumps and the journal live in instruments (`instruments.py`) around a pass, not inside it.
+Progress, dumps and the journal live in instruments (`instruments.py`) around a pass, not inside it.
 """
 
 from __future__ import annotations
 
-import difflib
 import enum
 import time
 from abc import ABC, abstractmethod
@@ -26,13 +25,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import pydantic
 
 from onnxfuse import verify
 from onnxfuse.cost import Cost, measure
-from onnxfuse.errors import InputError, OnnxfuseError, VerificationError
+from onnxfuse.errors import InputError, OnnxfuseError, VerificationError, unknown_name
+from onnxfuse.findings import Change, Json, Prediction, Skip
+from onnxfuse.progress import Journal, NoProgress, Progress, no_journal
 from onnxfuse.verify import Comparison, Divergence, OutputError, PredictionCheck
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ UNSEEN = (
 UNSEEN_ERROR = 1e-6
 """Relative squared error of a tensor above which some output must change."""
 
-Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
-
 
 class Contract(enum.Enum):
     """What a pass preserves; decides how its result is verified."""
@@ -64,50 +63,6 @@ class Contract(enum.Enum):
     EXACT = "exact"
     MASKED = "masked"
     APPROXIMATE = "approximate"
-
-
-@dataclass(frozen=True)
-class Change:
-    """One rewrite that was made: the nodes it replaced, one line that says what became of them, and
-    figures."""
-
-    nodes: tuple[str, ...]
-    what: str
-    detail: Mapping[str, Json] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Skip:
-    """One rewrite that was not made: the nodes it is about and the reason."""
-
-    nodes: tuple[str, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A claim about one tensor of the rewritten model, made from moments.
-
-    Over the fit samples, at the positions `moments.sample_positions(context.seed, tensor, batch.index, ...)`,
-    |tensor - reference|^2 summed over `channel_axis` and averaged over rows (samples x positions) equals
-    `error`.
-
-    `tensor` names a tensor of the rewritten model, `reference` one of `context.original` with the same
-    shape, up to `channels`. `error` and `variance` (the reference's, about its mean, also summed over
-    channels) are in squared units of the tensor. `positions` is the number of positions sampled in each
-    sample; None means all of them. `mask` names a graph input of the tensor's leading dimensions: rows where
-    it is 0 don't count. `channels` are those of the reference that the tensor has, in its order; None means
-    all.
-    """
-
-    tensor: str
-    reference: str
-    error: float
-    variance: float
-    positions: int | None = None
-    channel_axis: int = 1
-    mask: str | None = None
-    channels: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -125,40 +80,6 @@ class PassResult:
     notes: list[str] = field(default_factory=list)
     oracle: Model | None = None
     cut: Model | None = None
-
-
-class Advance(Protocol):
-    """Moves one progress task forward."""
-
-    def __call__(self, amount: float = 1) -> None: ...
-
-
-class Progress(Protocol):
-    """Where long loops say how far they are: `advance = progress.task("moments", total=40)`, then
-    `advance()`."""
-
-    def task(self, description: str, total: float | None = None) -> Advance: ...
-
-
-class NoProgress:
-    """The progress of a run that nobody watches."""
-
-    def task(self, description: str, total: float | None = None) -> Advance:
-        return _stand_still
-
-
-def _stand_still(amount: float = 1) -> None:
-    pass
-
-
-class Journal(Protocol):
-    """Takes one event, with figures: `context.journal("ridge", tensor="v", ridge=1e-3)`."""
-
-    def __call__(self, event: str, **figures: Json) -> None: ...
-
-
-def no_journal(event: str, **figures: Json) -> None:
-    """The journal of a run that keeps none."""
 
 
 @dataclass
@@ -276,13 +197,6 @@ def discover() -> dict[str, type[Pass]]:
     """All installed passes by name: those of onnxfuse, and third parties' in the entry-point group
     `GROUP`."""
     return {name: load_pass(name) for name in pass_names()}
-
-
-def unknown_name(kind: str, name: str, allowed: Sequence[str]) -> str:
-    """One line: there is no such thing, what it may have been meant to be, and what there is."""
-    near = difflib.get_close_matches(name, allowed, n=1)
-    guess = f"; did you mean '{near[0]}'?" if near else ";"
-    return f"there is no {kind} '{name}'{guess} known: {', '.join(allowed) or 'none'}"
 
 
 # --- running passes -----------------------------------------------------------------------------------------

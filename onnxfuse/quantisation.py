@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxfuse.solve import Array
+from onnxfuse.numerics.affine import Array
 
 MOST_STEPS = 1000
 

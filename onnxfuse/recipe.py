@@ -29,8 +29,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from onnxfuse.errors import InputError
-from onnxfuse.pass_manager import Pass, load_pass, unknown_name
+from onnxfuse.errors import InputError, unknown_name
+from onnxfuse.pass_manager import Pass, load_pass
 
 
 class Retrain(pydantic.BaseModel):

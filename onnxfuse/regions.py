@@ -35,6 +35,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnxfuse.errors import OnnxfuseError
+from onnxfuse.findings import Skip
 from onnxfuse.flow import (
     DOMAINS,
     TRANSPARENT,
@@ -50,7 +51,6 @@ from onnxfuse.flow import (
 )
 from onnxfuse.geometry import Geometry
 from onnxfuse.graph import Model, Node, Tensor, TensorInfo
-from onnxfuse.pass_manager import Skip
 
 if TYPE_CHECKING:
     from onnxfuse.runtime import Feed, Runtime

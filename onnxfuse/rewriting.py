@@ -18,17 +18,18 @@ from pydantic import Field
 
 from onnxfuse.channels.consumers import View
 from onnxfuse.channels.importance import Statistics, statistics
+from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.memory import in_budget
 from onnxfuse.fitting.search import Found, Level, farthest
 from onnxfuse.goals import Goals
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear import LinearOp, linear_op
-from onnxfuse.pass_manager import Change, Context, Json, PassResult, Skip
+from onnxfuse.pass_manager import Context, PassResult
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.shared_weights import SharedWeight, shared_weights
-from onnxfuse.walk import LINEAR, Site, Solved, refit_change, refit_sites, walk
+from onnxfuse.walk import LINEAR, RefitSite, Solved, refit_change, refit_sites, walk
 
 MEMORY = 1 << 30
 """Bytes of covariances that are kept at a time; a single reader may take more."""
@@ -213,7 +214,7 @@ def walked(
     return solved, skipped
 
 
-def _alone(sites: Sequence[Site], fixed: Collection[Node]) -> list[Site]:
+def _alone(sites: Sequence[RefitSite], fixed: Collection[Node]) -> list[RefitSite]:
     own = (site for site in sites if site.how == "fresh" or site.op.node in fixed)
     return [site if site.how == "fresh" else replace(site, how="keep") for site in own]
 

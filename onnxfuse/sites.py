@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.pass_manager import Skip, unknown_name
+from onnxfuse.errors import InputError, NotApplicableError, unknown_name
+from onnxfuse.findings import Skip
 
 ALL = "all"
 Place = TypeVar("Place")

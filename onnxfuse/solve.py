@@ -20,18 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
 from onnxfuse.errors import NotApplicableError
-
-if TYPE_CHECKING:
-    from onnxfuse.moments import Moments
-
-Array = npt.NDArray[np.float64]
+from onnxfuse.moments import Moments
+from onnxfuse.numerics.affine import Affine, Array
 
 RIDGES = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 """Ridges tried by `choose_ridge`; relative to the mean diagonal of C_xx."""
@@ -40,29 +36,11 @@ _CHOLESKY_FROM = 1e-9
 """Above this relative ridge the system's condition number, at most columns / ridge, is safe for Cholesky."""
 
 
-@dataclass(frozen=True)
-class Affine:
-    """y = W x + b, with weight (dy, dx / groups) and bias (dy,), float64.
-
-    With groups, outputs [g dy/groups, (g+1) dy/groups) see inputs [g dx/groups, (g+1) dx/groups) only.
-    """
-
-    weight: Array
-    bias: Array
-
-    def __call__(self, x: npt.ArrayLike, groups: int = 1) -> Array:
-        """Apply to rows x (n, dx); returns (n, dy)."""
-        rows = np.asarray(x, dtype=np.float64)
-        stack = self.weight.reshape(groups, -1, self.weight.shape[1])
-        out = np.einsum("ngp,gqp->ngq", rows.reshape(len(rows), groups, -1), stack, optimize=True)
-        return out.reshape(len(rows), -1) + self.bias
-
-
 def solve(moments: Moments, ridge: float, prior: npt.ArrayLike | None = None) -> Affine:
     """The ridge solution for one ridge.
 
     Args:
-        moments: what the data said.
+        moments: of the data.
         ridge: at least 0, relative to the mean diagonal of C_xx (of each group's own).
         prior: weights (dy, dx / groups) to shrink towards; None is zero.
 
@@ -88,20 +66,17 @@ def solve(moments: Moments, ridge: float, prior: npt.ArrayLike | None = None) ->
 
 
 def path(moments: Moments, ridges: Sequence[float], prior: npt.ArrayLike | None = None) -> list[Affine]:
-    """The ridge solutions for many ridges, from one eigendecomposition; arguments and errors as in
-    `solve`."""
+    """The ridge solutions for many ridges, from one eigendecomposition.
+
+    Args:
+        moments, prior: as in `solve`.
+        ridges: the ridges, in the order of the solutions.
+
+    Raises:
+        ValueError, NotApplicableError: as in `solve`.
+    """
     spectrum = _Spectrum.of(moments, prior)
     return [spectrum.solution(ridge) for ridge in ridges]
-
-
-def predicted_error(moments: Moments) -> float:
-    """The error that the unregularised solution leaves: trace(C_y - C_yx C_xx^+ C_xy) (FuseInit, Corollary
-    1).
-
-    It is what `moments.error(moments.solve(0.0))` measures, without solving. On the rows it was fitted to it
-    flatters, the more so the nearer their number is to the number of columns: judge by held-out rows.
-    """
-    return float(_Spectrum.of(moments, None).residuals(0.0).sum()) / moments.n
 
 
 def generalised_cross_validation(
@@ -113,6 +88,13 @@ def generalised_cross_validation(
     The score is n RSS / (n - f)^2 summed over groups, f being the effective number of parameters 1 + sum(l /
     (l + r)) over the eigenvalues l (Golub, Heath and Wahba 1979). Rows count as independent, which
     neighbouring patches of one image are not; held-out samples, where there are any, are the better judge.
+
+    Args:
+        moments, prior: as in `solve`.
+        ridges: those to choose from. On a tie the larger one wins.
+
+    Raises:
+        ValueError, NotApplicableError: as in `solve`; no ridges.
     """
     spectrum = _Spectrum.of(moments, prior)
     scores = [spectrum.cross_validation(ridge) for ridge in ridges]
@@ -127,7 +109,14 @@ def choose_ridge(
 ) -> tuple[float, Affine]:
     """The ridge whose solution on `fit` has the least error on `held`, and that solution.
 
-    On a tie the larger ridge wins. Errors as in `solve`, for either of the two.
+    Args:
+        fit: moments of the rows that are fitted.
+        held: moments of the rows that judge.
+        ridges: those to choose from. On a tie the larger one wins.
+        prior: as in `solve`.
+
+    Raises:
+        ValueError, NotApplicableError: as in `solve`, for either of the two; no ridges.
     """
     spectrum = _Spectrum.of(fit, prior)
     scores = [held.error(spectrum.solution(ridge)) for ridge in ridges]

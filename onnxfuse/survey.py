@@ -10,20 +10,24 @@ several runs, each for some of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from onnxfuse.calibration import Batch, Calibration
+from onnxfuse.fitting.memory import in_budget
 from onnxfuse.graph import Model
-from onnxfuse.moments import Moments, add_patches, gather, sample_positions
-from onnxfuse.pass_manager import NoProgress, Progress
+from onnxfuse.moments import Moments, add_patches
+from onnxfuse.numerics.affine import Affine
+from onnxfuse.numerics.sampling import RowSampler, per_sample, row_shape
+from onnxfuse.observe import Background, TappedModel, observe
+from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.regions import Region
 from onnxfuse.runtime import Feed, Runtime
-from onnxfuse.solve import Affine
+from onnxfuse.solve import solve
 
 ROWS_PER_COLUMN = 8
 """Sampled rows per column: enough to tell a good candidate from a bad one."""
@@ -78,19 +82,17 @@ class _View:
         self.moments = [Moments(first.columns, sum(self.widths.values()), single=True) for _ in range(2)]
         self.batches = batches
         self.positions: int | None = None
-        self.seed = seed
-        self.mask = mask if first.region.kind == "token" else None
+        self.sampler = RowSampler(seed, first.region.u, mask if first.region.kind == "token" else None)
 
     def add(self, batch: Batch, held: bool, found: Feed) -> None:
         first = self.candidates[0]
         region, x = first.region, found[first.region.u]
         y = [found[name] for name in self.targets]
         moments = self.moments[held]
-        axis = 1 if region.kind == "conv" else y[0].ndim - 1
-        size = math.prod(y[0].shape) // max(y[0].shape[0] * y[0].shape[axis], 1)
         if self.positions is None:
-            self.positions = -(-ROWS_PER_COLUMN * first.columns // (self.batches * len(x)))
-        at = sample_positions(self.seed, region.u, batch.index, len(x), size, self.positions)
+            self.positions = per_sample(ROWS_PER_COLUMN * first.columns, self.batches * len(x))
+        shape = row_shape(y[0].shape, 1 if region.kind == "conv" else -1)
+        rows = self.sampler.sample(batch.index, shape, self.positions, batch.feed)
         if region.kind == "conv":
             assert region.geometry is not None
             target = np.concatenate(y, axis=1) if len(y) > 1 else y[0]
@@ -98,24 +100,21 @@ class _View:
                 moments,
                 x,
                 target,
-                at,
+                rows.positions,
                 kernel=first.kernel,
                 strides=region.geometry.strides,
                 dilations=(1,) * len(first.kernel),
                 pads=first.pads,
             )
             return
-        rows = x.reshape(len(x), -1) if region.kind == "flatten" else gather(x, at, -1)
-        weights = None
-        if self.mask is not None and batch.feed[self.mask].shape == y[0].shape[:-1]:
-            weights = (gather(batch.feed[self.mask][..., None], at, -1)[:, 0] != 0).astype(np.float64)
-        moments.add(rows, np.concatenate([gather(t, at, -1) for t in y], axis=1), weights)
+        inputs = x.reshape(len(x), -1) if region.kind == "flatten" else rows.vectors(x, -1)
+        moments.add(inputs, np.concatenate([rows.vectors(t, -1) for t in y], axis=1), rows.weights)
 
     def fits(self, ridge: float) -> list[Fit]:
         fit, held = self.moments
         if not held.n:
             held = fit
-        affine = fit.solve(ridge)
+        affine = solve(fit, ridge)
         errors = [moments.errors(affine) for moments in (fit, held)]
         spreads = [moments.yy / moments.n for moments in (fit, held)]
         result, start, where = [], 0, {}
@@ -154,46 +153,25 @@ def survey(
     grouped: dict[tuple[object, ...], list[Candidate]] = {}
     for candidate in candidates:
         grouped.setdefault(candidate.view, []).append(candidate)
-    runs = list(_affordable(grouped.values()))
+    # A group has two float64 Gram matrices, fitted and held out.
+    runs = list(in_budget(grouped.values(), lambda own: {own[0].view: 16 * own[0].columns ** 2}, MEMORY))
     total = len(runs) * (len(calibration.fit) + len(calibration.held_out))
     advance = (progress or NoProgress()).task("calibrating", total=total)
-    fed = {info.name for info in model.inputs}
     fits: dict[int, Fit] = {}
     for groups in runs:
-        names = dict.fromkeys(name for group in groups for c in group for name in (c.region.u, c.region.v))
-        session = runtime.session(model, taps=[name for name in names if name not in fed], outputs=())
+        names = [name for group in groups for c in group for name in (c.region.u, c.region.v)]
+        tapped = TappedModel(model, names, runtime)
         views = [_View(group, len(calibration.fit), seed, mask) for group in groups]
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(1) as worker:
-            pending: Future[None] | None = None
+        with threadpool_limits(1, "blas"), Background() as background:
             for held, part in ((False, calibration.fit), (True, calibration.held_out)):
-                for batch in part:
-                    found = {**batch.feed, **session.run(batch.feed)}
-                    if pending is not None:
-                        pending.result()
-                    # The moments of one batch are summed while the network runs the next.
-                    pending = worker.submit(_add, views, batch, held, found)
-                    advance()
-            if pending is not None:
-                pending.result()
+                # The moments of one batch are summed while the network runs the next.
+                add = partial(background.call, _add, views, held)
+                observe(tapped, part, [add], advance)
+            background.wait()
             fits.update((id(fit.candidate), fit) for view in views for fit in view.fits(ridge))
     return [fits[id(candidate)] for candidate in candidates]
 
 
-def _add(views: Sequence[_View], batch: Batch, held: bool, found: Feed) -> None:
+def _add(views: Sequence[_View], held: bool, batch: Batch, found: Feed) -> None:
     for view in views:
         view.add(batch, held, found)
-
-
-def _affordable(groups: Iterable[list[Candidate]]) -> Iterator[list[list[Candidate]]]:
-    """Groups in runs of at most `MEMORY` each: a group has two float64 Gram matrices, fitted and held out."""
-    run: list[list[Candidate]] = []
-    taken = 0
-    for group in groups:
-        size = 2 * 8 * group[0].columns ** 2
-        if run and taken + size > MEMORY:
-            yield run
-            run, taken = [], 0
-        run.append(group)
-        taken += size
-    if run:
-        yield run

@@ -24,7 +24,8 @@ from onnxfuse import verify
 from onnxfuse.calibration import Calibration
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, NoProgress
+from onnxfuse.pass_manager import Context
+from onnxfuse.progress import NoProgress
 from onnxfuse.runtime import Feed, Runtime
 
 Measure = Literal["error", "kl"]

@@ -39,16 +39,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from onnxfuse import moments
 from onnxfuse.errors import NotApplicableError, VerificationError
+from onnxfuse.numerics.sampling import RowSampler, row_shape
 from onnxfuse.protos import light_graph
 from onnxfuse.runtime import format_shape
 from onnxfuse.samples import batch_axes, fixed_batch
 
 if TYPE_CHECKING:
     from onnxfuse.calibration import Batch, Calibration
+    from onnxfuse.findings import Prediction
     from onnxfuse.graph import Model, TensorInfo
-    from onnxfuse.pass_manager import Prediction
     from onnxfuse.runtime import Feed, Runtime, Session
 
 MULTIPLE = 8.0
@@ -484,15 +484,6 @@ def _checker_complaint(model: Model) -> str | None:
     return None
 
 
-def noise_floor(model: Model, batches: Iterable[Batch], runtime: Runtime) -> dict[str, Floor]:
-    """How far each floating-point output of `model` differs from itself on `batches` (module docstring)."""
-    base = runtime.session(model)
-    floors = _Floors(_variants(model, runtime, base))
-    for feed, outputs, _ in _feeds(model, batches, base.run):
-        floors.add(feed, outputs)
-    return floors.result()
-
-
 def interface_problems(a: Model, b: Model, labels: tuple[str, str]) -> list[str]:
     """Differences between two models' inputs and outputs by name, type and declared shape, a line each."""
     problems: list[str] = []
@@ -529,14 +520,12 @@ def compare(
     runtime: Runtime,
     *,
     multiple: float = MULTIPLE,
-    floor: Floors | None = None,
     labels: tuple[str, str] = ("the original", "the result"),
 ) -> Comparison:
     """Do `a` and `b` compute the same on `batches`, within `multiple` times `a`'s noise floor?
 
     Args:
         batches: fed to both, whole; the first one also cut to `BATCH_SIZES`.
-        floor: by output, in the outputs' units; None measures it on the same batches.
         labels: what the messages call the two.
 
     Raises:
@@ -547,7 +536,7 @@ def compare(
     if problems:
         return Comparison((), multiple, 0, (), tuple(problems))
     other = runtime.session(b).run
-    return _compared(a, runtime.session(a), {}, other, batches, runtime, multiple, floor, labels)
+    return _compared(a, runtime.session(a), {}, other, batches, runtime, multiple, labels)
 
 
 def compare_run(
@@ -563,7 +552,7 @@ def compare_run(
     arrays by name."""
     kind: dict[str, Any] = {"taps": tuple(tensors), "outputs": ()}
     base = runtime.session(a, **kind)
-    return _compared(a, base, kind, run, batches, runtime, MULTIPLE, None, labels)
+    return _compared(a, base, kind, run, batches, runtime, MULTIPLE, labels)
 
 
 def _compared(
@@ -574,11 +563,10 @@ def _compared(
     batches: Iterable[Batch],
     runtime: Runtime,
     multiple: float,
-    floor: Floors | None,
     labels: tuple[str, str],
 ) -> Comparison:
     """What `base`, a session of `a` made with `kind`, and `other` give."""
-    floors = _Floors([] if floor is not None else _variants(a, runtime, base, **kind))
+    floors = _Floors(_variants(a, runtime, base, **kind))
     pair = _Pair(labels)
     spreads: dict[str, _Spread] = {}
     sizes: dict[int, None] = {}
@@ -593,7 +581,7 @@ def _compared(
         _add_spreads(spreads, outputs, rows)
         sizes[rows] = None
         samples += rows
-    known = floor if floor is not None else floors.result()
+    known = floors.result()
     found = tuple(_difference(name, tally, spreads.get(name), known) for name, tally in pair.tallies.items())
     return Comparison(found, multiple, samples, tuple(sizes))
 
@@ -768,7 +756,7 @@ def check_predictions(
     before = runtime.session(original, taps=references, outputs=())
     after = runtime.session(result, taps=tensors, outputs=())
     floors: dict[str, Floor] | None = None
-    measured = [_Measured(prediction) for prediction in predictions]
+    measured = [_Measured(prediction, seed) for prediction in predictions]
     for batch in calibration.fit:
         if floors is None:
             few = first_rows(original, batch, _FEW) or batch.feed
@@ -778,15 +766,16 @@ def check_predictions(
         outputs = before.run(batch.feed)
         rewritten = after.run(batch.feed)
         for item in measured:
-            item.add(batch, outputs[item.claim.reference], rewritten[item.claim.tensor], seed)
+            item.add(batch, outputs[item.claim.reference], rewritten[item.claim.tensor])
     return [item.check(floors or {}) for item in measured]
 
 
 class _Measured:
     """The error of one prediction's tensor, streamed."""
 
-    def __init__(self, claim: Prediction) -> None:
+    def __init__(self, claim: Prediction, seed: int) -> None:
         self.claim = claim
+        self.sampler = RowSampler(seed, claim.tensor, claim.mask)
         self.rows = 0
         self.channels = 0
         self.error = 0.0
@@ -794,7 +783,7 @@ class _Measured:
         self.square = 0.0
         self.problem: str | None = None
 
-    def add(self, batch: Batch, reference: np.ndarray, tensor: np.ndarray, seed: int) -> None:
+    def add(self, batch: Batch, reference: np.ndarray, tensor: np.ndarray) -> None:
         claim = self.claim
         if claim.channels is not None:
             reference = np.take(reference, claim.channels, claim.channel_axis)
@@ -803,15 +792,10 @@ class _Measured:
         )
         if self.problem:
             return
-        ours, theirs = (np.moveaxis(x, claim.channel_axis, 1) for x in (reference, tensor))
-        size = int(np.prod(ours.shape[2:], dtype=np.int64))
-        positions = moments.sample_positions(
-            seed, claim.tensor, batch.index, ours.shape[0], size, claim.positions
-        )
-        a, b = (_wide(moments.gather(x, positions)) for x in (ours, theirs))
-        if claim.mask is not None:
-            present = moments.gather(batch.feed[claim.mask][..., None], positions, -1)[:, 0] != 0
-            a, b = a[present], b[present]
+        shape = row_shape(reference.shape, claim.channel_axis)
+        rows = self.sampler.sample(batch.index, shape, claim.positions, batch.feed)
+        both = (np.moveaxis(x, claim.channel_axis, 1) for x in (reference, tensor))
+        a, b = (rows.without_padding(_wide(rows.vectors(x))) for x in both)
         self.rows += a.shape[0]
         self.channels = a.shape[1]
         self.error += float(np.vdot(a - b, a - b))

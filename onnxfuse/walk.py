@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,15 +32,19 @@ from threadpoolctl import threadpool_limits
 
 from onnxfuse.calibration import Batches, Calibration
 from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.findings import Change, Prediction, Skip
 from onnxfuse.graph import DEFAULT_DOMAINS, Constant, Model, Node, Tensor, TensorInfo
 from onnxfuse.linear import LinearOp, linear_op, write_weights
 from onnxfuse.marks import kept
-from onnxfuse.moments import Moments, add_patches, gather, sample_positions
-from onnxfuse.pass_manager import Change, NoProgress, Prediction, Progress, Skip
+from onnxfuse.moments import Moments, add_patches
+from onnxfuse.numerics.affine import Affine
+from onnxfuse.numerics.sampling import RowSampler, per_sample, row_shape
+from onnxfuse.observe import Background
+from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed, Runtime, Session
 from onnxfuse.shapes import fill
-from onnxfuse.solve import RIDGES, Affine, best_bias, choose_ridge, generalised_cross_validation, per_channel
+from onnxfuse.solve import RIDGES, best_bias, choose_ridge, generalised_cross_validation, per_channel, solve
 from onnxfuse.spool import Spool
 
 REFIT_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
@@ -73,7 +76,7 @@ _FEW_RIDGES = (1e-3, 1e-2, 1e-1)
 
 
 @dataclass(frozen=True)
-class Site:
+class RefitSite:
     """A linear operator of the rewritten model, and what it is solved for.
 
     Attributes:
@@ -99,13 +102,19 @@ class Site:
 
 @dataclass(frozen=True)
 class Solved:
-    """What became of a site. Errors are mean squared errors of `site.tensor`, summed over channels.
+    """A site after its solution. Errors are mean squared errors of `site.tensor`, summed over channels.
 
-    `ridge` is None where the weights stayed as they were, infinite where the bias alone moved. `held_before`
-    is the error on held-out samples of the weights that were there, None for a fresh site.
+    Attributes:
+        site: the site.
+        ridge: relative ridge; None where the weights stayed as they were, infinite where the bias alone
+            moved.
+        error, variance: of the fit samples; variance is the reference's, about its mean.
+        held_error, held_variance: of the held-out samples, or of the fit samples where none are held out.
+        held_before: the held-out error of the weights that were there, None for a fresh site.
+        positions: sampled in each sample, None for all.
     """
 
-    site: Site
+    site: RefitSite
     ridge: float | None
     error: float
     variance: float
@@ -127,14 +136,14 @@ class Solved:
             self.error,
             self.variance,
             self.positions,
-            _channel_axis(self.site.op),
+            channel_axis(self.site.op),
             self.site.mask,
             self.site.channels,
         )
 
 
 def refit_change(solved: Solved) -> Change:
-    """The report's line for one operator that was solved again."""
+    """The record of one operator that was solved again."""
     before = (solved.held_before or 0.0) / solved.held_variance if solved.held_variance else 0.0
     what, ridge = ("bias refit", None) if solved.ridge == math.inf else ("refit", solved.ridge)
     return Change(
@@ -153,7 +162,7 @@ def refit_change(solved: Solved) -> Change:
 
 
 def unchanged(original: Model, rewritten: Model) -> set[str]:
-    """Names of the tensors that both models compute in the same way, inputs included."""
+    """Names of the tensors that both models compute in the same way, inputs among them."""
     same = {info.name for info in original.inputs} & {info.name for info in rewritten.inputs}
     before = {node.outputs[0].name: node for node in original.nodes if node.outputs}
     for node in rewritten.nodes:
@@ -197,8 +206,8 @@ def _equal_weights(a: Model, b: Model, x: Tensor, y: Tensor) -> bool:
     return ours is not None and theirs is not None and np.array_equal(ours, theirs)
 
 
-def _reads(model: Model, node: Node) -> list[Tensor]:
-    """All tensors a node depends on, those that its bodies capture included."""
+def tensors_read(model: Model, node: Node) -> list[Tensor]:
+    """All tensors that a node depends on, those that its bodies capture among them."""
     return [*(t for t in node.inputs if t.name), *(model.tensor(name) for name in node.captured)]
 
 
@@ -210,14 +219,14 @@ def refit_sites(
     feed: Feed | None = None,
     before: Model | None = None,
     fixed: Collection[Node] = (),
-) -> tuple[list[Site], list[Skip]]:
+) -> tuple[list[RefitSite], list[Skip]]:
     """The linear operators of `rewritten` that are worth solving again, in topological order.
 
     Args:
         original: what to solve for.
         rewritten: what to solve.
         fresh: nodes to be solved from nothing, each with the tensor of both models that it stands for.
-        mask: see `Site`.
+        mask: see `RefitSite`.
         feed: samples for shapes that can't be inferred.
         before: what `rewritten` was made from, where that isn't the original; what it computes alike is left.
         fixed: nodes whose weights are to stay as they are. Each is a site, behind a change or not: a place to
@@ -237,46 +246,75 @@ def refit_sites(
     new = dict(fresh)
     asked = set(fixed)
     stay = asked | {node for node in rewritten.nodes if kept(node)}
-    ops: list[tuple[int, LinearOp, How]] = []
+    ops: list[tuple[LinearOp, How]] = []
     skipped: list[Skip] = []
-    for index, node in enumerate(rewritten.nodes):
+    for node in rewritten.nodes:
         if node.op not in LINEAR or (node.outputs[0].name in same and node not in asked):
             continue
         op = linear_op(rewritten, node, shapes)
         if isinstance(op, str):
             skipped.append(Skip((site_name(node),), op))
-        elif op.shared and not op.has_bias and node not in new and node not in stay:
-            skipped.append(Skip((op.name,), "its weight has other users, which a refit would change"))
-        elif op.kind == "conv" and op.pads is None:
-            skipped.append(Skip((op.name,), "its pads depend on an input size that isn't static"))
-        elif op.columns > MOST_COLUMNS:
-            skipped.append(
-                Skip((op.name,), f"{op.columns} unknowns for each output are too many to solve for")
-            )
+        elif reason := _unsolvable(op, owned=node in new or node in stay):
+            skipped.append(Skip((op.name,), reason))
         else:
-            ops.append((index, op, _how(op, node in new, node in stay)))
-    last_site = _last_sites(rewritten, {op.y: index for index, op, _ in ops})
-    sites: list[Site] = []
-    for index, op, how in ops:
-        own = mask if op.kind == "token" else None
-        axis = _channel_axis(op)
+            ops.append((op, _how(op, node in new, node in stay)))
+    last_site = _last_sites(rewritten, {op.y: number for number, (op, _) in enumerate(ops)})
+    sites: list[RefitSite] = []
+    for number, (op, how) in enumerate(ops):
         if op.node in new:
-            channels = kept_channels(rewritten, new[op.node], axis)
+            tensor, rest = new[op.node], None
+            channels = kept_channels(rewritten, tensor, channel_axis(op))
             assert not isinstance(channels, str)
-            sites.append(Site(op, new[op.node], new[op.node], None, how, own, channels))
-            continue
-        rest = _sum_with(rewritten, op, shapes)
-        if rest is not None and last_site.get(rest[1], -1) < index:
-            channels = _comparable(rewritten, rest[0], axis, shapes, known)
-            if not isinstance(channels, str):
-                sites.append(Site(op, rest[0], rest[0], rest[1], how, own, channels))
-                continue
-        channels = _comparable(rewritten, op.y, axis, shapes, known)
-        if isinstance(channels, str):
-            skipped.append(Skip((op.name,), channels))
         else:
-            sites.append(Site(op, op.y, op.y, None, how, own, channels))
+            target = _target(rewritten, op, number, last_site, shapes, known)
+            if isinstance(target, str):
+                skipped.append(Skip((op.name,), target))
+                continue
+            tensor, rest, channels = target
+        own = mask if op.kind == "token" else None
+        sites.append(RefitSite(op, tensor, tensor, rest, how, own, channels))
     return sites, skipped
+
+
+def _unsolvable(op: LinearOp, owned: bool) -> str | None:
+    """Why an operator can't be solved again, None if it can. `owned`: its weights are the caller's affair."""
+    if op.shared and not op.has_bias and not owned:
+        return "its weight has other users, which a refit would change"
+    if op.kind == "conv" and op.pads is None:
+        return "its pads depend on an input size that isn't static"
+    if op.columns > MOST_COLUMNS:
+        return f"{op.columns} unknowns for each output are too many to solve for"
+    return None
+
+
+def _target(
+    model: Model,
+    op: LinearOp,
+    number: int,
+    last_site: Mapping[str, int],
+    shapes: Mapping[str, TensorInfo],
+    known: Mapping[str, TensorInfo],
+) -> tuple[str, str | None, tuple[int, ...] | None] | str:
+    """The tensor that an operator is solved for, the other operand where that is a sum, and the original's
+    channels that it has; or why there is none.
+
+    Args:
+        model: the operator's own, rewritten.
+        op: an operator that isn't fresh.
+        number: the operator's, in topological order.
+        last_site: by tensor, the last operator that it depends on; one that depends on this operator or a
+            later one isn't final when this one is solved, and can't be subtracted from a sum.
+        shapes: of the model's tensors.
+        known: of the original's tensors.
+    """
+    axis = channel_axis(op)
+    found = _sum_with(model, op, shapes)
+    if found is not None and last_site.get(found[1], -1) < number:
+        channels = _comparable(model, found[0], axis, shapes, known)
+        if not isinstance(channels, str):
+            return *found, channels
+    channels = _comparable(model, op.y, axis, shapes, known)
+    return channels if isinstance(channels, str) else (op.y, None, channels)
 
 
 def _how(op: LinearOp, is_new: bool, stays: bool) -> How:
@@ -298,7 +336,7 @@ def _last_sites(model: Model, sites: Mapping[str, int]) -> dict[str, int]:
     """By tensor: the place of the last site that it depends on (absent without one)."""
     last: dict[str, int] = {}
     for node in model.nodes:
-        reach = max((last[t.name] for t in _reads(model, node) if t.name in last), default=-1)
+        reach = max((last[t.name] for t in tensors_read(model, node) if t.name in last), default=-1)
         for tensor in node.outputs:
             found = max(reach, sites.get(tensor.name, -1))
             if found >= 0:
@@ -327,7 +365,8 @@ def _sum_with(model: Model, op: LinearOp, shapes: Mapping[str, TensorInfo]) -> t
     return total, rest.name
 
 
-def _channel_axis(op: LinearOp) -> int:
+def channel_axis(op: LinearOp) -> int:
+    """The axis of an operator's output that its channels are on: 1 of a convolution, else the last."""
     return 1 if op.kind == "conv" else -1
 
 
@@ -389,7 +428,7 @@ def _comparable(
 def walk(
     original: Model,
     rewritten: Model,
-    sites: Sequence[Site],
+    sites: Sequence[RefitSite],
     calibration: Calibration,
     runtime: Runtime,
     *,
@@ -423,42 +462,38 @@ def walk(
     solved: list[Solved] = []
     # ONNX Runtime and BLAS take turns many times a second: two pools of threads on the same cores get in each
     # other's way, and products of this size gain little from more than one.
-    with Spool() as spool, threadpool_limits(1, "blas"), ThreadPoolExecutor(1) as worker:
+    with Spool() as spool, threadpool_limits(1, "blas"), Background() as background:
         needs = [{site.op.x, *filter(None, (site.rest, site.mask))} for site in sites]
         # What both networks compute alike is computed once, by the original.
-        right = _Front(rewritten, needs, unchanged(original, rewritten), "b", spool, runtime)
+        right = Frontier(rewritten, needs, unchanged(original, rewritten), "b", spool, runtime)
         asked = [{site.reference} | given for site, given in zip(sites, right.given, strict=True)]
-        left = _Front(original, asked, set(), "a", spool, runtime)
-        batches = _Batches([calibration.fit] if quick else [calibration.fit, calibration.held_out])
+        left = Frontier(original, asked, set(), "a", spool, runtime)
+        batches = _ReadOnce([calibration.fit] if quick else [calibration.fit, calibration.held_out])
         for step, site in enumerate(sites):
-            task = _Task(site, seed, len(calibration.fit), quick)
+            fit = _SiteFit(site, seed, len(calibration.fit), quick)
             targets, inputs = left.stretch(step), right.stretch(step)
-            pending: Future[None] | None = None
             for batch, held, feed in batches.feeds(with_inputs=step == 0):
                 known = targets.run(batch, feed)
                 found = inputs.run(batch, known)
-                if pending is not None:
-                    pending.result()
                 # The moments of one batch are summed while the networks run the next.
-                pending = worker.submit(task.add, batch, held, known[site.reference], found)
-            if pending is not None:
-                pending.result()
+                background.call(fit.add, batch, held, known[site.reference], found)
+            background.wait()
             left.finish(step)
             right.finish(step)
-            solved.append(task.solve(rewritten, ridge, paper))
+            solved.append(fit.solve(rewritten, ridge, paper))
             advance()
     return solved
 
 
-class _Batches:
-    """Batch numbers of the whole calibration; the samples themselves are read at the first step only."""
+class _ReadOnce:
+    """Batches by number, for many steps over them; the samples themselves are read at the first one only."""
 
     def __init__(self, parts: Sequence[Batches]) -> None:
         self._parts = parts
         self._known: list[tuple[int, bool]] = []
 
     def feeds(self, *, with_inputs: bool) -> Iterator[tuple[int, bool, Feed]]:
-        """(batch number, held out?, inputs)."""
+        """Of each batch its number, whether it is held out, and its inputs, {} without `with_inputs`."""
         if not with_inputs:
             for index, held in self._known:
                 yield index, held, {}
@@ -469,12 +504,13 @@ class _Batches:
                 yield batch.index, number > 0, batch.feed
 
 
-class _Front:
+class Frontier:
     """One of the two networks, run as far as the walk has come.
 
-    `needs` are the tensors wanted at each step. Those in `shared` aren't computed here: `given` says which of
-    them each step has to be handed. The graph's inputs are handed over at the first step and kept where later
-    ones read them.
+    The graph's inputs are handed over at the first step, and stored where later ones read them.
+
+    Attributes:
+        given: by step, the shared tensors that it has to be handed.
     """
 
     def __init__(
@@ -486,6 +522,16 @@ class _Front:
         spool: Spool,
         runtime: Runtime,
     ) -> None:
+        """Plan which nodes run at which step.
+
+        Args:
+            model: the network.
+            needs: the tensors wanted at each step.
+            shared: tensors that aren't computed here, but handed over.
+            prefix: what tells this network's tensors in `spool` from those of another.
+            spool: where tensors wait for later steps.
+            runtime: runs the steps.
+        """
         self._model = model
         self._runtime = runtime
         self._spool = spool
@@ -509,12 +555,12 @@ class _Front:
             if node is not None and node not in done:
                 done.add(node)
                 nodes.append(node)
-                stack.extend(tensor for tensor in _reads(model, node) if tensor.name not in shared)
+                stack.extend(tensor for tensor in tensors_read(model, node) if tensor.name not in shared)
         made = {tensor.name for node in nodes for tensor in node.outputs if tensor.name}
         read = {
             tensor.name
             for node in nodes
-            for tensor in _reads(model, node)
+            for tensor in tensors_read(model, node)
             if tensor.name not in made and not model.is_weight(tensor)
         }
         self._made.update(dict.fromkeys(made, step))
@@ -522,15 +568,15 @@ class _Front:
         self.given.append((read | names) & shared)
         self._last.update(dict.fromkeys((*read, *made, *names), step))
 
-    def stretch(self, step: int) -> _Stretch:
-        """The part of the network between the site before and this one, as it now is."""
+    def stretch(self, step: int) -> Stretch:
+        """The part of the network between the site before and this one, with the weights it now has."""
         new = [name for name, made in self._made.items() if made == step]
-        kept = [name for name in new if self._last.get(name, -1) > step]
+        stored = [name for name in new if self._last.get(name, -1) > step]
         wanted = [name for name in self._needs[step] if self._made.get(name) == step]
-        outputs = sorted({*kept, *wanted} - self._inputs)
+        outputs = sorted({*stored, *wanted} - self._inputs)
         reads = sorted(self._reads[step])
         session = self._runtime.session(self._model.extract(reads, outputs)) if outputs else None
-        return _Stretch(self, session, reads, kept, sorted(self._needs[step]))
+        return Stretch(self, session, reads, stored, sorted(self._needs[step]))
 
     def finish(self, step: int) -> None:
         """Forget what no later step reads."""
@@ -539,36 +585,43 @@ class _Front:
                 self._spool.drop(f"{self._prefix}:{name}")
 
     def get(self, name: str, batch: int, feed: Feed) -> np.ndarray:
+        """A tensor of one batch: handed over in `feed`, or stored by an earlier step."""
         return feed[name] if name in feed else self._spool.get(f"{self._prefix}:{name}", batch)
 
-    def keep(self, name: str, batch: int, array: np.ndarray) -> None:
+    def put(self, name: str, batch: int, array: np.ndarray) -> None:
+        """Store a tensor of one batch for later steps."""
         self._spool.put(f"{self._prefix}:{name}", batch, array)
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class Stretch:
     """The nodes of one step, ready to run batch by batch."""
 
-    front: _Front
+    front: Frontier
     session: Session | None
     reads: Sequence[str]
-    kept: Sequence[str]
+    stored: Sequence[str]
     needs: Sequence[str]
 
     def run(self, batch: int, feed: Feed) -> Feed:
-        """What the step needs, by name; keeps what later steps read."""
+        """The tensors that the step needs, by name; those that later steps read are stored.
+
+        Args:
+            batch: the batch's number.
+            feed: what is handed over: the graph's inputs, and the tensors of `Frontier.given`.
+        """
         found: Feed = {}
         if self.session is not None:
             found = self.session.run({name: self.front.get(name, batch, feed) for name in self.reads})
-        for name in self.kept:
-            self.front.keep(name, batch, found[name] if name in found else feed[name])
+        for name in self.stored:
+            self.front.put(name, batch, found[name] if name in found else feed[name])
         return {
             name: found[name] if name in found else self.front.get(name, batch, feed) for name in self.needs
         }
 
 
-class _Spread:
-    """Variance of rows about their mean, summed over channels."""
+class _RowVariance:
+    """Variance of rows about their mean, summed over channels; streamed."""
 
     def __init__(self) -> None:
         self._rows = 0.0
@@ -587,70 +640,95 @@ class _Spread:
         return max(self._square / self._rows - float(np.vdot(mean, mean)), 0.0)
 
 
-class _Task:
-    """Moments of one site, and its solution."""
+class _SiteFit:
+    """Moments of one site, fitted and held out, and its solution."""
 
-    def __init__(self, site: Site, seed: int, batches: int, quick: bool) -> None:
+    def __init__(self, site: RefitSite, seed: int, batches: int, quick: bool) -> None:
+        """Nothing is counted yet.
+
+        Args:
+            site: what is solved for.
+            seed: of the sampled positions.
+            batches: the number of batches of fit samples.
+            quick: see `walk`.
+        """
         self.site = site
-        self.seed = seed
+        self.sampler = RowSampler(seed, site.tensor, site.mask)
         self.quick = quick
         op = site.op
         self.moments = [
             Moments(op.columns * op.groups, op.out_features, op.groups, single=quick) for _ in range(2)
         ]
         # Where something is subtracted from it, the reference's spread is not that of the moments' target.
-        self.spreads: Sequence[Moments | _Spread] = self.moments
+        self.spreads: Sequence[Moments | _RowVariance] = self.moments
         if site.rest is not None:
-            self.spreads = [_Spread(), _Spread()]
+            self.spreads = [_RowVariance(), _RowVariance()]
         self.batches = batches
         self.positions: int | None = None
-        self.size: int | None = None
+        self.is_first = True
 
     def add(self, batch: int, held: bool, reference: np.ndarray, found: Feed) -> None:
-        op, x = self.site.op, found[self.site.op.x]
+        """Take in one batch.
+
+        Args:
+            batch: its number.
+            held: whether its samples are held out.
+            reference: the original's tensor.
+            found: the rewritten network's tensors, by name.
+        """
+        op, x, axis = self.site.op, found[self.site.op.x], channel_axis(self.site.op)
         if self.site.channels is not None:
-            reference = np.take(reference, self.site.channels, _channel_axis(op))
-        target = reference
-        if self.site.rest is not None:
-            rest = found[self.site.rest]
-            if rest.shape != reference.shape:
-                raise NotApplicableError(
-                    f"'{self.site.rest}' does not have the shape of '{self.site.tensor}'"
-                )
-            target = reference - rest
-        axis = 1 if op.kind == "conv" else target.ndim - 1
-        size = math.prod(target.shape) // max(target.shape[0] * target.shape[axis], 1)
-        if self.size is None:
-            self.size = size
-            if self.site.mask is not None and found[self.site.mask].shape != target.shape[:-1]:
+            reference = np.take(reference, self.site.channels, axis)
+        target = self._target(reference, found)
+        shape = row_shape(target.shape, axis)
+        if self.is_first:
+            self.is_first = False
+            self.positions = self._positions(shape)
+            if self.site.mask is not None and found[self.site.mask].shape != shape:
                 self.site = replace(self.site, mask=None)
-            rows = max(LEAST_ROWS, ROWS_PER_COLUMN * op.columns)
-            wanted = -(-(rows // 8 if self.quick else rows) // (self.batches * len(target)))
-            self.positions = wanted if wanted < size else None
-        positions = sample_positions(self.seed, self.site.tensor, batch, len(target), size, self.positions)
+                self.sampler = replace(self.sampler, mask=None)
+        rows = self.sampler.sample(batch, shape, self.positions, found)
         moments = self.moments[held]
-        weights = None
-        if self.site.mask is not None:
-            weights = (gather(found[self.site.mask][..., None], positions, -1)[:, 0] != 0).astype(np.float64)
         spread = self.spreads[held]
-        if isinstance(spread, _Spread):
-            spread.add(gather(reference, positions, axis), weights)
+        if isinstance(spread, _RowVariance):
+            spread.add(rows.vectors(reference, axis), rows.weights)
         if op.kind == "conv":
             assert op.pads is not None
             add_patches(
                 moments,
                 x,
                 target,
-                positions,
+                rows.positions,
                 kernel=op.kernel,
                 strides=op.strides,
                 dilations=op.dilations,
                 pads=op.pads,
             )
             return
-        moments.add(gather(x, positions, -1), gather(target, positions, -1), weights)
+        moments.add(rows.vectors(x, -1), rows.vectors(target, -1), rows.weights)
+
+    def _target(self, reference: np.ndarray, found: Feed) -> np.ndarray:
+        """The tensor that the operator's output is to equal."""
+        if self.site.rest is None:
+            return reference
+        rest = found[self.site.rest]
+        if rest.shape != reference.shape:
+            raise NotApplicableError(f"'{self.site.rest}' does not have the shape of '{self.site.tensor}'")
+        return reference - rest
+
+    def _positions(self, shape: Sequence[int]) -> int | None:
+        """Positions in each sample of batches whose rows are of this shape, None for all."""
+        rows = max(LEAST_ROWS, ROWS_PER_COLUMN * self.site.op.columns)
+        count = per_sample(rows // 8 if self.quick else rows, self.batches * shape[0])
+        return count if count < math.prod(shape[1:]) else None
 
     def solve(self, model: Model, ridge: float | None, paper: bool) -> Solved:
+        """Write the best weights into `model`, where they are better than those that are there.
+
+        Args:
+            model: the rewritten network.
+            ridge, paper: see `walk`.
+        """
         op, judge = self.site.op, 1 if self.moments[1].n else 0
         fit, held = self.moments[0], self.moments[judge]
         y, prior = op.y, None if self.site.how == "fresh" else op.weight
@@ -682,22 +760,22 @@ class _Task:
     def _solution(
         self, fit: Moments, held: Moments, prior: np.ndarray | None, ridge: float | None, paper: bool
     ) -> tuple[float, Affine]:
-        """(ridge, weights), as the walk's options have it."""
+        """Ridge and weights, by how the site and the walk's options have them solved."""
         if self.site.how == "bias":
             assert prior is not None
             return math.inf, best_bias(fit, prior)
         if paper and prior is None and self.site.op.kind == "conv":
             return 0.0, per_channel(fit, self.site.op.in_features)
         if prior is None and ridge is not None:
-            return ridge, fit.solve(ridge)
+            return ridge, solve(fit, ridge)
         if self.quick:
             used = TRIAL_RIDGE if prior is None else TRIAL_REFIT_RIDGE
-            return used, fit.solve(used, prior)
+            return used, solve(fit, used, prior)
         return _choose(fit, held, prior)
 
 
 def _stored(model: Model, op: LinearOp, y: str) -> Affine:
-    """The weights as the model now holds them: rounded to their dtype, the bias perhaps in a new Add."""
+    """The weights that the model now holds: rounded to their dtype, the bias perhaps in a new Add."""
     last = model.producer(model.tensor(y))
     now = op if last is op.node else replace(op, bias_node=last)
     return Affine(now.weight, now.bias)
@@ -707,7 +785,7 @@ def _choose(fit: Moments, held: Moments, prior: np.ndarray | None) -> tuple[floa
     """The ridge with the least held-out error (cross-validated where none are held out), and its solution."""
     ridges = RIDGES if prior is None else REFIT_RIDGES
     if fit.dx // fit.groups > EIGEN_COLUMNS:
-        found = [(ridge, fit.solve(ridge, prior)) for ridge in _FEW_RIDGES]
+        found = [(ridge, solve(fit, ridge, prior)) for ridge in _FEW_RIDGES]
         return found[-1] if held is fit else min(found, key=lambda pair: held.error(pair[1]))
     if held is fit:
         return generalised_cross_validation(fit, ridges, prior)

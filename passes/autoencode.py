@@ -27,35 +27,27 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from onnxfuse import sites
-from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.fitting.memory import in_budget
+from onnxfuse.errors import InputError
+from onnxfuse.findings import Change, Skip
+from onnxfuse.fitting.input_rows import input_rows
 from onnxfuse.fitting.search import Found
 from onnxfuse.goals import Goals, Share
 from onnxfuse.graph import Model, Node, Variable
 from onnxfuse.linear import LinearOp, linear_op
 from onnxfuse.linear_building import add_linear
-from onnxfuse.moments import gather, output_size, patches, sample_positions
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
+from onnxfuse.numerics.affine import Affine
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.regions import site_name
 from onnxfuse.rewriting import Mask, finished, first_feed, nothing, settled, unmeasurable, walked
-from onnxfuse.runtime import Feed
-from onnxfuse.solve import Affine
 from onnxfuse.walk import LINEAR, MOST_COLUMNS, Solved, check_mask
 
 if TYPE_CHECKING:
-    from onnxfuse.calibration import Batch
     from onnxfuse.pytorch.autoencoder import Autoencoder
 
 NAME = "autoencode"
 
 SHARE = 0.5
 """Share of the parameters that is left, unasked."""
-
-ROWS_PER_COLUMN, LEAST_ROWS = 16, 1 << 13
-"""Sampled rows to train on, per unknown of a code's number."""
-
-MEMORY = 1 << 28
-"""Bytes of rows that are kept at a time."""
 
 
 class AutoencodeOptions(Goals):
@@ -191,27 +183,24 @@ class Autoencode(Pass):
         """The codes of all plans, trained on the operators' own inputs."""
         advance = context.progress.task("training codes", total=len(plans))
         found: list[Autoencoder] = []
-        for part in in_budget(plans, _needs, MEMORY):
-            rows = _rows(model, [plan.op for plan in part], self.options.mask, context)
-            for plan in part:
-                fitted, held = rows[plan.op]
-                found.append(
-                    training.fit(
-                        Affine(plan.op.weight, plan.op.bias),
-                        fitted,
-                        held if len(held) else fitted,
-                        rank=plan.rank,
-                        relu=plan.relu,
-                        epochs=self.options.epochs,
-                        noise=self.options.noise,
-                        seed=context.seed,
-                        key=plan.op.y,
-                    )
-                )
-                context.journal(
-                    "autoencode", operator=plan.op.name, start=found[-1].start, error=found[-1].error
-                )
-                advance()
+        ops = [plan.op for plan in plans]
+        for plan, (_, (fitted, held)) in zip(
+            plans, input_rows(model, ops, self.options.mask, context), strict=True
+        ):
+            own = training.fit(
+                Affine(plan.op.weight, plan.op.bias),
+                fitted,
+                held if len(held) else fitted,
+                rank=plan.rank,
+                relu=plan.relu,
+                epochs=self.options.epochs,
+                noise=self.options.noise,
+                seed=context.seed,
+                key=plan.op.y,
+            )
+            context.journal("autoencode", operator=plan.op.name, start=own.start, error=own.error)
+            found.append(own)
+            advance()
         return found
 
 
@@ -243,74 +232,6 @@ def _change(plan: _Plan, found: Autoencoder, solved: Solved) -> Change:
             "ridge": solved.ridge,
         },
     )
-
-
-# --- rows ---------------------------------------------------------------------------------------------------
-
-
-def _wanted(op: LinearOp) -> int:
-    """Rows to train on, as far as memory allows."""
-    return min(max(LEAST_ROWS, ROWS_PER_COLUMN * op.columns), max(MEMORY // (4 * op.columns), 1))
-
-
-def _needs(plan: _Plan) -> dict[LinearOp, int]:
-    """Bytes of the rows that a plan is trained on."""
-    return {plan.op: 4 * plan.op.columns * _wanted(plan.op)}
-
-
-def _rows(
-    model: Model, ops: Sequence[LinearOp], mask: str | None, context: Context
-) -> dict[LinearOp, tuple[np.ndarray, np.ndarray]]:
-    """Inputs of operators as rows (n, columns) float32, of the fit samples and of the held-out ones.
-
-    Raises NotApplicableError where they aren't finite, or all are padding.
-    """
-    fed = {info.name for info in model.inputs}
-    taps = sorted({op.x for op in ops} - fed)
-    session = context.runtime.session(model, taps=taps, outputs=()) if taps else None
-    parts = context.calibration.fit, context.calibration.held_out
-    found: dict[LinearOp, list[list[np.ndarray]]] = {op: [[], []] for op in ops}
-    for number, part in enumerate(parts):
-        for batch in part:
-            seen = {**batch.feed, **(session.run(batch.feed) if session is not None else {})}
-            for op in ops:
-                found[op][number].append(_sampled(op, batch, seen, len(parts[0]), mask, context.seed))
-    rows = {op: _joined(op, own) for op, own in found.items()}
-    for op, own in rows.items():
-        if not all(np.isfinite(array).all() for array in own):
-            raise NotApplicableError(f"'{op.x}' is not finite on the samples")
-        if not len(own[0]):
-            raise NotApplicableError(f"all rows of '{op.x}' are padding")
-    return rows
-
-
-def _joined(op: LinearOp, parts: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    none = np.empty((0, op.columns), np.float32)
-    fitted, held = (np.concatenate([none, *part]) for part in parts)
-    return fitted, held
-
-
-def _sampled(op: LinearOp, batch: Batch, seen: Feed, batches: int, mask: str | None, seed: int) -> np.ndarray:
-    """Rows of one batch, at sampled positions; padding tokens are left out."""
-    x = seen[op.x]
-    count = -(-_wanted(op) // (batches * len(x)))
-    geometry: dict[str, Any] = {
-        "kernel": op.kernel,
-        "strides": op.strides,
-        "dilations": op.dilations,
-        "pads": op.pads,
-    }
-    inner = output_size(x.shape[2:], **geometry) if op.kind == "conv" else x.shape[1:-1]
-    positions = sample_positions(seed, op.y, batch.index, len(x), math.prod(inner), count)
-    if op.kind == "conv":
-        return patches(x, positions, **geometry).astype(np.float32, copy=False)
-    rows = gather(x, positions, -1).astype(np.float32, copy=False)
-    if op.kind == "token" and mask is not None and batch.feed[mask].shape == x.shape[:-1]:
-        rows = rows[gather(batch.feed[mask][..., None], positions, -1)[:, 0] != 0]
-    return rows
-
-
-# --- rewriting ----------------------------------------------------------------------------------------------
 
 
 def _nothing(plan: _Plan) -> tuple[Affine, Affine]:

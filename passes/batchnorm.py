@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
@@ -24,12 +25,14 @@ from pydantic import Field
 
 from onnxfuse.calibration import Batch
 from onnxfuse.errors import NotApplicableError
+from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.graph import Model, Variable
 from onnxfuse.linear import LinearOp, is_main_domain, linear_op
 from onnxfuse.normalization import CONVOLUTIONS, normalized_by
-from onnxfuse.pass_manager import Change, Context, Contract, Json, Pass, PassOptions, PassResult, Skip
+from onnxfuse.observe import TappedModel, observe
+from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.regions import site_name
-from onnxfuse.runtime import Feed, Session
+from onnxfuse.runtime import Feed
 from onnxfuse.samples import batch_axes
 from onnxfuse.verify import first_rows
 
@@ -39,7 +42,7 @@ NAMED = (*CONVOLUTIONS, "Gemm")
 EPSILON = float(np.float32(1e-5))
 """PyTorch's default, as the attribute stores it."""
 
-MOMENTUM = 0.9
+BN_MOMENTUM = 0.9
 """The share of a running statistic that a training step leaves: PyTorch's default, 0.1, by its other name."""
 
 TAPPED = 256 << 20
@@ -72,7 +75,7 @@ class Batchnorm(Pass):
         """Raises InputError for bad samples, NotApplicableError for a model that ONNX Runtime can't run."""
         sites, skipped = self._sites(model)
         changes: list[Change] = []
-        for op, moments in zip(sites, _survey(model, sites, context), strict=True):
+        for op, moments in zip(sites, _output_moments(model, sites, context), strict=True):
             parameters = _parameters(moments, op.dtype)
             if isinstance(parameters, str):
                 skipped.append(Skip((op.name,), parameters))
@@ -150,37 +153,41 @@ class _Moments:
             return self._shift + offset, np.maximum(self._square / self.n - offset**2, 0.0)
 
 
-def _survey(model: Model, sites: Sequence[LinearOp], context: Context) -> list[_Moments]:
+def _output_moments(model: Model, sites: Sequence[LinearOp], context: Context) -> list[_Moments]:
     """Moments of the output of every site over the fit samples."""
     if not sites:
         return []
     batches = context.calibration.fit
     advance = context.progress.task("calibrating", total=len(batches))
     found = {op.y: _Moments() for op in sites}
-    session = context.runtime.session(model, taps=list(found), outputs=())
+    tapped = TappedModel(model, found, context.runtime)
+
+    def add(batch: Batch, seen: Feed) -> None:
+        for name, moments in found.items():
+            moments.add(seen[name])
+
     rows: int | None = None
     for batch in batches:
-        rows = rows or _rows_at_once(model, session, batch)
-        for feed in _pieces(model, batch, rows):
-            for name, y in session.run(feed).items():
-                found[name].add(y)
+        rows = rows or _rows_at_once(model, tapped, list(found), batch)
+        observe(tapped, _pieces(model, batch, rows), [add])
         advance()
     return [found[op.y] for op in sites]
 
 
-def _rows_at_once(model: Model, session: Session, batch: Batch) -> int:
+def _rows_at_once(model: Model, tapped: TappedModel, tensors: Sequence[str], batch: Batch) -> int:
     """As many samples as give about `TAPPED` bytes; no limit where the model doesn't take a batch of one."""
     one = first_rows(model, batch, 1)
     if one is not None:
         with contextlib.suppress(NotApplicableError):  # a Reshape inside can fix the size of a batch
-            return max(1, TAPPED // max(sum(y.nbytes for y in session.run(one).values()), 1))
+            seen = tapped.run(one)
+            return max(1, TAPPED // max(sum(seen[name].nbytes for name in tensors), 1))
     return sys.maxsize
 
 
-def _pieces(model: Model, batch: Batch, rows: int) -> Iterator[Feed]:
+def _pieces(model: Model, batch: Batch, rows: int) -> Iterator[Batch]:
     """The batch in pieces of at most `rows` samples."""
     if rows >= batch.samples:
-        yield batch.feed
+        yield batch
         return
     axes = batch_axes(model.inputs)
     for start in range(0, batch.samples, rows):
@@ -189,7 +196,7 @@ def _pieces(model: Model, batch: Batch, rows: int) -> Iterator[Feed]:
         for name, axis in axes.items():
             if axis is not None and feed[name].ndim > axis:  # an input of unknown rank may be a scalar
                 feed[name] = feed[name].take(part, axis=axis)
-        yield feed
+        yield replace(batch, feed=feed, samples=len(part))
 
 
 def _parameters(moments: _Moments, dtype: np.dtype) -> tuple[np.ndarray, ...] | str:
@@ -218,7 +225,7 @@ def _insert(model: Model, op: LinearOp, parameters: tuple[np.ndarray, ...]) -> C
     raw = last.outputs[0] = Variable(model.unique_name(f"{y.name}_before_bn"))
     names = ("weight", "bias", "running_mean", "running_var")
     weights = [model.add_weight(f"{site}.bn.{n}", a) for n, a in zip(names, parameters, strict=True)]
-    attrs = {"epsilon": EPSILON, "momentum": MOMENTUM}
+    attrs = {"epsilon": EPSILON, "momentum": BN_MOMENTUM}
     model.add_node("BatchNormalization", [raw, *weights], [y], attrs, f"{site}.bn", by=NAME)
     detail: dict[str, Json] = {"tensor": y.name, "channels": op.out_features}
     return Change((site,), f"BatchNormalization behind {op.node.op}", detail)

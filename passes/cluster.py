@@ -22,10 +22,11 @@ import numpy.typing as npt
 from onnx import TensorProto
 from pydantic import Field
 
+from onnxfuse.findings import Json
 from onnxfuse.fitting.search import Found
 from onnxfuse.graph import Model
 from onnxfuse.marks import VALUES, ZEROS, keep, kept
-from onnxfuse.pass_manager import Context, Contract, Json, Pass, PassResult
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.quantisation import kmeans, nearest
 from onnxfuse.regions import site_name
 from onnxfuse.rewriting import (

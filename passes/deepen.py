@@ -27,9 +27,10 @@ from pydantic import Field
 from onnxfuse import sites
 from onnxfuse.blocks import copy_block
 from onnxfuse.depth import Scheme, Site, find_sites
+from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Model
 from onnxfuse.layers import Layer, add_branches, add_identities, attach, detach, unused_prefix
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 
 NAME = "deepen"
 

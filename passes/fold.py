@@ -37,6 +37,7 @@ from onnxfuse.affine import (
 )
 from onnxfuse.compose import ConvShape, border_reason, compose_conv, compose_dense, compose_shape
 from onnxfuse.constants import GROWTH, fold_constants, integers, label, overridable
+from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model, Node, Tensor, TensorInfo
 from onnxfuse.linear import (
     LinearOp,
@@ -50,7 +51,7 @@ from onnxfuse.linear import (
     write_weights,
 )
 from onnxfuse.noops import OPERATORS, handed_on, permutation
-from onnxfuse.pass_manager import Change, Context, Contract, Json, Pass, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 
 NAME = "fold"
 MAX_CARRIERS = 6  # operators looked through between a BatchNormalization and the linear operator behind it

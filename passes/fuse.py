@@ -33,15 +33,16 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from onnxfuse.cost import node_macs, shapes_at
 from onnxfuse.errors import NotApplicableError
+from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.search import Found, error_bound, farthest
 from onnxfuse.goals import Goals, count
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear_building import add_linear
-from onnxfuse.pass_manager import Change, Context, Contract, Json, Pass, PassResult, Skip
+from onnxfuse.numerics.affine import Affine
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.regions import Region, check_geometry, describe, find_regions, site_name
 from onnxfuse.rewriting import Mask, finished, first_feed, named, nothing, walked
 from onnxfuse.shapes import TensorInfo
-from onnxfuse.solve import Affine
 from onnxfuse.survey import Candidate, Fit, survey
 from onnxfuse.trials import Trials
 from onnxfuse.walk import MOST_COLUMNS, Solved, check_mask, kept_channels, refit_change

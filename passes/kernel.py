@@ -15,9 +15,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from onnxfuse import sites
+from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Model
 from onnxfuse.kernels import enlarge, find_kernels, obstacle
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 
 NAME = "kernel"
 

@@ -22,12 +22,14 @@ from pydantic import Field, PositiveInt
 from onnxfuse.channels.consumers import View
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.factors import Basis, allocate, randomised, reduced_rank, truncated
+from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.factoring import Product, find_products, measured, put_factors, rank_costs
 from onnxfuse.fitting.search import Found
 from onnxfuse.goals import Share, left_of_all
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear import LinearOp, linear_op, write_weights
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
+from onnxfuse.numerics.affine import Array
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.rewriting import (
     OperatorOptions,
     finished,
@@ -44,7 +46,6 @@ from onnxfuse.rewriting import (
 )
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.shared_weights import producer
-from onnxfuse.solve import Array
 from onnxfuse.walk import Solved, check_mask
 
 LEVELS = tuple(level / 100 for level in range(95, 9, -5))

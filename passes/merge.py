@@ -40,13 +40,14 @@ from onnxfuse.channels.consumers import rows_of
 from onnxfuse.clusters import Step, agglomerate, joined
 from onnxfuse.cost import count as cost_of
 from onnxfuse.errors import NotApplicableError, VerificationError
+from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.search import Found, farthest
 from onnxfuse.goals import Share, gone_of_all, left
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear import LinearOp, can_share_bias, linear_op, share_weights
 from onnxfuse.marks import GRADIENT_KEY, kept
 from onnxfuse.numerics.weight_sharing import Mode, gradient_shares, one_weight
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.rewriting import (
     OperatorOptions,
     finished,

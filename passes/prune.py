@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from onnxfuse.findings import Json
 from onnxfuse.fitting.search import Found
 from onnxfuse.goals import Share, gone_of_all
 from onnxfuse.graph import Model
 from onnxfuse.marks import ZEROS, keep
-from onnxfuse.pass_manager import Context, Contract, Json, Pass, PassResult
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.rewriting import (
     OperatorOptions,
     finished,

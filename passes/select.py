@@ -33,11 +33,12 @@ from onnxfuse.channels.consumers import Consumer, View, consumers
 from onnxfuse.channels.importance import Ranking, Statistics, magnitudes, rank
 from onnxfuse.channels.timing import rewarded
 from onnxfuse.errors import VerificationError
+from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.compensating import compensate
 from onnxfuse.fitting.search import Found, error_bound, farthest
 from onnxfuse.goals import Goals, Share, gone, left
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.rewriting import Mask, finished, first_feed, named, nothing, seen_in_parts, settled, walked
 from onnxfuse.trials import Trials
 from onnxfuse.verify import few_rows

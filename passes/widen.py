@@ -15,8 +15,9 @@ from pydantic import Field, model_validator
 from onnxfuse import sites
 from onnxfuse.channels import Group, find_groups, skips
 from onnxfuse.channels.growing import New, additions, obstacle, widen
+from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Feed, Model
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.verify import few_rows
 
 NAME = "widen"

@@ -21,9 +21,10 @@ import onnxfuse
 from onnxfuse import api, cost
 from onnxfuse.calibration import Calibration
 from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.findings import Change, Prediction
 from onnxfuse.graph import Model
 from onnxfuse.instruments import Instrument
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Prediction
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.report.record import as_json
 from onnxfuse.significance import mcnemar, paired_difference
 

@@ -22,8 +22,9 @@ from onnx import numpy_helper
 import onnxfuse
 from onnxfuse import api
 from onnxfuse.cli import main
+from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.report.console import compress_view, inspect_view, plain_text
 
 RANDOM = np.random.default_rng(3)

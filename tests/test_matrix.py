@@ -17,9 +17,10 @@ from nets import RUNTIME, Feed, compute, fitted, net, normal, weight
 from onnx import helper
 
 from onnxfuse.calibration import Calibration
+from onnxfuse.findings import Prediction
 from onnxfuse.graph import PASS_KEY, Model
 from onnxfuse.marks import kept
-from onnxfuse.pass_manager import Context, Contract, Pass, PassManager, Prediction, StepReport
+from onnxfuse.pass_manager import Context, Contract, Pass, PassManager, StepReport
 from onnxfuse.passes.autoencode import Autoencode
 from onnxfuse.passes.batchnorm import Batchnorm
 from onnxfuse.passes.cluster import Cluster

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.pass_manager import Skip
+from onnxfuse.findings import Skip
 from onnxfuse.sites import choose, idle, is_name, refuse_named
 
 KNOWN = {1: ["conv1", "other"], 2: ["conv1#2"], 3: ["fc", "conv1"], 4: ["head"]}

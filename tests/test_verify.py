@@ -10,11 +10,12 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxfuse import moments, verify
+from onnxfuse import verify
 from onnxfuse.calibration import Batch, Calibration
 from onnxfuse.errors import InputError, VerificationError
+from onnxfuse.findings import Prediction
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Prediction
+from onnxfuse.numerics.sampling import sample_positions
 from onnxfuse.runtime import Runtime
 
 
@@ -114,8 +115,8 @@ def test_one_wrong_element_among_many_fails_by_its_peak(runtime: Runtime) -> Non
     original, result = parsed(text, b=np.zeros(4000)), parsed(text, b=offset)
     (feed,) = batches(4000, count=1)
     found = verify.compare(original, result, [feed], runtime)
-    floor = verify.noise_floor(original, [feed], runtime)["y"]
-    assert 2e-5 / np.sqrt(4000) < verify.MULTIPLE * floor.rms  # the root mean square alone lets it pass
+    (output,) = found.outputs
+    assert output.relative < verify.MULTIPLE * output.floor  # the root mean square alone lets it pass
     assert not found.passed
 
 
@@ -266,20 +267,25 @@ def test_outputs_that_are_mostly_noise_are_said_to_be(runtime: Runtime) -> None:
 def test_the_noise_floor_grows_with_the_condition_of_the_model(runtime: Runtime) -> None:
     text = "m (float[N,6] x) => (float[N,6] y) { a = Mul(x, s) b = Sin(a) y = Mul(b, t) }"
     data = batches(6)
-    floors = [
-        verify.noise_floor(parsed(text, s=np.full(6, s), t=np.full(6, t)), data, runtime)["y"]
-        for s, t in ((1.0, 1.0), (1.0, 100.0), (1000.0, 1.0))
+    models = [
+        parsed(text, s=np.full(6, s), t=np.full(6, t)) for s, t in ((1.0, 1.0), (1.0, 100.0), (1000.0, 1.0))
     ]
-    assert floors[1].rms == pytest.approx(100 * floors[0].rms, rel=0.5)
-    assert floors[2].rms > 50 * floors[0].rms
-    assert all(floor.peak >= floor.rms > 0 for floor in floors)
+    floors = [verify.compare(model, model, data, runtime).outputs[0].floor for model in models]
+    assert floors[1] == pytest.approx(floors[0], rel=0.5)  # relative: the output's scale does not matter
+    assert floors[2] > 50 * floors[0] > 0
 
 
 def test_the_noise_floor_is_never_below_the_spacing_of_floats(runtime: Runtime) -> None:
-    identity = parsed("m (float[N,6] x) => (float[N,6] y) { y = Identity(x) }")
-    data = batches(6, count=1)
-    floor = verify.noise_floor(identity, data, runtime)["y"]
-    assert floor.peak >= np.finfo(np.float32).eps * np.abs(data[0].feed["x"]).max() * 0.999
+    text = "add (float[N,4000] x) => (float[N,4000] y) { y = Add(x, b) }"
+    offset = np.zeros(4000)
+    offset[1234] = 1e-3
+    data = batches(4000, count=1)
+    (output,) = verify.compare(parsed(text, b=np.zeros(4000)), parsed(text, b=offset), data, runtime).outputs
+    spacing = np.finfo(np.float32).eps * np.abs(data[0].feed["x"])
+    peak = output.max_abs / output.ratio  # of one element in four thousand it is the peak that tells
+    assert np.sqrt(np.mean(spacing**2)) < spacing.max() * 0.999 <= peak < 3 * spacing.max()
+    scale = np.sqrt(np.mean((data[0].feed["x"] - data[0].feed["x"].mean(0)) ** 2))
+    assert np.sqrt(np.mean(spacing**2)) * 0.999 <= output.floor * scale <= peak
 
 
 def test_integer_inputs_are_not_nudged(runtime: Runtime) -> None:
@@ -399,7 +405,7 @@ def local_error(data: list[Batch], positions: int | None, seed: int, runtime: Ru
             runtime.session(m, taps=["v"]).run(batch.feed)["v"].astype(np.float64) for m in (original, result)
         )
         v, z = v.reshape(*v.shape[:2], -1), z.reshape(*z.shape[:2], -1)
-        at = moments.sample_positions(seed, "v", batch.index, len(v), v.shape[2], positions)
+        at = sample_positions(seed, "v", batch.index, len(v), v.shape[2], positions)
         for sample in range(len(v)):
             chosen = slice(None) if at is None else at[sample]
             rows.append((v[sample][:, chosen].T, z[sample][:, chosen].T))

@@ -31,7 +31,7 @@ from onnxfuse import walk as module
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import Model, Node
 from onnxfuse.linear import LinearOp, linear_op
-from onnxfuse.moments import sample_positions
+from onnxfuse.numerics.sampling import sample_positions
 from onnxfuse.pass_manager import Context
 from onnxfuse.spool import Spool
 from onnxfuse.verify import check_predictions
@@ -39,7 +39,7 @@ from onnxfuse.walk import (
     REFIT_RIDGES,
     TRIAL_REFIT_RIDGE,
     How,
-    Site,
+    RefitSite,
     Solved,
     check_mask,
     refit_sites,
@@ -59,13 +59,13 @@ def op_at(model: Model, y: str) -> LinearOp:
     return op
 
 
-def site(model: Model, y: str, **options: Any) -> Site:
+def site(model: Model, y: str, **options: Any) -> RefitSite:
     op = op_at(model, y)
-    return Site(op, op.y, op.y, **options)
+    return RefitSite(op, op.y, op.y, **options)
 
 
 def solve(
-    original: Model, rewritten: Model, sites: Sequence[Site], ctx: Context, **options: Any
+    original: Model, rewritten: Model, sites: Sequence[RefitSite], ctx: Context, **options: Any
 ) -> list[Solved]:
     """Walk, and hold the walk to its own claims."""
     options.setdefault("seed", ctx.seed)
@@ -143,7 +143,7 @@ BRANCH_WEIGHTS = {"w1": (6, 16), "side": (16,), "w2": (16, 4)}
 # --- sites --------------------------------------------------------------------------------------------------
 
 
-def named(sites: Sequence[Site]) -> list[tuple[str, str, str | None]]:
+def named(sites: Sequence[RefitSite]) -> list[tuple[str, str, str | None]]:
     return [(s.op.y, s.tensor, s.rest) for s in sites]
 
 
@@ -370,7 +370,7 @@ def test_a_branch_repairs_the_skip() -> None:
     rewritten = perturbed(model, "w0")
     prior = op_at(rewritten, "b").weight
     op = op_at(rewritten, "b")
-    (solved,) = solve(model, rewritten, [Site(op, "s", "s", "h")], ctx)
+    (solved,) = solve(model, rewritten, [RefitSite(op, "s", "s", "h")], ctx)
     r, h = compute(rewritten, fitted(ctx), "r", "h")
     (total,) = compute(model, fitted(ctx), "s")
     assert solved.ridge is not None

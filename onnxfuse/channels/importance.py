@@ -23,12 +23,14 @@ from dataclasses import dataclass
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnxfuse.calibration import Batches
+from onnxfuse.calibration import Batch, Batches
 from onnxfuse.channels.consumers import Consumer, View
 from onnxfuse.channels.groups import Group
 from onnxfuse.graph import Model
-from onnxfuse.moments import Moments, gather, output_size, patches, sample_positions
-from onnxfuse.pass_manager import NoProgress, Progress
+from onnxfuse.moments import Moments
+from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
+from onnxfuse.observe import TappedModel, observe
+from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime import Feed, Runtime
 
 RIDGE = 1e-2
@@ -84,19 +86,12 @@ def statistics(
         NotApplicableError: activations that are not finite.
     """
     wanted = [_Gathering(view, batches, seed, mask) for view in dict.fromkeys(views) if view.tensor]
-    fed = {info.name for info in model.inputs}
-    names = dict.fromkeys(item.view.tensor for item in wanted)
     if not wanted:
         return {}
-    taps = [name for name in names if name not in fed]
-    session = runtime.session(model, taps=taps, outputs=()) if taps else None
+    tapped = TappedModel(model, [item.view.tensor for item in wanted], runtime)
     advance = (progress or NoProgress()).task("calibrating", total=len(batches))
     with threadpool_limits(runtime.threads, "blas"):
-        for batch in batches:
-            found = {**batch.feed, **(session.run(batch.feed) if session else {})}
-            for item in wanted:
-                item.add(found, batch.index)
-            advance()
+        observe(tapped, batches, [item.add for item in wanted], advance)
     return {item.view: item.result() for item in wanted}
 
 
@@ -105,15 +100,16 @@ class _Gathering:
 
     def __init__(self, view: View, batches: Batches, seed: int, mask: str | None) -> None:
         self.view = view
-        self.seed = seed
-        self.mask = mask if view.token else None
-        self.wanted = -(-max(LEAST_ROWS, ROWS_PER_COLUMN * view.columns) // max(batches.samples, 1))
+        self.sampler = RowSampler(seed, f"{view.tensor} {view.kernel}", mask if view.token else None)
+        rows = max(LEAST_ROWS, ROWS_PER_COLUMN * view.columns)
+        self.positions = per_sample(rows, max(batches.samples, 1))
         # Of uncorrelated columns only the spread of each is wanted, which is what a target's moments are.
         sizes = (view.columns, view.groups, view.groups) if view.correlated else (1, view.columns, 1)
         self.moments = Moments(*sizes, single=True)
 
-    def add(self, found: Feed, batch: int) -> None:
-        rows, weights = self._rows(found, batch)
+    def add(self, batch: Batch, found: Feed) -> None:
+        """Take in one batch's rows."""
+        rows, weights = self._rows(found, batch.index)
         for start in range(0, len(rows), _CHUNK_ROWS):
             part = slice(start, start + _CHUNK_ROWS)
             own = rows[part]
@@ -123,7 +119,6 @@ class _Gathering:
 
     def _rows(self, found: Feed, batch: int) -> tuple[np.ndarray, np.ndarray | None]:
         view, x = self.view, found[self.view.tensor]
-        key = f"{view.tensor} {view.kernel}"
         if view.kernel:
             geometry = {
                 "kernel": view.kernel,
@@ -131,19 +126,14 @@ class _Gathering:
                 "dilations": view.dilations,
                 "pads": view.pads,
             }
-            size = _outputs(x, view)
-            at = sample_positions(self.seed, key, batch, len(x), size, self.wanted)
-            return patches(x, at, **geometry), None
+            shape = (len(x), *output_size(x.shape[2:], **geometry))
+            rows = self.sampler.sample(batch, shape, self.positions, found)
+            return patches(x, rows.positions, **geometry), None
         x = np.moveaxis(x, view.axis, -1)
         if x.ndim == 1:
             x = x[None]
-        size = int(np.prod(x.shape[1:-1], dtype=np.int64))
-        at = sample_positions(self.seed, key, batch, len(x), size, self.wanted)
-        rows = gather(x.reshape(len(x), size, x.shape[-1]), at, -1)
-        if self.mask is None or found[self.mask].shape != x.shape[:-1]:
-            return rows, None
-        present = gather(found[self.mask].reshape(len(x), size, 1), at, -1)[:, 0] != 0
-        return rows, present.astype(np.float64)
+        rows = self.sampler.sample(batch, x.shape[:-1], self.positions, found)
+        return rows.vectors(x, -1), rows.weights
 
     def result(self) -> Statistics:
         moments, view = self.moments, self.view
@@ -156,10 +146,6 @@ class _Gathering:
         every = np.arange(view.groups)
         wide[every, :, every] = stack
         return Statistics(moments.mean_x.copy(), wide.reshape(view.columns, view.columns))
-
-
-def _outputs(x: np.ndarray, view: View) -> int:
-    return int(np.prod(output_size(x.shape[2:], view.kernel, view.strides, view.dilations, view.pads)))
 
 
 # Ranking ------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from onnxfuse.channels.groups import ChannelGroups, Group
 from onnxfuse.cost import interleaved
 from onnxfuse.errors import OnnxfuseError
 from onnxfuse.graph import Model, Node
-from onnxfuse.pass_manager import NoProgress, Progress
+from onnxfuse.observe import TappedModel
+from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime import Feed, Runtime
 
 REPEATS, SECONDS = 100, 1.5
@@ -60,9 +61,7 @@ def rewarded(
     A group whose neighbourhood can't be run by itself has no entry.
     """
     around = {group: _around(model, found, group) for group in candidates}
-    fed = {info.name for info in model.inputs}
-    taps = dict.fromkeys(name for own in around.values() for name in own.inputs if name not in fed)
-    values = {**feed, **runtime.session(model, taps=list(taps), outputs=()).run(feed)} if taps else dict(feed)
+    values = TappedModel(model, [name for own in around.values() for name in own.inputs], runtime).run(feed)
     advance = (progress or NoProgress()).task("timing", total=len(candidates))
     known: dict[tuple[object, ...], dict[int, float]] = {}
     result: dict[Group, dict[int, float]] = {}
@@ -143,10 +142,12 @@ def _timed(
         }  # a number that the cut wrote down is computed no more
         inputs = [name for name in around.inputs if name in left]
         numbers = [name for name in inputs if values[name].dtype.kind in "iu" and name not in feed]
-        computed = runtime.session(cut, taps=numbers, outputs=()).run(feed) if numbers else {}
-        given = {name: _taken(cut, name, values[name]) for name in inputs}
-        session = runtime.session(cut.extract(inputs, around.outputs))
-        runs.append(session.bind({**given, **computed}).run)  # lengths as they are after the cut
+        # Lengths as they are after the cut.
+        computed = TappedModel(cut, numbers, runtime).run(feed)
+        given = {
+            name: computed[name] if name in numbers else _taken(cut, name, values[name]) for name in inputs
+        }
+        runs.append(runtime.session(cut.extract(inputs, around.outputs)).bind(given).run)
     times = np.median(interleaved(runs, repeats=REPEATS, seconds=SECONDS, seed=seed), axis=0) / 1e6
     found: dict[int, float] = {}
     for width, time in zip(widths, times.tolist(), strict=True):

@@ -17,10 +17,10 @@ from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model, Node
 from onnxfuse.linear import LinearOp, is_shared, optional_input
 from onnxfuse.linear_building import add_linear, laid_out
 from onnxfuse.marks import KEPT_KEY
+from onnxfuse.numerics.affine import Array
 from onnxfuse.rewriting import linear_ops
 from onnxfuse.runtime import Feed
 from onnxfuse.shared_weights import producer
-from onnxfuse.solve import Array
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onnxfuse.solve import Affine
+from onnxfuse.numerics.affine import Affine
 
 RATE = 3e-3
 """Of Adam, under one cosine to zero."""

@@ -32,9 +32,8 @@ from torch.nn import functional as F
 
 from onnxfuse import verify
 from onnxfuse.calibration import Batch
-from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.errors import InputError, NotApplicableError, unknown_name
 from onnxfuse.graph import Model, Node
-from onnxfuse.pass_manager import unknown_name
 from onnxfuse.pytorch.sampling import Pool, Shuffled
 from onnxfuse.pytorch.weights import to_tensor
 from onnxfuse.runtime import Feed, Runtime, Session, format_shape

@@ -25,12 +25,12 @@ import torch
 from torch import fx, nn
 
 from onnxfuse.calibration import Batch, Batches, Calibration, Data
-from onnxfuse.errors import InputError, ModelWarning, NotApplicableError, VerificationError
+from onnxfuse.errors import InputError, ModelWarning, NotApplicableError, VerificationError, unknown_name
 from onnxfuse.graph import Model
 from onnxfuse.marks import KEPT_KEY
 from onnxfuse.metrics import Metric, load_metric
 from onnxfuse.normalization import lacks_normalization
-from onnxfuse.pass_manager import Progress, unknown_name
+from onnxfuse.progress import Progress
 from onnxfuse.protos import light_graph
 from onnxfuse.pytorch.checkpoint import Checkpoint
 from onnxfuse.pytorch.importer import to_torch

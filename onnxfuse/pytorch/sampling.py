@@ -19,7 +19,7 @@ import numpy as np
 
 from onnxfuse.calibration import Batch, Batches
 from onnxfuse.errors import InputError
-from onnxfuse.pass_manager import NoProgress, Progress
+from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime import Feed
 from onnxfuse.samples import Rows, batch_axes
 from onnxfuse.shapes import TensorInfo

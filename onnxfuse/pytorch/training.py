@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from onnxfuse.calibration import Batch
 from onnxfuse.errors import InputError
 from onnxfuse.metrics import Metric
-from onnxfuse.pass_manager import NoProgress, Progress
+from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.pytorch.processes import processes
 from onnxfuse.pytorch.weights import to_tensor
 from onnxfuse.report.record import Epoch

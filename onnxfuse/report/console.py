@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from onnxfuse.api import DiffResult, PassInfo, VerifyResult
     from onnxfuse.cost import Cost, Latency
     from onnxfuse.difference import NodeChange, NodeSummary, WeightChange
+    from onnxfuse.findings import Skip
     from onnxfuse.inspection import Inspection, LinearSummary
-    from onnxfuse.pass_manager import Skip, StepReport
+    from onnxfuse.pass_manager import StepReport
     from onnxfuse.report.record import Epoch, FileSize, MetricChange, Report, Retraining, RetrainReport
     from onnxfuse.shapes import TensorInfo
     from onnxfuse.significance import PairedDifference

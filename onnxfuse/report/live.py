@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from onnxfuse.graph import Model
-    from onnxfuse.pass_manager import Advance, Pass
+    from onnxfuse.pass_manager import Pass
+    from onnxfuse.progress import Advance
 
 
 class LiveProgress(RichProgress):

@@ -15,7 +15,8 @@ from onnxfuse.instruments import plain
 
 if TYPE_CHECKING:
     from onnxfuse.cost import Cost, Latency
-    from onnxfuse.pass_manager import Json, StepReport
+    from onnxfuse.findings import Json
+    from onnxfuse.pass_manager import StepReport
     from onnxfuse.significance import PairedDifference
     from onnxfuse.verify import OutputError
 

@@ -48,8 +48,9 @@ from common import (
 from onnxfuse import api
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Advance, Context, NoProgress, Pass, StepReport
+from onnxfuse.pass_manager import Context, Pass, StepReport
 from onnxfuse.passes.fuse import Fuse
+from onnxfuse.progress import Advance, NoProgress
 from onnxfuse.runtime import Runtime
 from onnxfuse.survey import Candidate, survey
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from nets import normal
 
+from onnxfuse.numerics.affine import Affine
 from onnxfuse.pytorch.autoencoder import Autoencoder, fit
-from onnxfuse.solve import Affine
 
 TARGET = Affine(normal(12, 20, seed=1).astype(np.float64), normal(12, seed=2).astype(np.float64))
 MIX = normal(20, 20, seed=3) * np.linspace(2, 0.05, 20, dtype=np.float32)
