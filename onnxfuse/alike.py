@@ -89,14 +89,14 @@ def heads(model: Model, layer: WeightLayer) -> int | None:
 
 
 def _traits(layer: WeightLayer) -> tuple[Any, ...]:
-    """What layers that can share a weight have in common. How a kernel is moved over the input may differ."""
+    """Traits that must agree where layers share a weight; how a kernel is moved over inputs need not."""
     op = layer.ops[0]
     shape = weight_type(op.model, layer.tensor)[1]
     return layer.role, op.node.op, *_layout(op), op.dtype.name, op.groups, op.kernel, shape
 
 
 def _layout(op: LinearOp) -> tuple[int, float]:
-    """How the matrix is stored, beyond what the operator says: `transB` and `alpha`."""
+    """The attributes `transB` and `alpha`, which say how the matrix is stored."""
     attrs = op.node.attrs
     return int(attrs.get("transB", 0)), float(attrs.get("alpha", 1.0))
 

@@ -45,7 +45,7 @@ class Goals(PassOptions):
         return f"{', '.join(first)} {last} {final}" if first else final
 
     def partly(self, share: float, done: float = 0.0) -> Mapping[str, object] | None:
-        """See `PassOptions.partly`."""
+        """The goal of a step that comes to `share` of the way, as settings; None if there is no such step."""
         step = None if self.goal is None else self.goals[self.goal[0]]
         if self.goal is None or step is None or share <= done:
             return None
@@ -54,27 +54,27 @@ class Goals(PassOptions):
 
 
 def left(goal: float, share: float, done: float) -> float | None:
-    """What a step may leave, where the goal is the share of the model at hand that may be left."""
+    """The share that a step may leave, where the goal is a share of the model at hand that may be left."""
     return None if goal == 1 else (1 - share * (1 - goal)) / (1 - done * (1 - goal))
 
 
 def left_of_all(goal: float, share: float, done: float) -> float:
-    """What a step may leave, where the goal is a share of what there was before all steps."""
+    """The share that a step may leave, where the goal is a share of what there was before all steps."""
     return 1 - share * (1 - goal)
 
 
 def gone(goal: float, share: float, done: float) -> float | None:
-    """What a step removes, where the goal is the share of the model at hand that has to go."""
+    """The share that a step removes, where the goal is a share of the model at hand that has to go."""
     rest = left(1 - goal, share, done)
     return None if rest is None else 1 - rest
 
 
 def gone_of_all(goal: float, share: float, done: float) -> float | None:
-    """What is gone after a step, where the goal is a share of what there was before all steps."""
+    """The share that is gone after a step, where the goal is a share of what there was before all steps."""
     return goal * share if goal else None
 
 
 def count(goal: int, share: float, done: float) -> int | None:
-    """What a step takes of a number of things: at least one at the first step, none at some later ones."""
+    """The number of things that a step takes: at least one at the first step, none at some later ones."""
     before = max(1, round(done * goal)) if done > 0 else 0
     return max(max(1, round(share * goal)) - before, 0) or None

@@ -277,7 +277,7 @@ def within_bound(
 
 
 def finished(model: Model, found: Found, skipped: Sequence[Skip], idle: str = "") -> PassResult:
-    """What a pass returns.
+    """The result of a pass.
 
     Args:
         model: the one it was given.
@@ -293,5 +293,5 @@ def finished(model: Model, found: Found, skipped: Sequence[Skip], idle: str = ""
 
 
 def nothing(model: Model, skipped: Sequence[Skip], note: str) -> PassResult:
-    """What a pass returns that has nothing to do."""
+    """The result of a pass that has nothing to do."""
     return PassResult(model, skipped=list(skipped), notes=[note])

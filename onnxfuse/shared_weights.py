@@ -55,7 +55,7 @@ class SharedWeight:
         return [producer(model, op.node.outputs[0].name) for op in self.ops]
 
     def other_use(self) -> str | None:
-        """What else the weight is for, in words, beside being the weight of these operators."""
+        """Another use of the weight beside being that of these operators, in words; None without one."""
         model, nodes = self.ops[0].model, [op.node for op in self.ops]
         if model.is_output(self.tensor):
             return "an output of the graph"

@@ -37,7 +37,7 @@ MOST_WORKERS = 4
 
 @dataclass(frozen=True)
 class Trials:
-    """What trials fit on, some of the fit samples, and judge by: the original's outputs on others of them.
+    """Samples for trials, some of the fit samples, and the original's outputs on those to judge by.
 
     Attributes:
         calibration: the samples.
@@ -64,7 +64,7 @@ class Trials:
         return cls(few, feeds, [batch.samples for batch in batches], outputs, measure)
 
     def change(self, trial: Model, runtime: Runtime) -> float:
-        """How far the outputs of `trial` are from the original's.
+        """The distance of the outputs of `trial` from the original's.
 
         Raises:
             NotApplicableError: the network fails.
@@ -82,7 +82,7 @@ class Trials:
         fit: Callable[[Job, Model, Context], Model] | None = None,
         task: str = "trying",
     ) -> list[float]:
-        """How far the outputs of each job's model are from the original's; infinite where the network fails.
+        """The distance of each job's outputs from the original's; infinite where the network fails.
 
         Trials are many and small: side by side, on a core each, they take the least time.
 
@@ -121,7 +121,8 @@ def output_change(
     samples: Sequence[int],
     measure: Measure,
 ) -> float:
-    """How far outputs moved, summed over them; infinite where they are not finite or of another shape.
+    """The distance of outputs from the original's, summed over them; infinite where they are not finite or of
+    another shape.
 
     Args:
         before: the original's outputs, batch by batch.

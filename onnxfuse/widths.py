@@ -89,11 +89,11 @@ class Total:
                 self._by_group[group].append(index)
 
     def at(self, widths: Widths) -> float:
-        """At these widths of all groups."""
+        """The cost at these widths of all groups."""
         return sum(self._term(index, widths) for index in range(len(self._terms)))
 
     def saved(self, widths: Widths, group: Group, width: int) -> float:
-        """What another width of one group saves."""
+        """The saving by another width of one group."""
         other = {**widths, group: width}
         return sum(self._term(i, widths) - self._term(i, other) for i in self._by_group[group])
 

@@ -130,7 +130,7 @@ class Autoencode(Pass):
     # Which operators, and how narrow
 
     def _plans(self, model: Model, context: Context) -> tuple[list[_Plan], list[Skip]]:
-        """What is put in the place of which operators; and why nothing in that of others."""
+        """The operators that are replaced and by what, and why others are not."""
         shapes = model.shapes(first_feed(context))
         known = {node: (site_name(node),) for node in model.nodes if node.op in LINEAR}
         asked = sites.choose({self.options.only: None}, known, "linear operator")
@@ -153,7 +153,7 @@ class Autoencode(Pass):
         return plans, skipped
 
     def _plan(self, op: LinearOp) -> _Plan | str:
-        """What is put in the place of an operator, or why nothing is."""
+        """The two operators that may replace one, or why none may."""
         if op.shared:
             return "its weight has other users"
         if op.groups > 1:
@@ -205,7 +205,11 @@ class Autoencode(Pass):
 
 
 def _training() -> ModuleType:
-    """What needs torch, which is an extra."""
+    """The module that trains. It needs torch, which is an extra.
+
+    Raises:
+        InputError: torch is not installed.
+    """
     try:
         import torch  # noqa: F401
     except ImportError as error:

@@ -103,7 +103,7 @@ class _Ranked:
 
     @property
     def region(self) -> Region:
-        """What is replaced."""
+        """The region that is replaced."""
         return self.fit.candidate.region
 
     def order(self) -> tuple[float, str]:
@@ -366,7 +366,7 @@ def _change(ranked: _Ranked, solved: Solved) -> Change:
 
 
 def _operator(candidate: Candidate) -> str:
-    """What replaces a region, in words."""
+    """The operator that replaces a region, in words."""
     kind = candidate.region.kind
     size = "x".join(map(str, candidate.kernel))
     return f"{size} Conv" if kind == "conv" else "MatMul" if kind == "token" else "Gemm"
@@ -384,7 +384,7 @@ def _left(ranked: Sequence[_Ranked], why: str) -> list[Skip]:
 
 
 def _widest(regions: Sequence[Region]) -> Iterator[Region]:
-    """Of regions with the same entry and linear operators, the last: it takes in the skip, at no error."""
+    """The last of all regions with the same entry and linear operators: it takes in the skip, at no error."""
     last = {(region.u, region.kind, region.sites): region for region in regions}
     return iter(last.values())
 

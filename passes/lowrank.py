@@ -21,7 +21,7 @@ from pydantic import Field, PositiveInt
 
 from onnxfuse.channels.consumers import View
 from onnxfuse.errors import NotApplicableError, VerificationError
-from onnxfuse.factors import Basis, allocate, randomised, reduced_rank, truncated
+from onnxfuse.factors import Basis, allocate, randomized, reduced_rank, truncated
 from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.factoring import Product, find_products, measured, put_factors, rank_costs
 from onnxfuse.fitting.search import Found
@@ -140,7 +140,7 @@ class Lowrank(Pass):
     # Which operators
 
     def _products(self, model: Model, context: Context) -> tuple[list[Product], list[Skip]]:
-        """What may be split, and what may not."""
+        """The products that may be split, and those that may not."""
         only = self.options.only
         ops, skipped = linear_ops(model, "*", model.shapes(first_feed(context)))
         skipped = [skip for skip in skipped if fnmatchcase(skip.nodes[0], only)]
@@ -168,7 +168,7 @@ class Lowrank(Pass):
                 if self.options.method == "svd":
                     basis = truncated(weight)
                 else:
-                    basis = randomised(weight, product.most, context.seed + number)
+                    basis = randomized(weight, product.most, context.seed + number)
                 yield _Split(product, basis, None)
             return
         shapes = model.shapes(first_feed(context))

@@ -104,7 +104,7 @@ class MergeOptions(OperatorOptions):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What may share a weight, and in which order.
+    """The layers that may share a weight, and in which order.
 
     Attributes:
         layers: those that have another like them, class by class.
@@ -123,9 +123,9 @@ class _Plan:
     groups: ChannelGroups | None
 
     def clusters(self, count: int) -> list[list[WeightLayer]]:
-        """After so many steps. In each the layer nearest to the middle of the network comes first: it stays
-        where it is, for layers near input and output are the more salient ones (O'Neill et al., "Fusing
-        layers")."""
+        """Clusters after so many steps. In each the layer nearest to the middle of the network is first: it
+        stays where it is, for layers near input and output are the more salient ones (O'Neill et al.,
+        "Fusing layers")."""
         found = [[self.layers[i] for i in cluster] for cluster in joined(self.steps[:count])]
         return [sorted(cluster, key=self.far) for cluster in found]
 
@@ -215,8 +215,8 @@ class Merge(Pass):
         return plan
 
     def _worth(self, step: Step, layers: Sequence[WeightLayer]) -> float:
-        """What decides between steps of different classes: where parameters count, what outputs lose for each
-        that is saved."""
+        """The cost by which steps of different classes compare: where parameters count, the change of outputs
+        for each that is saved."""
         if self.options.criterion != "output" or self.options.layers is not None:
             return step.height
         return step.height / layers[step.others[0]].size
@@ -294,6 +294,7 @@ class Merge(Pass):
         )
 
     def _within_layers(self, model: Model, plan: _Plan, share: float, context: Context) -> Found:
+        """The model in which this share of the layers has lost a weight of its own."""
         wanted = max(round(share * plan.total) - plan.already, 0)
         if wanted > len(plan.steps):
             raise VerificationError(
@@ -306,6 +307,7 @@ class Merge(Pass):
         return Found(self._merged(model, plan, wanted, context), [note])
 
     def _within_params(self, model: Model, plan: _Plan, share: float, context: Context) -> Found:
+        """The model with at most this share of the parameters left."""
         full = cost_of(model, {}).parameters
         rest = full - np.cumsum([plan.layers[step.others[0]].size for step in plan.steps])
         enough = np.flatnonzero(rest <= share * full)

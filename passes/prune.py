@@ -131,7 +131,7 @@ def magnitudes(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def smallest(sizes: npt.NDArray[Any], count: int) -> npt.NDArray[np.bool_]:
-    """Which of `sizes` are the `count` smallest; of equal ones the first."""
+    """A mask of the `count` smallest of `sizes` (n,); of equal ones the first."""
     if count == 0:
         return np.zeros(len(sizes), bool)
     edge = np.partition(sizes, count - 1)[count - 1]

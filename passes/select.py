@@ -94,12 +94,12 @@ class SelectOptions(Goals):
 
 @dataclass(frozen=True)
 class _Reading:
-    """What is known of the groups that may be cut.
+    """All that the channels to be cut are chosen by.
 
     Attributes:
-        groups: them; `found` are all of the model.
-        consumers: of each, who reads it.
-        rankings: of each, the order in which channels go.
+        groups: those that may be cut; `found` are all of the model.
+        consumers: for each, who reads it.
+        rankings: for each, the order in which channels go.
         dead: of each, the number of channels that are zero for every input; the first to go.
         seen: gives the moments of what the consumers see.
     """
@@ -232,7 +232,7 @@ class Select(Pass):
         return [group.size, *(w for w in range((group.size - 1) // step * step, 0, -step) if w >= least)]
 
     def _step(self, group: Group) -> int:
-        """What the candidate widths of a group are multiples of."""
+        """The number that candidate widths of a group are multiples of."""
         if self.options.step is not None:
             return self.options.step
         if group.size < 16:
@@ -415,7 +415,7 @@ class Select(Pass):
         choice: Mapping[Group, np.ndarray],
         done: set[object],
     ) -> None:
-        """See `compensate`."""
+        """Let the readers of cut groups make up for the loss, see `compensate`."""
         compensate(cut, model, reading.found, reading.consumers, known, choice, done=done, by=self.name)
 
 

@@ -162,7 +162,7 @@ def put_factors(model: Model, product: Product, left: Array, right: Array, by: s
 
 @dataclass(frozen=True)
 class RankCosts:
-    """What ranks cost, in parameters or multiply-accumulates.
+    """Costs of ranks, in parameters or multiply-accumulates.
 
     Attributes:
         now: of the model as it is.

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Found:
-    """How far a pass goes.
+    """The outcome of a pass, or of a search for how far it may go.
 
     Attributes:
         made: what it makes of the model; None where it does nothing.
