@@ -607,24 +607,6 @@ def test_fused_twice_is_still_held_to_the_original(deep: Model) -> None:
     assert sum(node.op == "Relu" for node in outcome.model.nodes) == 2
 
 
-@pytest.mark.parametrize("count", range(8))
-def test_longest_finds_the_longest_prefix_from_any_guess(count: int) -> None:
-    for limit in range(count + 1):
-        for guess in range(count + 2):
-            probes: list[int] = []
-
-            def probe(length: int, limit: int = limit, probes: list[int] = probes) -> Any:
-                probes.append(length)
-                return f"result {length}" if length <= limit else None
-
-            found, length = search.longest(count, guess, probe)
-            assert length == limit
-            assert found == (f"result {limit}" if limit else None)  # type: ignore[comparison-overlap]
-            assert len(set(probes)) == len(probes)
-            if limit == guess:
-                assert len(probes) <= 2
-
-
 def test_a_region_that_breaks_the_bound_alone_does_not_block_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
