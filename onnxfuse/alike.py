@@ -21,6 +21,7 @@ from onnxfuse.findings import Skip
 from onnxfuse.graph import Model, Node, Tensor
 from onnxfuse.layers import MULTIPLYING
 from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, optional_input, weight_type
+from onnxfuse.shared_weights import SharedWeight, shared_weights
 
 ROLES = ("query", "key", "value", "output")
 """Those of an attention; a projection that makes several of them has them joined by "+", in this order."""
@@ -29,30 +30,16 @@ _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True, eq=False)
-class WeightLayer:
-    """A weight, with all that is computed by it.
+class WeightLayer(SharedWeight):
+    """A weight that nothing but linear operators uses, as a layer of the network.
 
     Attributes:
-        weight: the tensor.
-        ops: the linear operators that use it, in the order of the graph; nothing else does.
         role: the kind of the first operator, or one of `ROLES`, or some joined by "+".
         index: its place among the layers.
     """
 
-    weight: Tensor
-    ops: tuple[LinearOp, ...]
     role: str
     index: int
-
-    @property
-    def name(self) -> str:
-        """That of the first operator."""
-        return self.ops[0].name
-
-    @property
-    def matrix(self) -> np.ndarray:
-        """The weight as a float64 matrix (out, in / groups * prod(kernel)); a row is an output channel."""
-        return self.ops[0].weight
 
 
 def find_weight_layers(model: Model) -> tuple[list[WeightLayer], list[Skip]]:
@@ -68,45 +55,23 @@ def find_weight_layers(model: Model) -> tuple[list[WeightLayer], list[Skip]]:
             first = model.is_weight(node.inputs[0]) and not model.is_weight(node.inputs[1])
             skips.append(Skip((label(node),), f"{node.op} has its weight first" if first else found))
     roles = _roles(model, ops, shapes)
-    users: dict[Tensor, list[LinearOp]] = {}
-    for op in ops.values():
-        users.setdefault(op.weight_tensor, []).append(op)
     layers: list[WeightLayer] = []
-    for weight, own in users.items():
-        if reason := _obstacle(model, weight, own):
-            skips.append(Skip(tuple(op.name for op in own), reason))
+    for weight in shared_weights(ops.values()):
+        if reason := _obstacle(weight):
+            skips.append(Skip(weight.names, f"its weight {weight.tensor.name} is {reason}"))
             continue
-        parts = set().union(*(roles.get(op.node, set()) for op in own))
-        role = "+".join(part for part in ROLES if part in parts) or own[0].kind
-        layers.append(WeightLayer(weight, tuple(own), role, len(layers)))
+        parts = set().union(*(roles.get(op.node, set()) for op in weight.ops))
+        role = "+".join(part for part in ROLES if part in parts) or weight.ops[0].kind
+        layers.append(WeightLayer(weight.tensor, weight.ops, role, len(layers)))
     return layers, skips
-
-
-def unlike(a: WeightLayer, b: WeightLayer) -> str | None:
-    """Why two layers can't share one weight, or None. How a kernel is moved over the input may differ."""
-    ours, theirs = _traits(a), _traits(b)
-    return next(
-        (f"{what} {ours[what]} and {theirs[what]} differ" for what in ours if ours[what] != theirs[what]),
-        None,
-    )
 
 
 def kin(layers: Sequence[WeightLayer]) -> list[list[WeightLayer]]:
     """The layers in classes, in order: any two of a class can share one weight, any two of several can't."""
     classes: dict[tuple[Any, ...], list[WeightLayer]] = {}
     for layer in layers:
-        classes.setdefault(tuple(_traits(layer).values()), []).append(layer)
+        classes.setdefault(_traits(layer), []).append(layer)
     return list(classes.values())
-
-
-def pairs(layers: Sequence[WeightLayer], adjacent: bool) -> list[tuple[WeightLayer, WeightLayer]]:
-    """The pairs that can share one weight; `adjacent`: only those that are neighbours in their class."""
-    found = []
-    for own in kin(layers):
-        for place, first in enumerate(own):
-            others = own[place + 1 : place + 2] if adjacent else own[place + 1 :]
-            found += [(first, second) for second in others]
-    return found
 
 
 def heads(model: Model, layer: WeightLayer) -> int | None:
@@ -123,41 +88,25 @@ def heads(model: Model, layer: WeightLayer) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _traits(layer: WeightLayer) -> dict[str, Any]:
-    """What layers that share a weight have in common, in words."""
+def _traits(layer: WeightLayer) -> tuple[Any, ...]:
+    """Traits that must agree where layers share a weight; how a kernel is moved over inputs need not."""
     op = layer.ops[0]
-    return {
-        "roles": layer.role,
-        "operators": op.node.op,
-        **_layout(op),
-        "types": op.dtype.name,
-        "groups": op.groups,
-        "kernels": op.kernel,
-        "stored shapes": weight_type(op.model, layer.weight)[1],
-    }
+    shape = weight_type(op.model, layer.tensor)[1]
+    return layer.role, op.node.op, *_layout(op), op.dtype.name, op.groups, op.kernel, shape
 
 
-def _layout(op: LinearOp) -> dict[str, Any]:
-    """How the matrix is stored, beyond what the operator says."""
+def _layout(op: LinearOp) -> tuple[int, float]:
+    """The attributes `transB` and `alpha`, which say how the matrix is stored."""
     attrs = op.node.attrs
-    return {"transB": int(attrs.get("transB", 0)), "alpha": float(attrs.get("alpha", 1.0))}
+    return int(attrs.get("transB", 0)), float(attrs.get("alpha", 1.0))
 
 
-def _obstacle(model: Model, weight: Tensor, ops: Sequence[LinearOp]) -> str | None:
+def _obstacle(weight: SharedWeight) -> str | None:
     """Why a weight is none of a layer's, or None."""
-    if model.is_output(weight):
-        return f"its weight {weight.name} is an output of the graph"
-    nodes = [op.node for op in ops]
-    for user in model.consumers(weight):
-        if weight.name in user.captured:
-            return f"its weight {weight.name} is used in a body of {user.label}"
-        if user not in nodes or sum(tensor is weight for tensor in user.inputs) > 1:
-            return f"its weight {weight.name} is used by {user.label} in another way"
-    first = ops[0]
-    for op in ops[1:]:
-        if (op.node.op, op.groups, _layout(op)) != (first.node.op, first.groups, _layout(first)):
-            return f"its weight {weight.name} is used as different matrices"
-    return None
+    if reason := weight.other_use():
+        return f"also {reason}"
+    forms = {(op.node.op, op.groups, _layout(op)) for op in weight.ops}
+    return "used as different matrices" if len(forms) > 1 else None
 
 
 # ---- roles -----------------------------------------------------------------------------------------------

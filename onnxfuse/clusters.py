@@ -1,4 +1,4 @@
-"""Which of many things become one, step by step: agglomeration by average distance."""
+"""Agglomeration by average distance: many things become one, step by step."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ y = W x + b is computed by way of r numbers, y = A (B x) + b'. With U an orthono
 y, A = U and B = U^T W is the best that can be had from them, so all that is to be chosen is U:
 
 - **svd**: the leading left singular vectors of W, which leave the least |W - A B|_F (Eckart and Young 1936).
-- **randomised**: nearly the same from a few products with W (Halko, Martinsson, Tropp 2011, algorithm 4.4).
+- **randomized**: nearly the same from a few products with W (Halko, Martinsson, Tropp 2011, algorithm 4.4).
 - **data**: what leaves the least E|(W - A B)(x - mean x)|^2, reduced-rank regression (Izenman 1975) with W x
   itself for its target. By Eckart and Young in the whitened space that is the SVD of W C^1/2, C the
   covariance of x, whose left singular vectors are the eigenvectors of W C W^T: of the covariance of the
@@ -28,7 +28,7 @@ import scipy.linalg
 from onnxfuse.numerics.affine import Array
 
 POWER = 3
-"""Power iterations of the randomised SVD: trained weights have spectra that fall off slowly."""
+"""Power iterations of the randomized SVD: trained weights have spectra that fall off slowly."""
 
 OVERSAMPLING = 10
 
@@ -64,13 +64,13 @@ class Basis:
 
 
 def truncated(weight: Array) -> Basis:
-    """That of the SVD of weight (out, columns)."""
+    """The basis of the SVD of a weight (out, columns)."""
     left, values, _ = scipy.linalg.svd(weight, full_matrices=False)
     return Basis(left, values**2, float(np.vdot(weight, weight)))
 
 
-def randomised(weight: Array, rank: int, seed: int) -> Basis:
-    """About that of the SVD, of at most `rank` directions."""
+def randomized(weight: Array, rank: int, seed: int) -> Basis:
+    """Nearly the basis of the SVD of a weight (out, columns), of at most `rank` directions."""
     random = np.random.default_rng(seed)
     width = min(rank + OVERSAMPLING, *weight.shape)
     span = np.linalg.qr(weight @ random.standard_normal((weight.shape[1], width)))[0]
@@ -81,7 +81,13 @@ def randomised(weight: Array, rank: int, seed: int) -> Basis:
 
 
 def reduced_rank(weight: Array, covariance: Array, ridge: float = RIDGE) -> Basis:
-    """That of reduced-rank regression; `covariance` (out, out) is that of the outputs, W C W^T."""
+    """The basis of reduced-rank regression.
+
+    Args:
+        weight: (out, columns).
+        covariance: (out, out): that of the outputs, W C W^T.
+        ridge: see `RIDGE`.
+    """
     size = float(np.vdot(weight, weight))
     energy = float(np.trace(covariance))
     scale = ridge * energy / size if size > 0 else 0.0

@@ -18,6 +18,8 @@ from onnxfuse.constants import label
 from onnxfuse.freeweights import behind, uniform
 from onnxfuse.graph import Model, Node, Tensor, Variable
 from onnxfuse.linear import LinearOp, is_main_domain, linear_op
+from onnxfuse.linear_building import add_linear, laid_out
+from onnxfuse.shared_weights import SharedWeight, shared_weights
 
 MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
 """Operators that sum up over products with weights."""
@@ -35,38 +37,31 @@ _ACTIVATIONS = frozenset(
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """A layer.
+class Layer(SharedWeight):
+    """The operators of one kind that share a weight, with what follows each.
 
     Attributes:
-        ops: the linear operators that share its weights.
-        ends: for each, the tensor behind the activation, or behind the operator if there is none.
-        activations: for each, the activation.
+        ends: for each operator, the tensor behind the activation, or behind the operator if there is none.
+        activations: for each operator, the activation.
     """
 
-    ops: tuple[LinearOp, ...]
     ends: tuple[Tensor, ...]
     activations: tuple[Node | None, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the operators."""
-        return tuple(op.name for op in self.ops)
 
 
 def find_layers(model: Model) -> list[Layer]:
     """All layers of the main graph, in order."""
     shapes = model.shapes()
-    alike: dict[object, list[LinearOp]] = {}
-    for node in model.nodes:
-        op = linear_op(model, node, shapes, transposed=True)
-        if isinstance(op, LinearOp):
-            kind = op.weight_tensor, node.op, op.out_features, op.groups, op.has_bias
-            alike.setdefault(kind, []).append(op)
+    ops = (linear_op(model, node, shapes, transposed=True) for node in model.nodes)
+    weights = shared_weights(
+        (op for op in ops if isinstance(op, LinearOp)),
+        kind=lambda op: (op.node.op, op.out_features, op.groups, op.has_bias),
+    )
     found = []
-    for ops in alike.values():
-        ends = [_end(model, model.tensor(op.y)) for op in ops]
-        found.append(Layer(tuple(ops), tuple(end for end, _ in ends), tuple(psi for _, psi in ends)))
+    for weight in weights:
+        ends = [_end(model, model.tensor(op.y)) for op in weight.ops]
+        behind, activations = tuple(end for end, _ in ends), tuple(psi for _, psi in ends)
+        found.append(Layer(weight.tensor, weight.ops, behind, activations))
     return found
 
 
@@ -98,7 +93,7 @@ def followed(model: Model) -> set[Tensor]:
 
 
 def detach(model: Model, tensor: Tensor) -> Tensor:
-    """The tensor under another name: something else can now compute the tensor for all that read it.
+    """The values of a tensor under another name: something else can now compute it for all that read it.
 
     A nameless node was called by the tensor; it keeps that as its name.
     """
@@ -111,14 +106,14 @@ def detach(model: Model, tensor: Tensor) -> Tensor:
 
 
 def attach(model: Model, computed: Tensor, tensor: Tensor) -> None:
-    """What is computed as `computed` is what a detached tensor's readers get."""
+    """Let `computed` take over the name and the readers of a detached tensor."""
     node = model.producer(computed)
     assert node is not None
     node.outputs[node.outputs.index(computed)] = tensor
 
 
 def unused_prefix(model: Model, base: str) -> str:
-    """`base` and a number, with which the name of no node begins."""
+    """The words `base` and a number, with which the name of no node begins."""
     names = [node.name for node in model.nodes]
     number = 1
     while any(name.startswith(f"{base}{number}.") for name in names):
@@ -204,30 +199,44 @@ def _append(
 def _store(model: Model, op: LinearOp, weight: np.ndarray, prefix: str) -> list[Tensor]:
     """A weight (out, in / groups, *kernel) in the layout of operators like this one, and a bias of zeros if
     it has one."""
-    flat = weight.T if op.node.op == "MatMul" else weight
-    stored: list[Tensor] = [model.add_weight(f"{prefix}.weight", np.ascontiguousarray(flat.astype(op.dtype)))]
+    flat = weight.reshape(len(weight), -1).astype(op.dtype)
+    value = laid_out(_kind(op), flat, op.kernel, transposed=True)
+    stored: list[Tensor] = [model.add_weight(f"{prefix}.weight", value)]
     if op.has_bias:
         stored.append(model.add_weight(f"{prefix}.bias", np.zeros(len(weight), op.dtype)))
     return stored
 
 
 def _linear(model: Model, op: LinearOp, x: Tensor, weights: Sequence[Tensor], name: str, by: str) -> Tensor:
-    """An operator like `op` that leaves places where they are, with these weights, on x."""
-    out = f"{name}.out"
-    if op.node.op == "MatMul":
-        y = model.add_node("MatMul", [x, weights[0]], [out], name=name, by=by).outputs[0]
-        for bias in weights[1:]:
-            y = model.add_node("Add", [y, bias], [f"{name}.biased"], name=f"{name}.bias", by=by).outputs[0]
-        return y
-    if op.node.op == "Gemm":
-        return model.add_node("Gemm", [x, *weights], [out], {"transB": 1}, name, by=by).outputs[0]
-    attrs: dict[str, Any] = {"kernel_shape": list(op.kernel), "group": op.groups}
-    attrs["pads"] = [(k - 1) // 2 for k in op.kernel] + [k // 2 for k in op.kernel]
-    return model.add_node("Conv", [x, *weights], [out], attrs, name, by=by).outputs[0]
+    """The output of an operator like `op` on x that leaves places where they are.
+
+    Args:
+        model: edited in place.
+        op: what it is like.
+        x: its input.
+        weights: its weight, and its bias if it has one.
+        name: of its node.
+        by: name of the pass.
+    """
+    kind, bias = _kind(op), weights[1] if len(weights) > 1 else None
+    attrs: dict[str, Any] = {"transB": 1} if kind == "Gemm" else {}
+    if kind == "Conv":
+        attrs = {"kernel_shape": list(op.kernel), "group": op.groups}
+        attrs["pads"] = [(k - 1) // 2 for k in op.kernel] + [k // 2 for k in op.kernel]
+    inner = (f"{name}.out", f"{name}.bias")
+    last = f"{name}.biased" if kind == "MatMul" and bias is not None else f"{name}.out"
+    y = Variable(model.unique_name(last))
+    add_linear(model, kind, x, weights[0], bias, y, name, attrs=attrs, inner=inner, by=by)
+    return y
+
+
+def _kind(op: LinearOp) -> str:
+    """The operator that a new layer behind `op` is of."""
+    return op.node.op if op.node.op in ("Gemm", "MatMul") else "Conv"
 
 
 def _activated(model: Model, psi: Node | None, x: Tensor, name: str, by: str, *, relu: bool) -> Tensor:
-    """psi(x); where there is no psi, ReLU or nothing."""
+    """The tensor psi(x); where there is no psi, ReLU of x or x itself."""
     if psi is None and not relu:
         return x
     op, attrs, more = ("Relu", {}, []) if psi is None else (psi.op, psi.attrs, psi.inputs[1:])

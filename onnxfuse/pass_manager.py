@@ -104,6 +104,11 @@ class PassOptions(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
+    def partly(self, share: float, done: float = 0.0) -> Mapping[str, object] | None:
+        """The settings with which the pass comes to `share` of its way; None if there is no such step (see
+        `Pass.partly`)."""
+        return None
+
 
 P = TypeVar("P", bound="Pass")
 
@@ -132,7 +137,7 @@ class Pass(ABC):
     def run(self, model: Model, context: Context) -> PassResult:
         """Rewrite `model`, a copy made for this call, freely. OnnxfuseError: refused, with the reason."""
 
-    def partly(self, share: float, done: float = 0.0) -> Pass | None:
+    def partly(self: P, share: float, done: float = 0.0) -> P | None:
         """The pass on its way: with its goal scaled to `share` (0 to 1) of the whole, for schedules that
         alternate compression and retraining. None: the pass has no goal that can be reached in steps, or
         none that is further than `done`.
@@ -142,7 +147,8 @@ class Pass(ABC):
             done: how far along it was before, on the model that this one will be given. Passes that can tell
                 from the model itself ignore it.
         """
-        return None
+        settings = self.options.partly(share, done)
+        return None if settings is None else self._with(**settings)
 
     def _with(self: P, **settings: object) -> P:
         """The same pass with some options changed, and validated."""
@@ -392,12 +398,8 @@ def _check_approximate(before: Model, result: PassResult, context: Context) -> V
         return Verification(passed, reason, comparison, predictions=checks, notes=(*notes, budget))
     error = verify.output_error(context.original, result.model, held_out, context.runtime)
     reason = UNSEEN if _is_unseen(result, error) else None
-    if context.max_error is not None and not error.worst <= context.max_error:
-        name = max(error.outputs, key=lambda output: error.outputs[output])
-        reason = (
-            f"the relative error of output '{name}' on held-out samples is {error.worst:.3g}, "
-            f"above the allowed {context.max_error:g}"
-        )
+    if context.max_error is not None:
+        reason = error.over(context.max_error, "the allowed", " on held-out samples") or reason
     return Verification(
         reason is None, reason, comparison, predictions=checks, output_error=error, notes=notes
     )

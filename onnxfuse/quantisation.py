@@ -52,14 +52,15 @@ def kmeans(numbers: npt.NDArray[Any], count: int) -> Array:
 
 
 def _start(points: Array, count: int) -> Array:
-    """Of stretches with equally many points, one of length g has the density 1 / g, so g^(2/3) centres."""
+    """The first centres: of stretches with equally many points, one of length g has the density 1 / g, so
+    g^(2/3) centres."""
     marks = points[np.linspace(0, len(points) - 1, min(len(points), STARTS * count)).astype(np.int64)]
     filled = np.concatenate([[0.0], np.cumsum(np.diff(marks) ** (2 / 3))])
     return np.interp((np.arange(count) + 0.5) / count * filled[-1], filled, marks)
 
 
 def _ends(points: Array, centres: Array) -> npt.NDArray[np.int64]:
-    """Where the runs nearest to each centre begin and, at last, end."""
+    """The places where the runs nearest to each centre begin and, at last, end."""
     middles = (centres[1:] + centres[:-1]) / 2
     inner = np.searchsorted(points, middles, side="right")
     return np.concatenate([[0], inner, [len(points)]]).astype(np.int64)
@@ -76,7 +77,7 @@ def _splits(
 
 
 def nearest(numbers: npt.NDArray[Any], table: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Of each number, the index of the nearest entry of an ascending table (m,), in the numbers' shape."""
+    """Indices of the nearest entries of an ascending table (m,), in the shape of the numbers."""
     wide = table.astype(np.float64)
     middles = (wide[1:] + wide[:-1]) / 2
     return np.searchsorted(middles, numbers.astype(np.float64), side="left").astype(np.int64)

@@ -1,99 +1,74 @@
-"""What passes share that replace the weights of single operators: which, how far, and the walk after.
+"""Steps that passes share which rewrite linear operators: which ones, the walk after, and the result.
 
-Such a pass takes stored weights one by one (a weight that several operators share is one), rewrites them, and
-leaves the rest to `onnxfuse.walk`: rewritten operators keep their weights and get the bias that is best for
-them, everything else behind is solved again. Each rewritten operator is a site of that walk, so each comes
-with a prediction of its error; one that can't be a site is refused beforehand.
+A pass that replaces weights one by one (a weight that several operators share is one) leaves the rest to
+`onnxfuse.walk`: rewritten operators keep their weights and get the bias that is best for them, everything
+else behind is solved again. Each rewritten operator is a site of that walk, so each comes with a prediction
+of its error; one that can't be a site is refused beforehand.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 from pydantic import Field
 
+from onnxfuse.channels.consumers import View
+from onnxfuse.channels.importance import Statistics, statistics
 from onnxfuse.findings import Change, Json, Skip
-from onnxfuse.graph import Model, Node, Tensor
-from onnxfuse.linear import LinearOp, linear_op, weight_type
-from onnxfuse.pass_manager import Context, PassOptions, PassResult
+from onnxfuse.fitting.memory import in_budget
+from onnxfuse.fitting.search import Found, Level, farthest
+from onnxfuse.goals import Goals
+from onnxfuse.graph import Model, Node
+from onnxfuse.linear import LinearOp, linear_op
+from onnxfuse.pass_manager import Context, PassResult
 from onnxfuse.regions import site_name
+from onnxfuse.runtime import Feed
 from onnxfuse.shapes import TensorInfo
-from onnxfuse.trials import Made, error_bound, longest, probe
-from onnxfuse.walk import LINEAR, Solved, refit_change, refit_sites, walk
+from onnxfuse.shared_weights import SharedWeight, shared_weights
+from onnxfuse.walk import LINEAR, RefitSite, Solved, refit_change, refit_sites, walk
 
-Level = TypeVar("Level", bound=float)
-M = TypeVar("M", bound=Made)
+MEMORY = 1 << 30
+"""Bytes of covariances that are kept at a time; a single reader may take more."""
+
+T = TypeVar("T")
+
+Mask = Annotated[
+    str | None,
+    Field(description="graph input that is 0 where a token is padding; those rows are left out"),
+]
 
 
-class OperatorOptions(PassOptions):
-    """Options that these passes share."""
+class OperatorOptions(Goals):
+    """Options that passes over single operators share."""
 
     only: str = Field("*", description="pattern: operators with matching names")
     refit: bool = Field(
         True, description="refit the operators behind, and the biases of those that are rewritten"
     )
-    mask: str | None = Field(
-        None, description="graph input that is 0 where a token is padding; those rows are left out"
-    )
+    mask: Mask = None
 
 
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """A stored weight, and all operators that multiply by it, as of one model."""
-
-    tensor: str
-    ops: tuple[LinearOp, ...]
-    size: int
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the operators."""
-        return tuple(op.name for op in self.ops)
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of what the operators' nodes compute, by which they are found in a copy of the model."""
-        return tuple(op.node.outputs[0].name for op in self.ops)
-
-    def read(self, model: Model) -> np.ndarray:
-        """Its value, in the operators' own layout."""
-        value = model.weight(model.tensor(self.tensor))
-        assert value is not None
-        return value
-
-    def nodes(self, model: Model) -> list[Node]:
-        """The operators' nodes in a copy of the model."""
-        return [producer(model, name) for name in self.outputs]
+def first_feed(context: Context) -> Feed:
+    """The first batch of the fit samples, for shapes that can't be inferred."""
+    return next(iter(context.calibration.fit)).feed
 
 
-@dataclass(frozen=True)
-class Rewritten:
-    """A rewritten model, its nodes that got other weights, what the walk made of it, and what is worth saying
-    of each."""
-
-    model: Model
-    nodes: Collection[Node]
-    solved: list[Solved]
-    skipped: list[Skip]
-    changes: list[Change]
+def named(only: str, how: str = "with a name") -> str:
+    """The words " `how` matching `only`"; none where all match."""
+    return "" if only == "*" else f" {how} matching '{only}'"
 
 
-def producer(model: Model, tensor: str) -> Node:
-    """The node that computes it."""
-    node = model.producer(model.tensor(tensor))
-    assert node is not None
-    return node
+# Which operators ------------------------------------------------------------------------------------
 
 
 def linear_ops(
     model: Model, only: str, shapes: Mapping[str, TensorInfo]
 ) -> tuple[list[LinearOp], list[Skip]]:
-    """The operators of a name that have stored weights; and those of that kind that have none, and why."""
+    """The operators of matching names that have stored weights, and those of that kind that have none."""
     found: list[LinearOp] = []
     skipped: list[Skip] = []
     for node in model.nodes:
@@ -107,74 +82,123 @@ def linear_ops(
     return found, skipped
 
 
-def stored_weights(model: Model, only: str, context: Context) -> tuple[list[Weight], list[Skip]]:
+def stored_weights(model: Model, only: str, context: Context) -> tuple[list[SharedWeight], list[Skip]]:
     """The weights that can be replaced by others of the same shape, in the order of their first operators."""
-    feed = next(iter(context.calibration.fit)).feed
-    ops, skipped = linear_ops(model, only, model.shapes(feed))
-    by_tensor: dict[Tensor, list[LinearOp]] = {}
-    for op in ops:
-        by_tensor.setdefault(op.weight_tensor, []).append(op)
-    weights: list[Weight] = []
-    for tensor, own in by_tensor.items():
-        if reason := _other_user(model, tensor, own):
-            skipped += [Skip((op.name,), f"its weight is also {reason}") for op in own]
+    ops, skipped = linear_ops(model, only, model.shapes(first_feed(context)))
+    weights: list[SharedWeight] = []
+    for weight in shared_weights(ops):
+        if reason := weight.other_use():
+            skipped += [Skip((name,), f"its weight is also {reason}") for name in weight.names]
         else:
-            weights.append(Weight(tensor.name, tuple(own), math.prod(weight_type(model, tensor)[1])))
+            weights.append(weight)
     trial = model.copy()
     for weight in weights:
-        trial.set_weight(trial.tensor(weight.tensor), np.zeros_like(weight.read(model)))
-    outputs = [name for weight in weights for name in weight.outputs]
-    refused = unmeasurable(model, trial, outputs, context)
+        trial.set_weight(trial.tensor(weight.tensor.name), np.zeros_like(weight.read(model)))
+    refused = unmeasurable(model, trial, [n for w in weights for n in w.nodes(trial)], context)
     usable = []
     for weight in weights:
-        reasons = [
-            Skip((op.name,), refused[y])
-            for op, y in zip(weight.ops, weight.outputs, strict=True)
-            if y in refused
-        ]
+        nodes = zip(weight.names, weight.nodes(trial), strict=True)
+        reasons = [Skip((name,), refused[node]) for name, node in nodes if node in refused]
         skipped += reasons
         if not reasons:
             usable.append(weight)
     return usable, skipped
 
 
-def _other_user(model: Model, tensor: Tensor, ops: Collection[LinearOp]) -> str | None:
-    """What else a weight is, beside the weight of these operators."""
-    known = {op.node for op in ops}
-    if model.is_output(tensor):
-        return "an output of the graph"
-    if model.captured(tensor):
-        return "used by the body of another node"
-    for node in model.consumers(tensor):
-        if node not in known or sum(1 for used in node.inputs if used is tensor) > 1:
-            return f"used by {node.label}"
-    return None
+def unmeasurable(model: Model, trial: Model, nodes: Collection[Node], context: Context) -> dict[Node, str]:
+    """The rewritten operators whose error can't be predicted, and why.
 
-
-def unmeasurable(model: Model, trial: Model, outputs: Sequence[str], context: Context) -> dict[str, str]:
-    """Which rewritten operators of `trial`, by what their nodes compute, can't be told how far off they are;
-    and why."""
-    feed = next(iter(context.calibration.fit)).feed
-    nodes = {producer(trial, name): name for name in outputs}
-    sites, skipped = refit_sites(context.original, trial, (), None, feed, before=model, fixed=nodes)
-    measured = {nodes.get(site.op.node) for site in sites}
+    Args:
+        model: before.
+        trial: after, perhaps with other numbers than in the end.
+        nodes: the rewritten operators of `trial`.
+        context: of the pass.
+    """
+    sites, skipped = refit_sites(
+        context.original, trial, (), None, first_feed(context), before=model, fixed=nodes
+    )
+    measured = {site.op.node for site in sites}
     reasons = {skip.nodes[0]: skip.reason for skip in skipped}
     unknown = "its output can't be compared with the original's"
-    return {
-        name: reasons.get(site_name(node), unknown) for node, name in nodes.items() if name not in measured
-    }
+    return {node: reasons.get(site_name(node), unknown) for node in nodes if node not in measured}
+
+
+# What they see ------------------------------------------------------------------------------------
+
+
+def seen_in_parts(
+    model: Model, views: Mapping[T, Sequence[View]], mask: str | None, context: Context
+) -> Iterator[tuple[list[T], dict[View, Statistics]]]:
+    """Readers with the statistics of what they read over the fit samples, in as many runs as memory asks for.
+
+    Args:
+        model: to run.
+        views: what each reader reads.
+        mask: see `Mask`.
+        context: of the pass.
+
+    Raises:
+        InputError: bad samples.
+        NotApplicableError: activations that are not finite.
+    """
+    for part in in_budget(views, lambda reader: _covariances(views[reader]), MEMORY):
+        yield (
+            part,
+            statistics(
+                model,
+                [view for reader in part for view in views[reader]],
+                context.calibration.fit,
+                context.runtime,
+                seed=context.seed,
+                mask=mask,
+                progress=context.progress,
+            ),
+        )
+
+
+def _covariances(views: Sequence[View]) -> dict[View, int]:
+    return {view: 16 * view.columns**2 for view in views if view.correlated}
+
+
+# The walk, and what comes of it -------------------------------------------------------------------
 
 
 def walked(
-    before: Model, rewritten: Model, nodes: Collection[Node], options: OperatorOptions, context: Context
+    before: Model,
+    rewritten: Model,
+    context: Context,
+    *,
+    mask: str | None,
+    refit: bool = True,
+    fixed: Collection[Node] = (),
+    fresh: Sequence[tuple[Node, str]] = (),
+    ridge: float | None = None,
+    paper: bool = False,
+    quick: bool = False,
 ) -> tuple[list[Solved], list[Skip]]:
-    """Solve what is behind the rewritten `nodes`, and their biases; without `refit` only measure them."""
-    feed = next(iter(context.calibration.fit)).feed
+    """Solve what is behind a rewrite; the sites, and the operators behind that are none.
+
+    Args:
+        before: the model that was rewritten.
+        rewritten: the result; gets new weights.
+        context: of the pass.
+        mask: see `Mask`.
+        refit: without it fresh operators are solved, fixed ones measured, and nothing else is touched.
+        fixed: see `walk.refit_sites`.
+        fresh: see `walk.refit_sites`.
+        ridge: see `walk.walk`.
+        paper: see `walk.walk`.
+        quick: see `walk.walk`.
+
+    Raises:
+        InputError: bad samples.
+        NotApplicableError: activations that are not finite.
+    """
     sites, skipped = refit_sites(
-        context.original, rewritten, (), options.mask, feed, before=before, fixed=nodes
+        context.original, rewritten, fresh, mask, first_feed(context), before=before, fixed=fixed
     )
-    if not options.refit:
-        sites, skipped = [replace(site, how="keep") for site in sites if site.op.node in nodes], []
+    if not refit:
+        sites, skipped = _alone(sites, fixed), []
     solved = walk(
         context.original,
         rewritten,
@@ -182,66 +206,92 @@ def walked(
         context.calibration,
         context.runtime,
         seed=context.seed,
+        ridge=ridge,
+        paper=paper,
+        quick=quick,
         progress=context.progress,
     )
     return solved, skipped
 
 
+def _alone(sites: Sequence[RefitSite], fixed: Collection[Node]) -> list[RefitSite]:
+    own = (site for site in sites if site.how == "fresh" or site.op.node in fixed)
+    return [site if site.how == "fresh" else replace(site, how="keep") for site in own]
+
+
 def rewrite_change(
     names: Sequence[str], what: str, nodes: Collection[Node], solved: Sequence[Solved], **detail: Json
 ) -> Change:
-    """The report's line for one rewritten weight: what became of it, and how far the worst of its operators'
-    outputs is off."""
+    """The report's line for one rewritten weight.
+
+    Args:
+        names: of its operators.
+        what: the rewrite in words.
+        nodes: its operators' nodes; the line gives the worst of their relative errors.
+        solved: sites of the walk.
+        detail: figures.
+    """
     relative = max(item.relative for item in solved if item.site.op.node in nodes)
     return Change(
         tuple(names), f"{what}, relative error {relative:.3g}", {**detail, "relative_error": relative}
     )
 
 
-def within_bound(
-    levels: Sequence[Level],
-    make: Callable[[Level], M],
-    context: Context,
+def settled(
+    model: Model,
+    changes: Sequence[Change],
+    solved: Sequence[Solved],
+    skipped: Sequence[Skip],
     *,
-    goal: str,
-    said: Callable[[Level], str],
-) -> tuple[M | None, list[str]]:
-    """What `make` makes of the last of `levels`, which go from mild to harsh, that the bound on the output
-    error allows: by bisection; and notes.
+    own: Collection[Node] = (),
+    every: bool = False,
+) -> PassResult:
+    """A result in which every rewritten operator, and all that the walk moved, comes with a prediction.
 
     Args:
-        goal: name of the option that would say how far to go.
-        said: a level in words.
+        model: the rewritten one.
+        changes: lines for what the pass did.
+        solved: sites of the walk.
+        skipped: operators behind that are no sites.
+        own: nodes whose errors `changes` give; what else was moved gets a line of its own.
+        every: whether sites that stayed as they were come with a prediction, too.
     """
-    if not context.calibration.held_out.samples:
-        return None, [f"no held-out samples to hold the error bound on; give {goal} instead"]
-    bound, which = error_bound(context)
-    errors: dict[int, float] = {}
-
-    def attempt(count: int) -> M | None:
-        made, errors[count] = probe(lambda: make(levels[count - 1]), context)
-        context.journal("probe", level=levels[count - 1], output_error=errors[count])
-        return made if errors[count] <= bound else None
-
-    best, count = longest(len(levels), (len(levels) + 1) // 2, attempt)
-    if best is None:
-        return None, [f"not even {said(levels[0])} is within {bound:g} ({which})"]
-    note = f"{said(levels[count - 1])}: held-out output error within {bound:g} ({which})"
-    if count + 1 in errors:
-        note += f"; with {said(levels[count])} it would be {errors[count + 1]:.3g}"
-    return best, [note]
+    moved = [item for item in solved if item.ridge is not None]
+    lines = [refit_change(item) for item in moved if item.site.op.node not in own]
+    claims = [
+        item.prediction() for item in solved if every or item.ridge is not None or item.site.op.node in own
+    ]
+    return PassResult(model, [*changes, *lines], list(skipped), claims)
 
 
-def result(made: Rewritten, skipped: Sequence[Skip], notes: list[str]) -> PassResult:
-    """The pass's result. Every rewritten operator comes with a prediction, and so does all that the walk
-    moved."""
-    own = set(made.nodes)
-    claimed = [item for item in made.solved if item.ridge is not None or item.site.op.node in own]
-    refits = [refit_change(item) for item in claimed if item.site.op.node not in own]
-    return PassResult(
-        made.model,
-        made.changes + refits,
-        list(dict.fromkeys([*skipped, *made.skipped])),
-        [item.prediction() for item in claimed],
-        notes,
-    )
+def within_bound(
+    levels: Sequence[Level],
+    make: Callable[[Level], PassResult],
+    context: Context,
+    options: Goals,
+    said: Callable[[Level], str],
+) -> Found:
+    """`farthest`, with notes that name levels by the words of `said`."""
+    none = f"not even {said(levels[0])} is"
+    return farthest(levels, make, context, options, said=said, none=lambda within, _: f"{none} {within}")
+
+
+def finished(model: Model, found: Found, skipped: Sequence[Skip], idle: str = "") -> PassResult:
+    """The result of a pass.
+
+    Args:
+        model: the one it was given.
+        found: what it made of that, if anything, and how far that is.
+        skipped: what it refused beforehand.
+        idle: the note where nothing was done and nothing is said of why.
+    """
+    made = found.made
+    every = list(dict.fromkeys([*skipped, *([] if made is None else made.skipped)]))
+    if made is None or not made.changes:
+        return PassResult(model, skipped=every, notes=found.notes or [idle])
+    return replace(made, skipped=every, notes=[*found.notes, *made.notes])
+
+
+def nothing(model: Model, skipped: Sequence[Skip], note: str) -> PassResult:
+    """The result of a pass that has nothing to do."""
+    return PassResult(model, skipped=list(skipped), notes=[note])

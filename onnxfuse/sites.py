@@ -20,7 +20,7 @@ def choose(
     what: str,
     everything: Collection[Place] | None = None,
 ) -> dict[Place, tuple[str, Value]]:
-    """Which places are asked for, each with the words that asked for it and the value that goes with them.
+    """The places that are asked for, each with the words that asked for it and the value that goes with them.
 
     What comes later in `asked` counts more. A name that is the first of some place means that place alone.
 
@@ -51,12 +51,13 @@ def choose(
 
 
 def is_name(words: str) -> bool:
-    """Whether it means one place, so that a refusal there is a refusal of the request."""
+    """Whether words mean one place, so that a refusal there is a refusal of the request."""
     return words != ALL and not any(letter in words for letter in "*?[")
 
 
 def refuse_named(refused: Mapping[str, Sequence[str]], done: Sequence[str], verb: str) -> None:
-    """A place asked for by name at which nothing can be done is an error; what a pattern meets may be left.
+    """Raise an error for a place that was asked for by name and at which nothing can be done; what a pattern
+    meets may be left.
 
     Args:
         refused: reasons by the words that asked.
@@ -72,7 +73,7 @@ def refuse_named(refused: Mapping[str, Sequence[str]], done: Sequence[str], verb
 
 
 def idle(verb: str, skipped: Sequence[Skip]) -> str:
-    """Why a pass had nothing to do; `verb` is what it does."""
+    """The reason why a pass had nothing to do; `verb` is what it does."""
     if not skipped:
         return f"there is nothing to {verb}"
     return f"nothing to {verb}; the first of {len(skipped)}: '{skipped[0].nodes[0]}', {skipped[0].reason}"

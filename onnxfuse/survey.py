@@ -10,7 +10,7 @@ several runs, each for some of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from onnxfuse.calibration import Batch, Calibration
+from onnxfuse.fitting.memory import in_budget
 from onnxfuse.graph import Model
 from onnxfuse.moments import Moments, add_patches
 from onnxfuse.numerics.affine import Affine
@@ -170,7 +171,8 @@ def survey(
     grouped: dict[tuple[object, ...], list[Candidate]] = {}
     for candidate in candidates:
         grouped.setdefault(candidate.view, []).append(candidate)
-    runs = list(_affordable(grouped.values()))
+    # A group has two float64 Gram matrices, fitted and held out.
+    runs = list(in_budget(grouped.values(), lambda own: {own[0].view: 16 * own[0].columns ** 2}, MEMORY))
     total = len(runs) * (len(calibration.fit) + len(calibration.held_out))
     advance = (progress or NoProgress()).task("calibrating", total=total)
     fits: dict[int, Fit] = {}
@@ -191,18 +193,3 @@ def survey(
 def _add(views: Sequence[_View], held: bool, batch: Batch, found: Feed) -> None:
     for view in views:
         view.add(batch, held, found)
-
-
-def _affordable(groups: Iterable[list[Candidate]]) -> Iterator[list[list[Candidate]]]:
-    """Groups in runs of at most `MEMORY` each: a group has two float64 Gram matrices, fitted and held out."""
-    run: list[list[Candidate]] = []
-    taken = 0
-    for group in groups:
-        size = 2 * 8 * group[0].columns ** 2
-        if run and taken + size > MEMORY:
-            yield run
-            run, taken = [], 0
-        run.append(group)
-        taken += size
-    if run:
-        yield run

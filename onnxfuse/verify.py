@@ -196,7 +196,22 @@ class OutputError:
 
     @property
     def worst(self) -> float:
+        """The largest of them; 0 without outputs."""
         return max(self.outputs.values(), default=0.0)
+
+    def over(self, bound: float, called: str, where: str = "") -> str | None:
+        """Why the worst output breaks a bound; None if it does not.
+
+        Args:
+            bound: on the relative error.
+            called: the bound in words, "the allowed"; may be empty.
+            where: of what the error is, in words.
+        """
+        if self.worst <= bound:
+            return None
+        name = max(self.outputs, key=lambda output: self.outputs[output])
+        above = f"{called} {bound:g}".lstrip()
+        return f"the relative error of output '{name}'{where} is {self.worst:.3g}, above {above}"
 
 
 # --- outputs, one at a time ---------------------------------------------------------------------------------
@@ -641,18 +656,36 @@ def output_error(a: Model, b: Model, batches: Iterable[Batch], runtime: Runtime)
     if problems := interface_problems(a, b, labels):
         raise VerificationError(problems[0])
     base, other = runtime.session(a), runtime.session(b)
-    pair = _Pair(labels)
-    spreads: dict[str, _Spread] = {}
     samples = 0
-    for batch in batches:
-        outputs = base.run(batch.feed)
-        pair.add(outputs, other.run(batch.feed))
-        _add_spreads(spreads, outputs, batch.samples)
-        samples += batch.samples
-    found = [_difference(name, tally, spreads.get(name), {}) for name, tally in pair.tallies.items()]
+
+    def runs() -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any], int]]:
+        nonlocal samples
+        for batch in batches:
+            samples += batch.samples
+            yield base.run(batch.feed), other.run(batch.feed), batch.samples
+
+    found = differences(runs(), labels)
     if problem := next((output.problem for output in found if output.problem), None):
         raise VerificationError(f"output {problem}")
     return OutputError({output.name: output.relative for output in found}, samples)
+
+
+def differences(
+    runs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any], int]],
+    labels: tuple[str, str] = ("the original", "the result"),
+) -> list[OutputDifference]:
+    """How far the second's outputs are from the first's, over all batches; noise floors are left out.
+
+    Args:
+        runs: for each batch the outputs of both by name, and its number of samples.
+        labels: what the messages call the two.
+    """
+    pair = _Pair(labels)
+    spreads: dict[str, _Spread] = {}
+    for outputs, others, samples in runs:
+        pair.add(outputs, others)
+        _add_spreads(spreads, outputs, samples)
+    return [_difference(name, tally, spreads.get(name), {}) for name, tally in pair.tallies.items()]
 
 
 def first_divergence(

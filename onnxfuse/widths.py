@@ -11,13 +11,15 @@ most.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from onnx import NodeProto
 
 from onnxfuse.channels import ChannelGroups, Group
 from onnxfuse.channels.dims import Dim, leaves, length
+from onnxfuse.channels.importance import Ranking
 from onnxfuse.channels.site import Number
 from onnxfuse.cost import RULES, proto_macs
 from onnxfuse.errors import NotApplicableError
@@ -37,6 +39,34 @@ class Curve:
     group: Group
     widths: Sequence[int]
     losses: Sequence[float]
+
+    def at(self, widths: Collection[int]) -> Curve:
+        """The curve with those of its widths alone that are among `widths`."""
+        own = [(w, loss) for w, loss in zip(self.widths, self.losses, strict=True) if w in widths]
+        return Curve(self.group, [w for w, _ in own], [loss for _, loss in own])
+
+
+def curve(
+    group: Group, candidates: Sequence[int], points: Sequence[tuple[int, float]], ranking: Ranking
+) -> Curve:
+    """The loss at all candidate widths from that at some: between them it goes like the ranking's costs.
+
+    Args:
+        group: whose widths they are.
+        candidates: widths, from the group's size downwards.
+        points: widths and the losses that were measured there, from the widest downwards.
+        ranking: the order in which channels go, and what that costs.
+    """
+    removed = np.array([0, *(group.size - width for width, _ in points)])
+    changes = np.array([0.0, *(change for _, change in points)])
+    at = group.size - np.array(candidates)
+    costs = ranking.cost[removed]
+    if np.all(np.isfinite(changes)) and len(points) and costs[1] > 0:
+        factors = changes[1:] / costs[1:]
+        losses = ranking.cost[at] * np.interp(at, removed[1:], factors)
+    else:
+        losses = np.interp(at, removed, changes)
+    return Curve(group, candidates, np.maximum.accumulate(np.nan_to_num(losses, nan=np.inf)).tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +89,11 @@ class Total:
                 self._by_group[group].append(index)
 
     def at(self, widths: Widths) -> float:
-        """At these widths of all groups."""
+        """The cost at these widths of all groups."""
         return sum(self._term(index, widths) for index in range(len(self._terms)))
 
     def saved(self, widths: Widths, group: Group, width: int) -> float:
-        """What another width of one group saves."""
+        """The saving by another width of one group."""
         other = {**widths, group: width}
         return sum(self._term(i, widths) - self._term(i, other) for i in self._by_group[group])
 
@@ -152,6 +182,23 @@ def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> T
     used = {t.name for node in model.nodes for t in node.inputs if model.is_weight(t)}
     counted = (name for name in used if weight_type(model, model.tensor(name))[0].kind == "f")
     return Total([term(name) for name in sorted(counted)], groups)
+
+
+def milliseconds(times: Mapping[Group, Mapping[int, float]], base: float) -> Total:
+    """Latency: that of the whole network less what each group saves by itself.
+
+    Args:
+        times: of each group its neighbourhood's milliseconds by width (`channels.timing`).
+        base: milliseconds of the whole network.
+    """
+
+    def term(group: Group) -> Term:
+        own = times[group]
+        return Term(
+            (group,), lambda kept: own[sum(len(kept[leaf]) for leaf in group.leaves)] - own[group.size]
+        )
+
+    return Total([Term((), lambda kept: base), *map(term, times)], list(times))
 
 
 def _sizes(dims: Sequence[Dim], kept: Lengths) -> tuple[int, ...]:

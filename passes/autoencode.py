@@ -18,29 +18,30 @@ starts, and on the networks in `models/` neither an epoch of noise nor a code of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from onnxfuse import sites
-from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.errors import InputError
 from onnxfuse.findings import Change, Skip
-from onnxfuse.graph import Model, Tensor
+from onnxfuse.fitting.input_rows import input_rows
+from onnxfuse.fitting.search import Found
+from onnxfuse.goals import Goals, Share
+from onnxfuse.graph import Model, Node, Variable
 from onnxfuse.linear import LinearOp, linear_op
+from onnxfuse.linear_building import add_linear
 from onnxfuse.numerics.affine import Affine
-from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
-from onnxfuse.observe import TappedModel, observe
-from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.regions import site_name
-from onnxfuse.runtime import Feed
-from onnxfuse.walk import LINEAR, MOST_COLUMNS, RefitSite, Solved, check_mask, refit_change, refit_sites, walk
+from onnxfuse.rewriting import Mask, finished, first_feed, nothing, settled, unmeasurable, walked
+from onnxfuse.walk import LINEAR, MOST_COLUMNS, Solved, check_mask
 
 if TYPE_CHECKING:
-    from onnxfuse.calibration import Batch
     from onnxfuse.pytorch.autoencoder import Autoencoder
 
 NAME = "autoencode"
@@ -48,18 +49,14 @@ NAME = "autoencode"
 SHARE = 0.5
 """Share of the parameters that is left, unasked."""
 
-ROWS_PER_COLUMN, LEAST_ROWS = 16, 1 << 13
-"""Sampled rows to train on, per unknown of a code's number."""
 
-MEMORY = 1 << 28
-"""Bytes of rows that are kept at a time."""
-
-
-class AutoencodeOptions(PassOptions):
+class AutoencodeOptions(Goals):
     """Options of `autoencode`."""
 
+    goals: ClassVar = {"params": None, "rank": None}
+
     only: str = Field("*", description="name or pattern of the linear operators to replace")
-    params: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    params: Share | None = Field(
         None, description="share of each operator's parameters that may be left; default: 0.5"
     )
     rank: PositiveInt | None = Field(None, description="numbers in every code, in place of params")
@@ -69,15 +66,7 @@ class AutoencodeOptions(PassOptions):
         0.1, description="standard deviation of the noise on an input in training, as a share of its own"
     )
     refit: bool = Field(True, description="solve again the second operators, and the linear ones behind")
-    mask: str | None = Field(
-        None, description="graph input that is 0 where a token is padding; those rows are left out"
-    )
-
-    @model_validator(mode="after")
-    def _one_size(self) -> AutoencodeOptions:
-        if self.params is not None and self.rank is not None:
-            raise ValueError("give one of params and rank")
-        return self
+    mask: Mask = None
 
 
 @dataclass(frozen=True)
@@ -116,39 +105,33 @@ class Autoencode(Pass):
         check_mask(model, self.options.mask)
         plans, skipped = self._plans(model, context)
         if not plans:
-            return PassResult(model, skipped=skipped, notes=[sites.idle("replace", skipped)])
-        found = self._train(training, model, plans, context)
-        rewritten = model.copy()
-        pairs = {
-            plan.op.y: _replace(rewritten, plan, own.encode, own.decode)
-            for plan, own in zip(plans, found, strict=True)
-        }
-        places, left = self._sites(model, rewritten, pairs, context)
-        solved = walk(
-            context.original,
-            rewritten,
-            places,
-            context.calibration,
-            context.runtime,
-            seed=context.seed,
-            progress=context.progress,
+            return nothing(model, skipped, sites.idle("replace", skipped))
+        trained = self._train(training, model, plans, context)
+        made = model.copy()
+        pairs = [
+            _replace(made, plan, own.encode, own.decode) for plan, own in zip(plans, trained, strict=True)
+        ]
+        decoders = [decoder for _, decoder in pairs]
+        refit = self.options.refit
+        solved, left = walked(
+            model, made, context, mask=self.options.mask, refit=refit, fixed=() if refit else decoders
         )
-        by_output = {item.site.op.y: item for item in solved}
-        changes = [_change(plan, own, by_output[plan.op.y]) for plan, own in zip(plans, found, strict=True)]
-        told = [item for item in solved if item.site.op.y in pairs or item.ridge is not None]
+        encoders = {(encoder.name,) for encoder, _ in pairs}
+        left = [skip for skip in left if skip.nodes not in encoders]
+        by_node = {item.site.op.node: item for item in solved}
+        changes = [
+            _change(plan, own, by_node[decoder])
+            for plan, own, decoder in zip(plans, trained, decoders, strict=True)
+        ]
         share = sum(plan.after for plan in plans) / sum(plan.before for plan in plans)
-        return PassResult(
-            rewritten,
-            changes + [refit_change(item) for item in told if item.site.op.y not in pairs],
-            list(dict.fromkeys(skipped + left)),
-            [item.prediction() for item in told],
-            [f"{share:.3g} of the parameters of {len(plans)} operators are left"],
-        )
+        note = f"{share:.3g} of the parameters of {len(plans)} operators are left"
+        return finished(model, Found(settled(made, changes, solved, left, own=decoders), [note]), skipped)
 
     # Which operators, and how narrow
 
     def _plans(self, model: Model, context: Context) -> tuple[list[_Plan], list[Skip]]:
-        shapes = model.shapes(next(iter(context.calibration.fit)).feed)
+        """The operators that are replaced and by what, and why others are not."""
+        shapes = model.shapes(first_feed(context))
         known = {node: (site_name(node),) for node in model.nodes if node.op in LINEAR}
         asked = sites.choose({self.options.only: None}, known, "linear operator")
         plans: list[_Plan] = []
@@ -160,13 +143,17 @@ class Autoencode(Pass):
                 skipped.append(Skip(known[node], plan))
             else:
                 plans.append(plan)
-        plans, foreign = self._comparable(model, plans, context)
-        skipped += foreign
+        trial = model.copy()
+        nodes = {_replace(trial, plan, *_nothing(plan))[1]: plan for plan in plans}
+        foreign = unmeasurable(model, trial, nodes, context)
+        plans = [plan for node, plan in nodes.items() if node not in foreign]
+        skipped += [Skip((nodes[node].op.name,), reason) for node, reason in foreign.items()]
         refused = {self.options.only: [skip.reason for skip in skipped]} if skipped else {}
         sites.refuse_named(refused, [self.options.only] if plans else [], "replaced")
         return plans, skipped
 
     def _plan(self, op: LinearOp) -> _Plan | str:
+        """The two operators that may replace one, or why none may."""
         if op.shared:
             return "its weight has other users"
         if op.groups > 1:
@@ -188,74 +175,41 @@ class Autoencode(Pass):
             return f"no code is so narrow that {share:g} of its {one.before} parameters are left"
         return _Plan(op, rank, relu)
 
-    def _comparable(
-        self, model: Model, plans: Sequence[_Plan], context: Context
-    ) -> tuple[list[_Plan], list[Skip]]:
-        """Those whose output can be held against the original's; and why not the others."""
-        trial = model.copy()
-        for plan in plans:
-            op, rank = plan.op, plan.rank
-            nothing = Affine(np.zeros((rank, op.columns)), np.zeros(rank))
-            _replace(
-                trial, plan, nothing, Affine(np.zeros((op.out_features, rank)), np.zeros(op.out_features))
-            )
-        feed = next(iter(context.calibration.fit)).feed
-        places, skipped = refit_sites(
-            context.original, trial, mask=self.options.mask, feed=feed, before=model
-        )
-        there = {site.op.y for site in places}
-        why = {name: skip.reason for skip in skipped for name in skip.nodes}
-        good = [plan for plan in plans if plan.op.y in there]
-        return good, [
-            Skip((plan.op.name,), why[_names(plan.op)[1]]) for plan in plans if plan.op.y not in there
-        ]
-
     # Training
 
     def _train(
         self, training: ModuleType, model: Model, plans: Sequence[_Plan], context: Context
     ) -> list[Autoencoder]:
+        """The codes of all plans, trained on the operators' own inputs."""
         advance = context.progress.task("training codes", total=len(plans))
         found: list[Autoencoder] = []
-        for part in _affordable(plans):
-            rows = _rows(model, [plan.op for plan in part], self.options.mask, context)
-            for plan in part:
-                fitted, held = rows[plan.op]
-                found.append(
-                    training.fit(
-                        Affine(plan.op.weight, plan.op.bias),
-                        fitted,
-                        held if len(held) else fitted,
-                        rank=plan.rank,
-                        relu=plan.relu,
-                        epochs=self.options.epochs,
-                        noise=self.options.noise,
-                        seed=context.seed,
-                        key=plan.op.y,
-                    )
-                )
-                context.journal(
-                    "autoencode", operator=plan.op.name, start=found[-1].start, error=found[-1].error
-                )
-                advance()
+        ops = [plan.op for plan in plans]
+        for plan, (_, (fitted, held)) in zip(
+            plans, input_rows(model, ops, self.options.mask, context), strict=True
+        ):
+            own = training.fit(
+                Affine(plan.op.weight, plan.op.bias),
+                fitted,
+                held if len(held) else fitted,
+                rank=plan.rank,
+                relu=plan.relu,
+                epochs=self.options.epochs,
+                noise=self.options.noise,
+                seed=context.seed,
+                key=plan.op.y,
+            )
+            context.journal("autoencode", operator=plan.op.name, start=own.start, error=own.error)
+            found.append(own)
+            advance()
         return found
-
-    def _sites(
-        self, model: Model, rewritten: Model, pairs: Mapping[str, tuple[str, str]], context: Context
-    ) -> tuple[list[RefitSite], list[Skip]]:
-        """Places to solve, or of the pairs alone to measure; and what is skipped, but for the encoders."""
-        feed = next(iter(context.calibration.fit)).feed
-        places, skipped = refit_sites(
-            context.original, rewritten, mask=self.options.mask, feed=feed, before=model
-        )
-        if not self.options.refit:
-            return [replace(site, how="keep") for site in places if site.op.y in pairs], []
-        encoders = {(encoder,) for encoder, _ in pairs.values()}
-        return places, [skip for skip in skipped if skip.nodes not in encoders]
 
 
 def _training() -> ModuleType:
-    """What needs torch, which is an extra."""
+    """The module that trains. It needs torch, which is an extra.
+
+    Raises:
+        InputError: torch is not installed.
+    """
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -266,6 +220,7 @@ def _training() -> ModuleType:
 
 
 def _change(plan: _Plan, found: Autoencoder, solved: Solved) -> Change:
+    """The report's line for one operator."""
     names = tuple(map(site_name, plan.op.nodes))
     return Change(
         names,
@@ -283,162 +238,41 @@ def _change(plan: _Plan, found: Autoencoder, solved: Solved) -> Change:
     )
 
 
-# --- rows ---------------------------------------------------------------------------------------------------
+def _nothing(plan: _Plan) -> tuple[Affine, Affine]:
+    """Encoder and decoder that are zero."""
+    op, rank = plan.op, plan.rank
+    first = Affine(np.zeros((rank, op.columns)), np.zeros(rank))
+    return first, Affine(np.zeros((op.out_features, rank)), np.zeros(op.out_features))
 
 
-def _wanted(op: LinearOp) -> int:
-    """Rows to train on, as far as memory allows."""
-    return min(max(LEAST_ROWS, ROWS_PER_COLUMN * op.columns), max(MEMORY // (4 * op.columns), 1))
-
-
-def _affordable(plans: Sequence[_Plan]) -> Iterator[list[_Plan]]:
-    """Runs of operators whose rows fit in memory together."""
-    part: list[_Plan] = []
-    taken = 0
-    for plan in plans:
-        size = 4 * plan.op.columns * _wanted(plan.op)
-        if part and taken + size > MEMORY:
-            yield part
-            part, taken = [], 0
-        part.append(plan)
-        taken += size
-    yield part
-
-
-def _rows(
-    model: Model, ops: Sequence[LinearOp], mask: str | None, context: Context
-) -> dict[LinearOp, tuple[np.ndarray, np.ndarray]]:
-    """Inputs of operators as rows (n, columns) float32, of the fit samples and of the held-out ones.
+def _replace(model: Model, plan: _Plan, encode: Affine, decode: Affine) -> tuple[Node, Node]:
+    """Put two operators in one's place; returns the nodes that hold their weights.
 
     Args:
-        model: the operators' own.
-        ops: operators whose rows fit in memory together.
-        mask: graph input that is 0 where a token is padding, None without one.
-        context: of the pass.
-
-    Raises:
-        NotApplicableError: rows that aren't finite, or all of them padding.
+        model: may be a copy of the one the operator is in: nodes are found by what they compute.
+        plan: the operator.
+        encode: weights of the first, a bias only in front of a ReLU.
+        decode: weights of the second; of a convolution it is 1x1.
     """
-    tapped = TappedModel(model, sorted({op.x for op in ops}), context.runtime)
-    parts = context.calibration.fit, context.calibration.held_out
-    found: list[dict[LinearOp, np.ndarray]] = []
-    for part in parts:
-        collected = [_Collected(op, len(parts[0]), mask, context.seed) for op in ops]
-        observe(tapped, part, [own.add for own in collected])
-        found.append({own.op: own.rows() for own in collected})
-    fitted, held = found
-    for op in ops:
-        if not all(np.isfinite(own[op]).all() for own in found):
-            raise NotApplicableError(f"'{op.x}' is not finite on the samples")
-        if not len(fitted[op]):
-            raise NotApplicableError(f"all rows of '{op.x}' are padding")
-    return {op: (fitted[op], held[op]) for op in ops}
-
-
-class _Collected:
-    """Rows of one operator's input at sampled positions; padding tokens are left out."""
-
-    def __init__(self, op: LinearOp, batches: int, mask: str | None, seed: int) -> None:
-        self.op = op
-        self._batches = batches
-        self._sampler = RowSampler(seed, op.y, mask if op.kind == "token" else None)
-        self._found = [np.empty((0, op.columns), np.float32)]
-
-    def add(self, batch: Batch, seen: Feed) -> None:
-        op, x = self.op, seen[self.op.x]
-        count = per_sample(_wanted(op), self._batches * len(x))
-        geometry: dict[str, Any] = {
-            "kernel": op.kernel,
-            "strides": op.strides,
-            "dilations": op.dilations,
-            "pads": op.pads,
-        }
-        inner = output_size(x.shape[2:], **geometry) if op.kind == "conv" else x.shape[1:-1]
-        rows = self._sampler.sample(batch.index, (len(x), *inner), count, batch.feed)
-        found = patches(x, rows.positions, **geometry) if op.kind == "conv" else rows.vectors(x, -1)
-        self._found.append(rows.without_padding(found.astype(np.float32, copy=False)))
-
-    def rows(self) -> np.ndarray:
-        """(n, columns) float32."""
-        return np.concatenate(self._found)
-
-
-# --- rewriting ----------------------------------------------------------------------------------------------
-
-
-def _names(op: LinearOp) -> tuple[str, str]:
-    """Of the two operators in its place."""
-    return f"{op.name}_encode", f"{op.name}_decode"
-
-
-def _replace(model: Model, plan: _Plan, encode: Affine, decode: Affine) -> tuple[str, str]:
-    """Put two operators in one's place; returns their names.
-
-    `model` may be a copy of the one the operator is in: nodes are found by what they compute.
-    """
-    op = plan.op
+    op, kind = plan.op, plan.op.node.op
     made = {node.outputs[0].name for node in op.nodes}
     old = [node for node in model.nodes if node.outputs and node.outputs[0].name in made]
-    replaced = [site_name(node) for node in old]
+    own: dict[str, Any] = {"by": NAME, "replaces": [site_name(node) for node in old]}
     x, y = model.tensor(op.x), model.tensor(op.y)
     model.remove(old)
-    first, second = _names(op)
-    thin = _Thin(model, op, replaced)
-    code = thin.add(x, encode.weight, encode.bias if plan.relu else None, f"{first}d", first)
+    first, second = f"{op.name}_encode", f"{op.name}_decode"
+    ones = [1] * len(op.kernel)
+    front: dict[str, Any] = {"transB": 1} if kind == "Gemm" else {}
+    behind = dict(front)
+    if kind == "Conv":
+        front = {"kernel_shape": list(op.kernel)}
+        front |= {name: list(getattr(op, name)) for name in ("strides", "dilations", "pads")}
+        behind = {"kernel_shape": ones}
+    e, c, d, b = (a.astype(op.dtype) for a in (encode.weight, encode.bias, decode.weight, decode.bias))
+    z, bias = Variable(model.unique_name(f"{first}d")), c if plan.relu else None
+    encoder = add_linear(model, kind, x, e, bias, z, first, kernel=op.kernel, attrs=front, **own)
     if plan.relu:
-        relu = model.add_node(
-            "Relu", [code], [f"{first}d_relu"], name=f"{first}_relu", by=NAME, replaces=replaced
-        )
-        code = relu.outputs[0]
-    thin.add(code, decode.weight, decode.bias, y, second, behind=True)
+        z = model.add_node("Relu", [z], [f"{first}d_relu"], name=f"{first}_relu", **own).outputs[0]
+    decoder = add_linear(model, kind, z, d, b, y, second, kernel=ones, attrs=behind, **own)
     model.prune()
-    return first, second
-
-
-@dataclass(frozen=True)
-class _Thin:
-    """Makes operators like `op`, in whose place they are."""
-
-    model: Model
-    op: LinearOp
-    replaces: Sequence[str]
-
-    def add(
-        self,
-        x: Tensor,
-        weight: np.ndarray,
-        bias: np.ndarray | None,
-        out: Tensor | str,
-        name: str,
-        *,
-        behind: bool = False,
-    ) -> Tensor:
-        """One with these weights (out, columns); `behind` the first of the two a convolution is 1x1."""
-        kind, attrs = self.op.node.op, dict[str, Any]()
-        stored = weight
-        if kind == "Conv":
-            kernel = (1,) * len(self.op.kernel) if behind else self.op.kernel
-            stored = weight.reshape(len(weight), -1, *kernel)
-            attrs["kernel_shape"] = list(kernel)
-            if not behind:
-                attrs |= {name: list(getattr(self.op, name)) for name in ("strides", "dilations", "pads")}
-        elif kind == "Gemm":
-            attrs["transB"] = 1
-        else:
-            stored = weight.T
-        constants = [self._constant(f"{name}.weight", stored)]
-        if bias is not None:
-            constants.append(self._constant(f"{name}.bias", bias))
-        if kind != "MatMul" or bias is None:
-            return self._node(kind, [x, *constants], out, name, attrs)
-        product = self._node(kind, [x, constants[0]], f"{name}_product", name, attrs)
-        return self._node("Add", [product, constants[1]], out, f"{name}_bias", {})
-
-    def _constant(self, name: str, values: np.ndarray) -> Tensor:
-        return self.model.add_weight(name, np.ascontiguousarray(values).astype(self.op.dtype))
-
-    def _node(
-        self, op: str, inputs: list[Tensor], out: Tensor | str, name: str, attrs: Mapping[str, Any]
-    ) -> Tensor:
-        made = self.model.add_node(op, inputs, [out], attrs, name, by=NAME, replaces=self.replaces)
-        return made.outputs[0]
+    return encoder, decoder

@@ -12,7 +12,7 @@ equal weights equal. One that is clustered already stays as it is, and zeros of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar
@@ -23,21 +23,25 @@ from onnx import TensorProto
 from pydantic import Field
 
 from onnxfuse.findings import Json
-from onnxfuse.graph import Model, Node
+from onnxfuse.fitting.search import Found
+from onnxfuse.graph import Model
 from onnxfuse.marks import VALUES, ZEROS, keep, kept
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.quantisation import kmeans, nearest
 from onnxfuse.regions import site_name
 from onnxfuse.rewriting import (
     OperatorOptions,
-    Rewritten,
-    Weight,
-    result,
+    finished,
+    first_feed,
+    named,
+    nothing,
     rewrite_change,
+    settled,
     stored_weights,
     walked,
     within_bound,
 )
+from onnxfuse.shared_weights import SharedWeight
 from onnxfuse.walk import LINEAR, check_mask
 
 LEVELS = tuple(2**bits for bits in range(8, 0, -1))
@@ -46,6 +50,8 @@ LEVELS = tuple(2**bits for bits in range(8, 0, -1))
 
 class ClusterOptions(OperatorOptions):
     """Options of `cluster`."""
+
+    goals: ClassVar = {"values": None}
 
     values: Annotated[int, Field(ge=2, le=65536)] | None = Field(
         None, description="distinct values in each weight; default: as few as the error bound allows"
@@ -59,13 +65,23 @@ class ClusterOptions(OperatorOptions):
         "later passes such a weight is computed, and most refuse it (fold makes it a constant again)",
     )
 
+    def partly(self, share: float, done: float = 0.0) -> Mapping[str, object] | None:
+        """See `PassOptions.partly`; operators that are clustered already count."""
+        return {"amount": self.amount * share} if share > done else None
+
 
 @dataclass(frozen=True, eq=False)
 class _Clustered:
-    """A weight with its new value, the number of different ones in it, and its squared error relative to that
-    of zeros."""
+    """A weight with few values.
 
-    weight: Weight
+    Attributes:
+        weight: the weight.
+        value: its new value, in the operators' own layout.
+        count: number of different values.
+        error: squared error of the weight, relative to that of zeros.
+    """
+
+    weight: SharedWeight
     value: npt.NDArray[Any]
     count: int
     error: float
@@ -82,10 +98,6 @@ class Cluster(Pass):
     packed = True
     example: ClassVar[str] = "cluster:values=16"
 
-    def partly(self, share: float, done: float = 0.0) -> Cluster | None:
-        """See `Pass.partly`; operators that are clustered already count."""
-        return None if share <= 0 else self._with(amount=self.options.amount * share)
-
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for bad samples, NotApplicableError for activations that are not finite."""
         check_mask(model, self.options.mask)
@@ -93,44 +105,41 @@ class Cluster(Pass):
         done, coded = _coded(model, self.options.only, context)
         skipped = [skip for skip in skipped if skip.nodes[0] not in coded]
         if not weights and not coded:
-            where = "" if self.options.only == "*" else f" with a name matching '{self.options.only}'"
-            return PassResult(
-                model, skipped=skipped, notes=[f"no weight of this model{where} can be clustered"]
-            )
-        made: Rewritten | None
-        notes: list[str] = []
+            where = named(self.options.only)
+            return nothing(model, skipped, f"no weight of this model{where} can be clustered")
         if self.options.values is not None:
-            made = self._made(model, weights, done, self.options.values, context)
+            found = Found(self._clustered(model, weights, done, self.options.values, context))
         else:
-            made, notes = within_bound(
+            found = within_bound(
                 LEVELS,
-                lambda values: self._made(model, weights, done, values, context),
+                lambda values: self._clustered(model, weights, done, values, context),
                 context,
-                goal="values",
-                said=lambda values: f"{values} values",
+                self.options,
+                lambda values: f"{values} values",
             )
-        if made is None or not made.changes:
-            return PassResult(model, skipped=skipped, notes=notes or ["as much is clustered already"])
-        if self.options.codebook:
-            for weight in weights:
-                if VALUES in kept(weight.nodes(made.model)[0]):
-                    _code(made.model, weight)
-            made.model.prune()
-            notes.append("weights are stored as tables and indices: the file shrinks, latency does not")
-        else:
-            notes.append("neither latency nor the plain file shrinks, the packed one does")
-        return result(made, skipped, notes)
+        if found.made is not None and found.made.changes:
+            found.notes.append(self._stored(found.made.model, weights))
+        return finished(model, found, skipped, "as much is clustered already")
 
-    def _made(
-        self, model: Model, weights: Sequence[Weight], done: int, values: int, context: Context
-    ) -> Rewritten:
+    def _clustered(
+        self, model: Model, weights: Sequence[SharedWeight], done: int, values: int, context: Context
+    ) -> PassResult:
+        """The model with so many values in each weight, as far as `amount` goes.
+
+        Args:
+            model: stays as it is.
+            weights: those that may be clustered.
+            done: number of elements that an earlier run has put into codebooks.
+            values: most in each weight.
+            context: of the pass.
+        """
         total = done + sum(weight.size for weight in weights)
         fresh = []
         for weight in weights:
             if _is_done(model, weight, values):
                 done += weight.size
             else:
-                fresh.append(_clustered(model, weight, values))
+                fresh.append(_by_kmeans(model, weight, values))
         chosen = []
         for item in sorted(fresh, key=lambda item: item.error):
             if done < self.options.amount * total * (1 - 1e-9):
@@ -138,33 +147,44 @@ class Cluster(Pass):
                 done += item.weight.size
         made = model.copy()
         if not chosen:
-            return Rewritten(made, [], [], [], [])
-        by_weight: dict[Weight, list[Node]] = {}
+            return PassResult(made)
         for item in chosen:
-            made.set_weight(made.tensor(item.weight.tensor), item.value)
-            by_weight[item.weight] = item.weight.nodes(made)
-            for node in by_weight[item.weight]:
+            made.set_weight(made.tensor(item.weight.tensor.name), item.value)
+            for node in item.weight.nodes(made):
                 keep(node, VALUES)
-        nodes = [node for own in by_weight.values() for node in own]
-        solved, skipped = walked(model, made, nodes, self.options, context)
+        nodes = [node for item in chosen for node in item.weight.nodes(made)]
+        solved, skipped = walked(
+            model, made, context, mask=self.options.mask, refit=self.options.refit, fixed=nodes
+        )
         changes = []
         for item in chosen:
             weight = item.weight
-            detail: dict[str, Json] = {"weight": weight.tensor, "size": weight.size}
+            detail: dict[str, Json] = {"weight": weight.tensor.name, "size": weight.size}
             detail |= {"values": item.count, "weight_error": item.error}
             what = f"{item.count} values for {weight.size} weights"
-            changes.append(rewrite_change(weight.names, what, by_weight[weight], solved, **detail))
-        return Rewritten(made, nodes, solved, skipped, changes)
+            changes.append(rewrite_change(weight.names, what, weight.nodes(made), solved, **detail))
+        return settled(made, changes, solved, skipped, own=nodes)
+
+    def _stored(self, made: Model, weights: Sequence[SharedWeight]) -> str:
+        """Put clustered weights into codebooks, if asked for; a note on what shrinks."""
+        if not self.options.codebook:
+            return "neither latency nor the plain file shrinks, the packed one does"
+        for weight in weights:
+            if VALUES in kept(weight.nodes(made)[0]):
+                _code(made, weight)
+        made.prune()
+        return "weights are stored as tables and indices: the file shrinks, latency does not"
 
 
-def _is_done(model: Model, weight: Weight, values: int) -> bool:
-    """Whether an earlier run has left it with no more values than that."""
+def _is_done(model: Model, weight: SharedWeight, values: int) -> bool:
+    """Whether an earlier run has left a weight with no more values than that."""
     if not any(VALUES in kept(node) for node in weight.nodes(model)):
         return False
     return len(np.unique(weight.read(model))) <= values
 
 
-def _clustered(model: Model, weight: Weight, values: int) -> _Clustered:
+def _by_kmeans(model: Model, weight: SharedWeight, values: int) -> _Clustered:
+    """A weight with at most so many values; zeros of a pruned one are one of them."""
     value = weight.read(model)
     flat = value.reshape(-1).astype(np.float64)
     pruned = any(ZEROS in kept(node) for node in weight.nodes(model))
@@ -180,8 +200,8 @@ def _clustered(model: Model, weight: Weight, values: int) -> _Clustered:
 
 
 def _coded(model: Model, only: str, context: Context) -> tuple[int, set[str]]:
-    """How many weights an earlier run has put into codebooks, and the operators that they belong to."""
-    shapes = model.shapes(next(iter(context.calibration.fit)).feed)
+    """Number of elements that an earlier run has put into codebooks, and names of their operators."""
+    shapes = model.shapes(first_feed(context))
     sizes: dict[str, int] = {}
     names: set[str] = set()
     for node in model.nodes:
@@ -194,18 +214,18 @@ def _coded(model: Model, only: str, context: Context) -> tuple[int, set[str]]:
     return sum(sizes.values()), names
 
 
-def _code(model: Model, weight: Weight) -> None:
+def _code(model: Model, weight: SharedWeight) -> None:
     """Put a table and indices in a weight's place."""
     value = weight.read(model)
     table, index = np.unique(value.reshape(-1).astype(np.float64), return_inverse=True)
     small = np.uint8 if len(table) <= 256 else np.uint16
     nodes = weight.nodes(model)
     made: dict[str, Any] = {"by": Cluster.name, "replaces": [site_name(node) for node in nodes]}
-    stored = model.add_weight(f"{weight.tensor}_index", index.astype(small).reshape(value.shape))
-    names = [f"{weight.tensor}_{what}" for what in ("index_cast", "values")]
+    stored = model.add_weight(f"{weight.tensor.name}_index", index.astype(small).reshape(value.shape))
+    names = [f"{weight.tensor.name}_{what}" for what in ("index_cast", "values")]
     # Gather takes no small integers.
     wide = model.add_node("Cast", [stored], names[:1], {"to": TensorProto.INT32}, names[0], **made)
-    entries = [model.add_weight(f"{weight.tensor}_table", table.astype(value.dtype)), wide.outputs[0]]
+    entries = [model.add_weight(f"{weight.tensor.name}_table", table.astype(value.dtype)), wide.outputs[0]]
     values = model.add_node("Gather", entries, names[1:], {"axis": 0}, names[1], **made)
     for node in nodes:
         node.inputs[1] = values.outputs[0]

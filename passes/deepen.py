@@ -98,7 +98,7 @@ class Deepen(Pass):
         return PassResult(model, changes, skipped, notes=[] if changes else [sites.idle(NAME, skipped)])
 
     def _deepen(self, model: Model, site: Site, count: int, random: np.random.Generator) -> str:
-        """What was done, in words."""
+        """Deepen the network at a site; returns what was done, in words."""
         times = "" if count == 1 else f", {count} times"
         if isinstance(site.place, Layer):
             if self.options.scheme == "net2net":

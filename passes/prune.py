@@ -11,26 +11,30 @@ zeros are marked (`onnxfuse.marks`), so that whoever fits or trains them later k
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
 from onnxfuse.findings import Json
-from onnxfuse.graph import Model, Node
+from onnxfuse.fitting.search import Found
+from onnxfuse.goals import Share, gone_of_all
+from onnxfuse.graph import Model
 from onnxfuse.marks import ZEROS, keep
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.rewriting import (
     OperatorOptions,
-    Rewritten,
-    Weight,
-    result,
+    finished,
+    named,
+    nothing,
     rewrite_change,
+    settled,
     stored_weights,
     walked,
     within_bound,
 )
+from onnxfuse.shared_weights import SharedWeight
 from onnxfuse.walk import check_mask
 
 LEVELS = tuple(level / 100 for level in range(5, 100, 5))
@@ -40,7 +44,9 @@ LEVELS = tuple(level / 100 for level in range(5, 100, 5))
 class PruneOptions(OperatorOptions):
     """Options of `prune`."""
 
-    amount: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    goals: ClassVar = {"amount": gone_of_all}
+
+    amount: Share | None = Field(
         None, description="share of the weights that is zero afterwards; default: as the error bound allows"
     )
     scope: Literal["global", "layer"] = Field(
@@ -59,39 +65,29 @@ class Prune(Pass):
     packed = True
     example: ClassVar[str] = "prune:amount=0.5"
 
-    def partly(self, share: float, done: float = 0.0) -> Prune | None:
-        """See `Pass.partly`; zeros that are there already count."""
-        amount = self.options.amount
-        return None if amount is None or share <= 0 else self._with(amount=amount * share)
-
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for bad samples, NotApplicableError for activations that are not finite."""
         check_mask(model, self.options.mask)
         weights, skipped = stored_weights(model, self.options.only, context)
         if not weights:
-            where = "" if self.options.only == "*" else f" with a name matching '{self.options.only}'"
-            return PassResult(model, skipped=skipped, notes=[f"no weight of this model{where} can be pruned"])
-        made: Rewritten | None
-        notes: list[str] = []
+            where = named(self.options.only)
+            return nothing(model, skipped, f"no weight of this model{where} can be pruned")
         if self.options.amount is not None:
-            made = self._made(model, weights, self.options.amount, context)
+            found = Found(self._pruned(model, weights, self.options.amount, context))
         else:
-            made, notes = within_bound(
+            found = within_bound(
                 LEVELS,
-                lambda amount: self._made(model, weights, amount, context),
+                lambda amount: self._pruned(model, weights, amount, context),
                 context,
-                goal="amount",
-                said=lambda amount: f"{amount:g} of the weights zero",
+                self.options,
+                lambda amount: f"{amount:g} of the weights zero",
             )
-        if made is None or not made.changes:
-            return PassResult(model, skipped=skipped, notes=notes or ["as many weights are zero already"])
-        zeros = sum(int(np.count_nonzero(weight.read(made.model) == 0)) for weight in weights)
-        total = sum(weight.size for weight in weights)
-        packed = "neither latency nor the plain file shrinks, the packed one does"
-        notes.append(f"{zeros} of {total} weights are zero: {packed}")
-        return result(made, skipped, notes)
+        return finished(model, found, skipped, "as many weights are zero already")
 
-    def _made(self, model: Model, weights: Sequence[Weight], amount: float, context: Context) -> Rewritten:
+    def _pruned(
+        self, model: Model, weights: Sequence[SharedWeight], amount: float, context: Context
+    ) -> PassResult:
+        """The model with this share of the weights zero."""
         made = model.copy()
         sizes = [magnitudes(weight.read(model)) for weight in weights]
         if self.options.scope == "global":
@@ -99,28 +95,34 @@ class Prune(Pass):
             zero = np.split(chosen, np.cumsum([len(own) for own in sizes])[:-1])
         else:
             zero = [smallest(own, round(amount * len(own))) for own in sizes]
-        by_weight: dict[Weight, list[Node]] = {}
         for weight, own in zip(weights, zero, strict=True):
-            if not own.any():
-                continue
-            value = weight.read(model).copy()
-            value.reshape(-1)[own] = 0
-            made.set_weight(made.tensor(weight.tensor), value)
-            by_weight[weight] = weight.nodes(made)
-            for node in by_weight[weight]:
-                keep(node, ZEROS)
-        nodes = [node for own in by_weight.values() for node in own]
-        pruned = [(w, own) for w, own, old in zip(weights, zero, sizes, strict=True) if old[own].any()]
-        if not pruned:
-            return Rewritten(made, nodes, [], [], [])
-        solved, skipped = walked(model, made, nodes, self.options, context)
+            if own.any():
+                value = weight.read(model).copy()
+                value.reshape(-1)[own] = 0
+                made.set_weight(made.tensor(weight.tensor.name), value)
+                for node in weight.nodes(made):
+                    keep(node, ZEROS)
+        if not any(old[own].any() for own, old in zip(zero, sizes, strict=True)):
+            return PassResult(made)
+        nodes = [
+            n for weight, own in zip(weights, zero, strict=True) if own.any() for n in weight.nodes(made)
+        ]
+        solved, skipped = walked(
+            model, made, context, mask=self.options.mask, refit=self.options.refit, fixed=nodes
+        )
         changes = []
-        for weight, own in pruned:
-            zeros = int(np.count_nonzero(own))
-            what = f"{zeros / weight.size:.3g} of {weight.size} weights zero"
-            detail: dict[str, Json] = {"weight": weight.tensor, "zeros": zeros, "size": weight.size}
-            changes.append(rewrite_change(weight.names, what, by_weight[weight], solved, **detail))
-        return Rewritten(made, nodes, solved, skipped, changes)
+        for weight, own, old in zip(weights, zero, sizes, strict=True):
+            if old[own].any():
+                zeros = int(np.count_nonzero(own))
+                what = f"{zeros / weight.size:.3g} of {weight.size} weights zero"
+                detail: dict[str, Json] = {"weight": weight.tensor.name, "zeros": zeros, "size": weight.size}
+                changes.append(rewrite_change(weight.names, what, weight.nodes(made), solved, **detail))
+        result = settled(made, changes, solved, skipped, own=nodes)
+        count = sum(int(np.count_nonzero(weight.read(made) == 0)) for weight in weights)
+        total = sum(weight.size for weight in weights)
+        packed = "neither latency nor the plain file shrinks, the packed one does"
+        result.notes.append(f"{count} of {total} weights are zero: {packed}")
+        return result
 
 
 def magnitudes(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -129,7 +131,7 @@ def magnitudes(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def smallest(sizes: npt.NDArray[Any], count: int) -> npt.NDArray[np.bool_]:
-    """Which of `sizes` are the `count` smallest; of equal ones the first."""
+    """A mask of the `count` smallest of `sizes` (n,); of equal ones the first."""
     if count == 0:
         return np.zeros(len(sizes), bool)
     edge = np.partition(sizes, count - 1)[count - 1]

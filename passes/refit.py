@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
-
 from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
-from onnxfuse.walk import check_mask, refit_change, refit_sites, walk
+from onnxfuse.rewriting import Mask, settled, walked
+from onnxfuse.walk import check_mask
 
 
 class RefitOptions(PassOptions):
     """Options of `refit`."""
 
-    mask: str | None = Field(
-        None, description="graph input that is 0 where a token is padding; those rows are left out"
-    )
+    mask: Mask = None
 
 
 class Refit(Pass):
@@ -37,23 +34,8 @@ class Refit(Pass):
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for bad samples, NotApplicableError for activations that are not finite."""
         check_mask(model, self.options.mask)
-        feed = next(iter(context.calibration.fit)).feed
-        sites, skipped = refit_sites(context.original, model, mask=self.options.mask, feed=feed)
-        solved = walk(
-            context.original,
-            model,
-            sites,
-            context.calibration,
-            context.runtime,
-            seed=context.seed,
-            progress=context.progress,
-        )
-        notes = [] if sites or skipped else ["the model computes what the original does: nothing to refit"]
-        moved = [item for item in solved if item.ridge is not None]
-        return PassResult(
-            model,
-            changes=[refit_change(item) for item in moved],
-            skipped=skipped,
-            predictions=[item.prediction() for item in moved],
-            notes=notes,
-        )
+        solved, skipped = walked(context.original, model, context, mask=self.options.mask)
+        result = settled(model, [], solved, skipped)
+        if not solved and not skipped:
+            result.notes.append("the model computes what the original does: nothing to refit")
+        return result

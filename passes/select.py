@@ -19,33 +19,31 @@ A channel is a class of positions over many tensors (`onnxfuse.channels`), and o
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt, model_validator
-from threadpoolctl import threadpool_limits
+from pydantic import Field, PositiveInt
 
 from onnxfuse import bounds, cost, widths
-from onnxfuse.channels import ChannelGroups, Choice, Group, find_groups, mask, take
+from onnxfuse.channels import ChannelGroups, Group, find_groups, mask, take
 from onnxfuse.channels.consumers import Consumer, View, consumers
-from onnxfuse.channels.importance import Ranking, Statistics, compensation, magnitudes, rank, statistics
+from onnxfuse.channels.importance import Ranking, Statistics, magnitudes, rank
 from onnxfuse.channels.timing import rewarded
-from onnxfuse.errors import NotApplicableError, VerificationError
+from onnxfuse.errors import VerificationError
 from onnxfuse.findings import Change, Skip
+from onnxfuse.fitting.compensating import compensate
+from onnxfuse.fitting.search import Found, error_bound, farthest
+from onnxfuse.goals import Goals, Share, gone, left
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
-from onnxfuse.trials import Trials, error_bound, longest, probe
+from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
+from onnxfuse.rewriting import Mask, finished, first_feed, named, nothing, seen_in_parts, settled, walked
+from onnxfuse.trials import Trials
 from onnxfuse.verify import few_rows
-from onnxfuse.walk import Solved, check_mask, refit_change, refit_sites, walk
-from onnxfuse.widths import Curve, Term, Total, Widths
-
-MEMORY = 1 << 30
-"""Bytes of covariances that are kept at a time; a single group may take more."""
+from onnxfuse.walk import check_mask
+from onnxfuse.widths import Curve, Total, Widths
 
 LEAST = 8
 """A group keeps at least one in so many channels."""
@@ -62,11 +60,11 @@ LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 ATTEMPTS = 6
 """Cuts that are timed to meet a latency budget."""
 
-Share = Annotated[float, Field(gt=0, lt=1)]
 
-
-class SelectOptions(PassOptions):
+class SelectOptions(Goals):
     """Options of `select`."""
+
+    goals: ClassVar = {"ratio": gone, "macs": left, "params": left, "latency": left}
 
     ratio: float | None = Field(
         None, ge=0, lt=1, description="share of every group's channels to remove; 0: only what is always zero"
@@ -86,33 +84,24 @@ class SelectOptions(PassOptions):
         None, description="widths are multiples of it; default: 4 or more for groups of 16 and more channels"
     )
     samples: PositiveInt = Field(768, description="fit samples on which widths are tried")
-    mask: str | None = Field(
-        None, description="graph input that is 0 where a token is padding; those rows are left out"
-    )
+    mask: Mask = None
 
     @property
     def reads_moments(self) -> bool:
         """Whether anything is ranked or fitted by what the consumers see."""
         return self.ratio != 0 and (self.criterion == "moments" or self.compensate)
 
-    @model_validator(mode="after")
-    def _one_goal(self) -> SelectOptions:
-        given = [name for name in ("ratio", "macs", "params", "latency") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"give one of ratio, macs, params and latency, not {' and '.join(given)}")
-        return self
-
 
 @dataclass(frozen=True)
 class _Reading:
-    """What is known of the groups that may be cut.
+    """All that the channels to be cut are chosen by.
 
     Attributes:
-        groups: them; `found` are all of the model.
-        consumers: of each, who reads it.
-        rankings: of each, the order in which channels go.
+        groups: those that may be cut; `found` are all of the model.
+        consumers: for each, who reads it.
+        rankings: for each, the order in which channels go.
         dead: of each, the number of channels that are zero for every input; the first to go.
-        observer: gives the moments of what the consumers see.
+        seen: gives the moments of what the consumers see.
     """
 
     found: ChannelGroups
@@ -120,18 +109,7 @@ class _Reading:
     consumers: Mapping[Group, list[Consumer]]
     rankings: dict[Group, Ranking]
     dead: Mapping[Group, int]
-    observer: _Observer
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A network cut to some widths: as it was right after the cut, and in the end."""
-
-    choice: dict[Group, np.ndarray]
-    cut: Model
-    model: Model
-    solved: list[Solved]
-    skipped: list[Skip]
+    seen: _Seen
 
 
 class Select(Pass):
@@ -151,52 +129,28 @@ class Select(Pass):
         elif not self.options.compensate:
             self.contract = Contract.MASKED
 
-    def partly(self, share: float, done: float = 0.0) -> Select | None:
-        """See `Pass.partly`: goals are shares of the model at hand, so what was done before counts apart."""
-        options = self.options
-        goals = {name: getattr(options, name) for name in ("macs", "params", "latency")}
-        goals["left"] = None if options.ratio is None else 1 - options.ratio
-        name, goal = next(((name, goal) for name, goal in goals.items() if goal is not None), ("", 1.0))
-        if goal == 1.0 or share <= done:
-            return None
-        left = (1 - share * (1 - goal)) / (1 - done * (1 - goal))
-        return self._with(**({"ratio": 1 - left} if name == "left" else {name: left}))
-
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for bad samples, NotApplicableError for activations that are not finite,
         VerificationError for a budget that can't be met."""
         check_mask(model, self.options.mask)
-        feed = next(iter(context.calibration.fit)).feed
-        found = find_groups(model, feed)
-        groups, skipped = self._eligible(found)
+        feed = first_feed(context)
+        known = find_groups(model, feed)
+        groups, skipped = self._eligible(known)
         if not groups:
-            where = "" if self.options.only == "*" else f" with a name matching '{self.options.only}'"
-            return PassResult(
-                model, skipped=skipped, notes=[f"no channel group of this model{where} can be cut"]
-            )
+            where = named(self.options.only)
+            return nothing(model, skipped, f"no channel group of this model{where} can be cut")
         shapes = cost.shapes_at(model, feed)
         readers = {group: consumers(model, group, shapes) for group in groups}
         dead = _dead(model, groups)
         counts = {group: len(own) for group, own in dead.items()}
-        observer = _Observer(model, readers, self.options, context)
-        reading = _Reading(found, groups, readers, {}, counts, observer)
+        seen = _Seen(model, readers, self.options, context)
+        reading = _Reading(known, groups, readers, {}, counts, seen)
         curves = self._curves(model, reading, dead, context)
-        made, notes = self._made(model, reading, curves, context)
-        if made is None or not made.choice:
-            return PassResult(model, skipped=skipped, notes=notes or ["no channel has to go"])
-        changes = [_change(group, kept, reading) for group, kept in made.choice.items()]
-        moved = [item for item in made.solved if item.ridge is not None]
-        return PassResult(
-            made.model,
-            changes + [refit_change(item) for item in moved],
-            skipped + made.skipped,
-            [item.prediction() for item in made.solved],
-            notes,
-            None if self.contract is Contract.EXACT else mask(model, made.choice),
-            made.cut,
-        )
+        found = self._chosen(model, reading, curves, context)
+        return finished(model, found, skipped, "no channel has to go")
 
     def _eligible(self, found: ChannelGroups) -> tuple[list[Group], list[Skip]]:
+        """The groups that may be cut, and those that may not."""
         groups, skipped = [], []
         for group in found:
             producers = [t for t in group.touches if "producer" in t.roles or "along" in t.roles]
@@ -216,11 +170,12 @@ class Select(Pass):
     def _curves(
         self, model: Model, reading: _Reading, dead: Mapping[Group, np.ndarray], context: Context
     ) -> list[Curve]:
-        """Fills in the rankings; where a goal has to be spent on widths, what they cost."""
+        """The losses of the groups at their widths, where a goal is to be spent on them; fills in the
+        rankings."""
         tried = self.options.ratio is None
         trials = Trials.of(context, self.options.samples) if tried else None
         found: list[Curve] = []
-        for groups, known in reading.observer.parts():
+        for groups, known in reading.seen.parts():
             for group in groups:
                 least = max(1, group.size // LEAST) if tried else self._wanted(group)
                 reading.rankings[group] = self._rank(model, group, reading, known, dead[group], least)
@@ -237,6 +192,7 @@ class Select(Pass):
         dead: np.ndarray,
         least: int,
     ) -> Ranking:
+        """The order in which a group's channels go, down to `least` of them."""
         if self.options.criterion == "magnitude" or self.options.ratio == 0:
             return magnitudes(model, group, first=dead)
         return rank(model, group.size, reading.consumers[group], known, first=dead, least=least)
@@ -252,31 +208,21 @@ class Select(Pass):
     ) -> list[Curve]:
         """The output change of each group alone at some widths, the others filled in."""
         jobs = [(group, width) for group in groups for width in self._tried_widths(group)]
-        advance = context.progress.task("trying", total=len(jobs))
-        single = context.runtime.single()
-        lock = threading.Lock()  # models keep caches, so that no two threads may copy one at a time
 
-        def change(job: tuple[Group, int]) -> float:
+        def rewritten(job: tuple[Group, int]) -> Model:
             group, width = job
             choice = {group: reading.rankings[group].kept(width)}
-            with lock:
-                trial = model.copy()
-                take(trial, choice, by=self.name)
-                if self.options.compensate:
-                    _compensate(trial, model, reading, known, choice)
-            try:
-                return trials.change(trial, single)
-            except NotApplicableError:
-                return float("inf")
-            finally:
-                advance()
+            trial = model.copy()
+            take(trial, choice, by=self.name)
+            if self.options.compensate:
+                self._compensate(trial, model, reading, known, choice, set())
+            return trial
 
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(context.runtime.threads, 4)) as pool:
-            changes = list(pool.map(change, jobs))
+        changes = trials.changes(jobs, rewritten, context)
         curves = []
         for group in groups:
             points = [(w, c) for (own, w), c in zip(jobs, changes, strict=True) if own is group]
-            curves.append(_curve(group, self._candidates(group), points, reading.rankings[group]))
+            curves.append(widths.curve(group, self._candidates(group), points, reading.rankings[group]))
         return curves
 
     def _candidates(self, group: Group) -> list[int]:
@@ -286,6 +232,7 @@ class Select(Pass):
         return [group.size, *(w for w in range((group.size - 1) // step * step, 0, -step) if w >= least)]
 
     def _step(self, group: Group) -> int:
+        """The number that candidate widths of a group are multiples of."""
         if self.options.step is not None:
             return self.options.step
         if group.size < 16:
@@ -293,6 +240,7 @@ class Select(Pass):
         return 4 * -(-group.size // (4 * MOST_WIDTHS))
 
     def _tried_widths(self, group: Group) -> list[int]:
+        """The candidate widths that are tried, from the widest downwards."""
         narrower = self._candidates(group)[1:]
         if not narrower:
             return []
@@ -307,21 +255,22 @@ class Select(Pass):
 
     # Widths under the goal
 
-    def _made(
-        self, model: Model, reading: _Reading, curves: Sequence[Curve], context: Context
-    ) -> tuple[_Made | None, list[str]]:
+    def _chosen(self, model: Model, reading: _Reading, curves: Sequence[Curve], context: Context) -> Found:
+        """The model cut to the widths that the goal asks for, or that the bound allows."""
         options = self.options
         if options.ratio is not None:
             wanted = {group: self._wanted(group) for group in reading.groups}
-            return self._cut(model, wanted, reading, context), []
+            return Found(self._cut(model, wanted, reading, context))
         if options.latency is not None:
             return self._within_latency(model, reading, curves, options.latency, context)
-        share: float | None
         if options.params is not None:
-            total, share = widths.parameters(model, reading.found, reading.groups), options.params
+            total, share, what = (
+                widths.parameters(model, reading.found, reading.groups),
+                options.params,
+                "parameters",
+            )
         else:
-            total, share = widths.macs(model, reading.found, reading.groups), options.macs
-        what = "MACs" if options.params is None else "parameters"
+            total, share, what = widths.macs(model, reading.found, reading.groups), options.macs, "MACs"
         full = total.at({group: group.size for group in reading.groups})
         if share is None:
             return self._within_error(model, reading, curves, total, full, context)
@@ -331,9 +280,8 @@ class Select(Pass):
             raise VerificationError(
                 f"{share:g} of the {what} can't be met: the narrowest widths leave {least:.3g}"
             )
-        return self._cut(model, chosen, reading, context), [
-            f"{total.at(chosen) / full:.3g} of the {what} are left"
-        ]
+        note = f"{total.at(chosen) / full:.3g} of the {what} are left"
+        return Found(self._cut(model, chosen, reading, context), [note])
 
     def _within_error(
         self,
@@ -343,35 +291,41 @@ class Select(Pass):
         total: Total,
         full: float,
         context: Context,
-    ) -> tuple[_Made | None, list[str]]:
-        """As few MACs as the bound on the output error allows, by bisection."""
-        if not context.calibration.held_out.samples:
-            return None, [
-                "no held-out samples to hold the error bound on; give ratio, macs, params or latency"
-            ]
-        bound, which = error_bound(context)
-        plans = [plan for level in LEVELS if (plan := widths.choose(curves, total, level * full)) is not None]
+    ) -> Found:
+        """As few MACs as the bound on the output error allows.
+
+        Args:
+            model: stays as it is.
+            reading: of its groups.
+            curves: of the groups.
+            total: MACs at given widths.
+            full: MACs of the whole model.
+            context: of the pass.
+        """
+        plans = {
+            level: plan
+            for level in LEVELS
+            if (plan := widths.choose(curves, total, level * full)) is not None
+        }
         losses = {curve.group: dict(zip(curve.widths, curve.losses, strict=True)) for curve in curves}
-        expected = [sum(losses[group][width] for group, width in plan.items()) for plan in plans]
-        errors: dict[int, float] = {}
+        expected = [sum(losses[group][width] for group, width in plan.items()) for plan in plans.values()]
 
-        def attempt(count: int) -> _Made | None:
-            plan = plans[count - 1]
-            made, errors[count] = probe(lambda: self._cut(model, plan, reading, context), context)
-            context.journal("select probe", macs=LEVELS[count - 1], output_error=errors[count])
-            return made if errors[count] <= bound else None
+        def said(level: float) -> str:
+            kept = {group: len(own) for group, own in self._choice(plans[level], reading).items()}
+            rest = total.at({**{group: group.size for group in reading.groups}, **kept})
+            return f"{rest / full:.3g} of the MACs are left"
 
-        guess = sum(loss**0.5 <= bound for loss in expected)
-        best, count = longest(len(plans), guess, attempt)
-        if best is None:
-            return None, [f"not even {1 - LEVELS[0]:.0%} of the MACs go within {bound:g} ({which})"]
-        left = total.at(
-            {**{g: g.size for g in reading.groups}, **{g: len(k) for g, k in best.choice.items()}}
+        return farthest(
+            list(plans),
+            lambda level: self._cut(model, plans[level], reading, context),
+            context,
+            self.options,
+            said=said,
+            more=lambda level: f"{level:g}",
+            none=lambda within, _: f"not even {1 - LEVELS[0]:.0%} of the MACs go {within}",
+            guess=sum(loss**0.5 <= error_bound(context)[0] for loss in expected),
+            event=("select probe", "macs"),
         )
-        note = f"{left / full:.3g} of the MACs are left: held-out output error within {bound:g} ({which})"
-        if count + 1 in errors:
-            note += f"; with {LEVELS[count]:g} it would be {errors[count + 1]:.3g}"
-        return best, [note]
 
     def _within_latency(
         self,
@@ -380,7 +334,7 @@ class Select(Pass):
         curves: Sequence[Curve],
         share: float,
         context: Context,
-    ) -> tuple[_Made | None, list[str]]:
+    ) -> Found:
         """Widths that this machine runs faster, tightened until the whole network is as fast as asked for."""
         sample = few_rows(model, context.calibration.fit, 1)
         times = rewarded(
@@ -392,13 +346,13 @@ class Select(Pass):
             seed=context.seed,
             progress=context.progress,
         )
-        fast = [_only(curve, times[curve.group]) for curve in curves if curve.group in times]
+        fast = [curve.at(times[curve.group]) for curve in curves if curve.group in times]
         base = (
             cost.latency([model], context.runtime, sample, seconds=2.0, seed=context.seed)
             .timings[0]
             .median_ms
         )
-        total = _milliseconds(times, base)
+        total = widths.milliseconds(times, base)
         goal, reached = share, 1.0
         for _ in range(ATTEMPTS):
             chosen = widths.choose(fast, total, goal * base)
@@ -414,7 +368,7 @@ class Select(Pass):
             context.journal("select latency", goal=goal, measured=timing.ratio)
             if timing.ratio_high <= share:
                 note = f"latency is {timing.ratio:.3g} of what it was (at most {share:g} was asked for)"
-                return self._cut(model, chosen, reading, context), [note]
+                return Found(self._cut(model, chosen, reading, context), [note])
             if narrowest:
                 break
             goal *= min(0.99 * share / timing.ratio, 0.98)
@@ -425,7 +379,7 @@ class Select(Pass):
     # Cutting
 
     def _choice(self, wanted: Widths, reading: _Reading) -> dict[Group, np.ndarray]:
-        """What is kept: of dead channels none that a candidate width can do without."""
+        """The indices that are kept: of dead channels none that a candidate width can do without."""
         choice = {}
         for group, width in wanted.items():
             alive = group.size - reading.dead[group]
@@ -434,84 +388,65 @@ class Select(Pass):
                 choice[group] = reading.rankings[group].kept(width)
         return choice
 
-    def _cut(self, model: Model, wanted: Widths, reading: _Reading, context: Context) -> _Made:
+    def _cut(self, model: Model, wanted: Widths, reading: _Reading, context: Context) -> PassResult:
+        """The model with groups at these widths."""
         choice = self._choice(wanted, reading)
         cut = model.copy()
         take(cut, choice, by=self.name)
+        changes = [_change(group, kept, reading) for group, kept in choice.items()]
+        oracle = None if self.contract is Contract.EXACT else mask(model, choice)
+        plain = PassResult(cut, changes, oracle=oracle, cut=cut)
         if self.contract is not Contract.APPROXIMATE or not choice:
-            return _Made(choice, cut, cut, [], [])
-        feed = next(iter(context.calibration.fit)).feed
+            return plain
         made, done = cut.copy(), set[object]()
-        for _, known in reading.observer.parts():
-            _compensate(made, model, reading, known, choice, done)
-        sites, skipped = refit_sites(context.original, made, (), self.options.mask, feed, before=model)
-        if not sites:
-            return _Made(choice, cut, cut, [], skipped)
-        solved = walk(
-            context.original,
-            made,
-            sites,
-            context.calibration,
-            context.runtime,
-            seed=context.seed,
-            progress=context.progress,
-        )
-        return _Made(choice, cut, made, solved, skipped)
+        for _, known in reading.seen.parts():
+            self._compensate(made, model, reading, known, choice, done)
+        solved, skipped = walked(model, made, context, mask=self.options.mask)
+        if not solved:
+            return replace(plain, skipped=skipped)
+        return replace(settled(made, changes, solved, skipped, every=True), oracle=oracle, cut=cut)
+
+    def _compensate(
+        self,
+        cut: Model,
+        model: Model,
+        reading: _Reading,
+        known: Mapping[View, Statistics],
+        choice: Mapping[Group, np.ndarray],
+        done: set[object],
+    ) -> None:
+        """Let the readers of cut groups make up for the loss, see `compensate`."""
+        compensate(cut, model, reading.found, reading.consumers, known, choice, done=done, by=self.name)
 
 
-class _Observer:
-    """What the groups' consumers see: from one run, or from one run for each part that memory allows."""
+class _Seen:
+    """The moments of what the groups' consumers see; those of a single part are kept."""
 
     def __init__(
         self, model: Model, readers: Mapping[Group, list[Consumer]], options: SelectOptions, context: Context
     ):
         self._model = model
-        self._readers = readers
+        self._views = {group: [consumer.view for consumer in own] for group, own in readers.items()}
         self._options = options
         self._context = context
-        self._only: dict[View, Statistics] | None = None
+        self._kept: list[tuple[list[Group], dict[View, Statistics]]] = []
 
     def parts(self) -> Iterator[tuple[list[Group], dict[View, Statistics]]]:
         """Groups with the statistics of all their consumers' views."""
-        groups = list(self._readers)
         if not self._options.reads_moments:
-            yield groups, {}
-        elif self._only is not None:
-            yield groups, self._only
-        else:
-            parts = list(self._affordable())
-            for part in parts:
-                known = self._seen(part)
-                if len(parts) == 1:
-                    self._only = known
-                yield part, known
-
-    def _affordable(self) -> Iterator[list[Group]]:
-        part: list[Group] = []
-        views: set[View] = set()
-        for group, readers in self._readers.items():
-            own = {consumer.view for consumer in readers if consumer.view.correlated}
-            if part and sum(16 * view.columns**2 for view in views | own) > MEMORY:
-                yield part
-                part, views = [], set()
-            part.append(group)
-            views |= own
-        yield part
-
-    def _seen(self, groups: Sequence[Group]) -> dict[View, Statistics]:
-        return statistics(
-            self._model,
-            [consumer.view for group in groups for consumer in self._readers[group]],
-            self._context.calibration.fit,
-            self._context.runtime,
-            seed=self._context.seed,
-            mask=self._options.mask,
-            progress=self._context.progress,
-        )
+            yield list(self._views), {}
+            return
+        if self._kept:
+            yield from self._kept
+            return
+        parts = seen_in_parts(self._model, self._views, self._options.mask, self._context)
+        for number, part in enumerate(parts):
+            self._kept = [] if number else [part]
+            yield part
 
 
 def _dead(model: Model, groups: Sequence[Group]) -> dict[Group, np.ndarray]:
-    """Channels that are zero at every operator that reads them, whatever is fed."""
+    """The channels of each group that are zero at every operator that reads them, whatever is fed."""
     known = bounds.intervals(model, model.shapes())
     dead = {}
     for group in groups:
@@ -524,73 +459,11 @@ def _dead(model: Model, groups: Sequence[Group]) -> dict[Group, np.ndarray]:
     return dead
 
 
-def _compensate(
-    cut: Model,
-    model: Model,
-    reading: _Reading,
-    known: Mapping[View, Statistics],
-    choice: Choice,
-    done: set[object] | None = None,
-) -> None:
-    """Give those who read the cut groups, and are in `known` but not `done`, the weights that are best
-    without them; `cut` is `model` cut by `choice`."""
-    done = set() if done is None else done
-    # A recurrent operator reads by two weights, its input and its own state: each is a reader by itself.
-    readers: dict[object, list[tuple[Consumer, np.ndarray]]] = {}
-    for group, kept in choice.items():
-        gone = np.setdiff1d(np.arange(group.size), kept)
-        for consumer in reading.consumers[group]:
-            key = consumer.node, consumer.view, consumer.stored
-            readers.setdefault(key, []).append((consumer, consumer.places[gone].reshape(-1)))
-    for reader, own in readers.items():
-        consumer = own[0][0]
-        if consumer.view not in known or reader in done or not consumer.writable(model):
-            continue
-        done.add(reader)
-        gone = np.unique(np.concatenate([places for _, places in own]))
-        fitted = compensation(consumer, model, known[consumer.view], gone)
-        if fitted is not None:
-            consumer.write(cut, *fitted, reading.found, choice, by=Select.name)
-
-
-def _curve(
-    group: Group, candidates: Sequence[int], points: Sequence[tuple[int, float]], ranking: Ranking
-) -> Curve:
-    """The loss at all candidate widths from that at some: between them it goes like the ranking's costs."""
-    removed = np.array([0, *(group.size - width for width, _ in points)])
-    changes = np.array([0.0, *(change for _, change in points)])
-    at = group.size - np.array(candidates)
-    costs = ranking.cost[removed]
-    if np.all(np.isfinite(changes)) and len(points) and costs[1] > 0:
-        factors = changes[1:] / costs[1:]
-        losses = ranking.cost[at] * np.interp(at, removed[1:], factors)
-    else:
-        losses = np.interp(at, removed, changes)
-    return Curve(group, candidates, np.maximum.accumulate(np.nan_to_num(losses, nan=np.inf)).tolist())
-
-
-def _only(curve: Curve, times: Mapping[int, float]) -> Curve:
-    """The curve at those widths that have a time."""
-    kept = [(w, loss) for w, loss in zip(curve.widths, curve.losses, strict=True) if w in times]
-    return Curve(curve.group, [w for w, _ in kept], [loss for _, loss in kept])
-
-
-def _milliseconds(times: Mapping[Group, Mapping[int, float]], base: float) -> Total:
-    """Latency as that of the whole network less what each group saves by itself."""
-
-    def term(group: Group) -> Term:
-        own = times[group]
-        return Term(
-            (group,), lambda kept: own[sum(len(kept[leaf]) for leaf in group.leaves)] - own[group.size]
-        )
-
-    return Total([Term((), lambda kept: base), *map(term, times)], list(times))
-
-
 def _change(group: Group, kept: np.ndarray, reading: _Reading) -> Change:
-    gone = np.setdiff1d(np.arange(group.size), kept)
-    dead = min(reading.dead[group], len(gone))
-    idle = min(reading.rankings[group].idle, len(gone)) - dead
+    """The report's line for one group."""
+    removed = np.setdiff1d(np.arange(group.size), kept)
+    dead = min(reading.dead[group], len(removed))
+    idle = min(reading.rankings[group].idle, len(removed)) - dead
     said = [f", {dead} of them zero for every input"] if dead else []
     said += [f", {idle} never active on the samples"] if idle > 0 else []
     nodes = tuple(dict.fromkeys(node for touch in group.touches for node in touch.nodes))
@@ -602,9 +475,9 @@ def _change(group: Group, kept: np.ndarray, reading: _Reading) -> Change:
             "structure": group.structure,
             "size": group.size,
             "width": len(kept),
-            "removed": gone.tolist(),
+            "removed": removed.tolist(),
             "always_zero": dead,
             "idle_on_samples": max(idle, 0),
-            "cost": float(reading.rankings[group].cost[len(gone)]),
+            "cost": float(reading.rankings[group].cost[len(removed)]),
         },
     )

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context
+from onnxfuse.pass_manager import Context, Pass, PassManager, PassResult, StepReport
 from onnxfuse.runtime import Runtime
 
 RUNTIME = Runtime("cpu", threads=1)
@@ -30,6 +30,10 @@ mlp (float[batch,6] x) => (float[batch,4] y) {
     y = MatMul(i, w2)
 }"""
 """Two dense layers, weights `w1` (6, hidden) and `w2` (hidden, 4) to be added."""
+
+
+DENSE = "a = Gemm<transB=1>(x, w0, b0) r = Relu(a) h = Gemm<transB=1>(r, w1, b1) g = Relu(h) y = Gemm(g, w2)"
+DENSE_WEIGHTS = {"w0": (24, 6), "b0": (24,), "w1": (20, 24), "b1": (20,), "w2": (20, 3)}
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -57,6 +61,23 @@ def context(
     """Samples for `model`; a list of feeds is taken batch by batch."""
     calibration = Calibration.open(feed, model, batch_size=batch_size, held_out=held_out)
     return Context(model, calibration, RUNTIME, **more)
+
+
+def dense(count: int = 400, **weights: np.ndarray) -> tuple[Model, Context]:
+    """Three dense layers (`DENSE`), some weights perhaps given, and so many samples."""
+    model = net(DENSE, {**DENSE_WEIGHTS, **weights})
+    return model, context(model, {"x": normal(count, 6, seed=3)})
+
+
+def one_step(kind: type[Pass], model: Model, ctx: Context, **options: Any) -> tuple[Model, StepReport]:
+    """A pass run by the manager, which verifies it: the model after, and the report."""
+    outcome = PassManager([kind(**options)]).run(model, ctx)
+    return outcome.model, outcome.steps[0]
+
+
+def alone(kind: type[Pass], model: Model, ctx: Context, **options: Any) -> PassResult:
+    """A pass run by itself, on a copy."""
+    return kind(**options).run(model.copy(), ctx)
 
 
 def compute(model: Model, feed: Feed, *names: str) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from nets import net, normal
 from onnx import numpy_helper
 from pytorch.architectures import ARCHITECTURES, export
 
-from onnxfuse.alike import WeightLayer, find_weight_layers, heads, kin, pairs, unlike
+from onnxfuse.alike import WeightLayer, find_weight_layers, heads, kin
 from onnxfuse.graph import Model
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -30,7 +30,7 @@ def layers_of(model: Model) -> list[WeightLayer]:
 
 
 def roles(model: Model) -> dict[str, str]:
-    return {layer.weight.name: layer.role for layer in layers_of(model)}
+    return {layer.tensor.name: layer.role for layer in layers_of(model)}
 
 
 def reasons(model: Model) -> list[tuple[tuple[str, ...], str]]:
@@ -58,13 +58,10 @@ def test_plain_layers() -> None:
         ("i", "dense", 1),
         ("y", "dense", 2),
     ]
-    assert first.weight is model.tensor("a")
+    assert first.tensor is model.tensor("a")
     np.testing.assert_array_equal(second.matrix, model.weight(model.tensor("b")).T)
     assert second.matrix.dtype == np.float64
     assert kin([first, second, third]) == [[first, third], [second]]
-    assert pairs([first, second, third], adjacent=False) == [(first, third)]
-    assert unlike(first, third) is None
-    assert unlike(first, second) == "operators Gemm and MatMul differ"
 
 
 def test_what_differs() -> None:
@@ -96,15 +93,9 @@ def test_what_differs() -> None:
     a, b, c, d, e, f, g, i, j, k, y = layers_of(model)
     assert [layer.role for layer in (a, g, i)] == ["conv", "conv_transpose", "dense"]
     assert d.matrix.shape == (4, 9)
-    assert unlike(a, b) is None
-    assert unlike(a, c) == "groups 1 and 2 differ"
-    assert unlike(c, d) == "groups 2 and 4 differ"
-    assert unlike(a, e) == "kernels (3, 3) and (1, 3) differ"
-    assert unlike(e, f) == "kernels (1, 3) and (3, 1) differ"
-    assert unlike(a, g) == "roles conv and conv_transpose differ"
-    assert unlike(i, j) == "alpha 1.0 and 0.5 differ"
-    assert unlike(i, k) == "transB 0 and 1 differ"
-    assert unlike(i, y) == "stored shapes (64, 64) and (64, 8) differ"
+    assert kin([a, b]) == [[a, b]]
+    for first, second in ((a, c), (c, d), (a, e), (e, f), (a, g), (i, j), (i, k), (i, y)):
+        assert kin([first, second]) == [[first], [second]]
     assert [len(own) for own in kin([a, b, c, d, e, f, g, i, j, k, y])] == [2, *[1] * 9]
 
 
@@ -113,15 +104,7 @@ def test_types_differ() -> None:
         "a = MatMul(x, wa) d = Cast<to = 11>(a) b = MatMul(d, wb) y = Cast<to = 1>(b)",
         {"wa": (6, 6), "wb": normal(6, 6).astype(np.float64)},
     )
-    assert unlike(*layers_of(model)) == "types float32 and float64 differ"
-
-
-def test_pairs() -> None:
-    body = "a = MatMul(x, wa) b = MatMul(a, wb) c = MatMul(b, wc) y = MatMul(c, wd)"
-    layers = layers_of(net(body, {"wa": (6, 6), "wb": (6, 6), "wc": (6, 6), "wd": (6, 6)}))
-    names = [(a.name + b.name) for a, b in pairs(layers, adjacent=True)]
-    assert names == ["ab", "bc", "cy"]
-    assert len(pairs(layers, adjacent=False)) == 6
+    assert [len(own) for own in kin(layers_of(model))] == [1, 1]
 
 
 def test_tied_weights_are_one_layer() -> None:
@@ -145,7 +128,7 @@ def test_other_readers() -> None:
         x="int64[N,5] i",
         y="float[A,B,C] y",
     )
-    assert reasons(untransposed) == [(("y",), "its weight table is used by 'e' (Gather) in another way")]
+    assert reasons(untransposed) == [(("y",), "its weight table is also used by 'e' (Gather)")]
     both = net("h = MatMul(x, w) y = Gemm<transB = 1>(h, w)", {"w": (6, 6)})
     assert reasons(both) == [(("h", "y"), "its weight w is used as different matrices")]
     twice = net("y = Gemm(x, w, w)", {"w": (6, 6)}, x="float[6,6] x")
@@ -174,9 +157,9 @@ def test_a_weight_that_is_an_output_or_in_a_body() -> None:
     assert find_weight_layers(inside)[0] == []
     ((nodes, reason),) = reasons(inside)
     assert nodes == ("h",)
-    assert reason == "its weight w is used in a body of 'y' (If)"
+    assert reason == "its weight w is also used by a body of 'y' (If)"
     shown = net("h = MatMul(x, w)", {"w": (6, 6)}, y="float[A,B] h, float[6,6] w")
-    assert reasons(shown) == [(("h",), "its weight w is an output of the graph")]
+    assert reasons(shown) == [(("h",), "its weight w is also an output of the graph")]
 
 
 def test_every_way_to_store_a_weight() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from onnxfuse.factors import Basis, allocate, randomised, reduced_rank, truncated
+from onnxfuse.factors import Basis, allocate, randomized, reduced_rank, truncated
 
 RNG = np.random.default_rng(0)
 WIDE, TALL = RNG.standard_normal((9, 20)), RNG.standard_normal((20, 9))
@@ -39,19 +39,19 @@ def test_truncated_is_the_best_of_its_rank(weight: np.ndarray, rank: int) -> Non
 
 
 @pytest.mark.parametrize("rank", [1, 5, 20])
-def test_randomised_is_nearly_so(rank: int) -> None:
+def test_randomized_is_nearly_so(rank: int) -> None:
     u, _ = np.linalg.qr(RNG.standard_normal((120, 80)))
     v, _ = np.linalg.qr(RNG.standard_normal((300, 80)))
     weight = (u * np.arange(1, 81) ** -0.7) @ v.T  # falls off slowly
     best = truncated(weight)
-    basis = randomised(weight, rank, seed=1)
+    basis = randomized(weight, rank, seed=1)
     error = np.linalg.norm(weight - product(basis, weight, rank)) ** 2
     assert best.lost()[rank] <= basis.lost()[rank] * (1 + 1e-12)
     assert error == pytest.approx(best.lost()[rank] * best.total, rel=5e-3)
     assert basis.lost()[rank] * basis.total == pytest.approx(error)
-    again = randomised(weight, rank, seed=1)
+    again = randomized(weight, rank, seed=1)
     np.testing.assert_array_equal(basis.directions, again.directions)
-    assert not np.array_equal(basis.directions, randomised(weight, rank, seed=2).directions)
+    assert not np.array_equal(basis.directions, randomized(weight, rank, seed=2).directions)
 
 
 @pytest.mark.parametrize("weight", [WIDE, TALL], ids=["wide", "tall"])

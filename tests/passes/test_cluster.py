@@ -5,20 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx.reference
 import pytest
-from nets import RUNTIME, compute, context, fitted, held, net, normal, rows, weight
+from nets import RUNTIME, alone, compute, context, dense, fitted, held, net, normal, one_step, rows, weight
 
 from onnxfuse.calibration import Calibration
 from onnxfuse.errors import InputError
 from onnxfuse.graph import Model
 from onnxfuse.marks import VALUES, ZEROS, kept
-from onnxfuse.pass_manager import Context, Contract, PassManager, PassResult, StepReport
+from onnxfuse.pass_manager import Context, Contract, PassManager
 from onnxfuse.passes.cluster import Cluster
 from onnxfuse.passes.fold import Fold
 from onnxfuse.passes.prune import Prune
@@ -27,23 +27,11 @@ from onnxfuse.quantisation import kmeans, nearest
 from onnxfuse.recipe import parse_recipe
 
 MODELS = Path(__file__).parents[2] / "models"
-MLP = "a = Gemm<transB=1>(x, w0, b0) r = Relu(a) h = Gemm<transB=1>(r, w1, b1) g = Relu(h) y = Gemm(g, w2)"
-WEIGHTS = {"w0": (24, 6), "b0": (24,), "w1": (20, 24), "b1": (20,), "w2": (20, 3)}
 NAMES = ("w0", "w1", "w2")
 
 
-def mlp(count: int = 400, **weights: np.ndarray) -> tuple[Model, Context]:
-    model = net(MLP, {**WEIGHTS, **weights})
-    return model, context(model, {"x": normal(count, 6, seed=3)})
-
-
-def step(model: Model, ctx: Context, **options: Any) -> tuple[Model, StepReport]:
-    outcome = PassManager([Cluster(**options)]).run(model, ctx)
-    return outcome.model, outcome.steps[0]
-
-
-def run(model: Model, ctx: Context, **options: Any) -> PassResult:
-    return Cluster(**options).run(model.copy(), ctx)
+step = partial(one_step, Cluster)
+run = partial(alone, Cluster)
 
 
 def distinct(model: Model, name: str) -> int:
@@ -59,7 +47,7 @@ def output_names(model: Model, op: str) -> list[str]:
 
 @pytest.mark.parametrize("values", [2, 5, 16])
 def test_each_weight_gets_so_many_values(values: int) -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     found, report = step(model, ctx, values=values)
     assert report.committed, report.reason
     for name in NAMES:
@@ -74,7 +62,7 @@ def test_each_weight_gets_so_many_values(values: int) -> None:
 
 
 def test_more_values_than_weights_change_nothing_but_are_marked() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     found = run(model, ctx, values=100, refit=False).model
     np.testing.assert_array_equal(weight(found, "w2"), weight(model, "w2"))
     assert distinct(found, "w0") == 100
@@ -102,7 +90,7 @@ def test_other_floating_types_keep_their_type(dtype: str, codebook: bool) -> Non
 @pytest.mark.parametrize("codebook", [False, True])
 @pytest.mark.parametrize("refit", [False, True])
 def test_every_clustered_operator_comes_with_its_error(refit: bool, codebook: bool) -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     found, report = step(model, ctx, values=4, refit=refit, codebook=codebook)
     assert report.committed, report.reason
     assert report.contract is Contract.APPROXIMATE
@@ -118,7 +106,7 @@ def test_every_clustered_operator_comes_with_its_error(refit: bool, codebook: bo
 
 
 def test_operators_that_are_not_clustered_are_refitted() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     found, report = step(model, ctx, values=3, only="h")
     assert report.committed, report.reason
     np.testing.assert_array_equal(weight(found, "w0"), weight(model, "w0"))
@@ -134,7 +122,7 @@ def test_operators_that_are_not_clustered_are_refitted() -> None:
 
 
 def test_without_a_number_as_few_values_as_the_bound_allows() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     found = {}
     for bound in (0.02, 0.3):
         ctx.max_error = bound
@@ -150,7 +138,7 @@ def test_without_a_number_as_few_values_as_the_bound_allows() -> None:
 
 
 def test_a_bound_that_is_broken_rolls_it_back() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     ctx.max_error = 1e-3
     found, report = step(model, ctx, values=2)
     assert not report.committed
@@ -160,7 +148,7 @@ def test_a_bound_that_is_broken_rolls_it_back() -> None:
 
 def test_an_amount_takes_operators_of_least_error_first() -> None:
     few = np.random.default_rng(0).integers(0, 8, (20, 24)).astype(np.float32) / 8 - 0.5
-    model, ctx = mlp(w1=few)
+    model, ctx = dense(w1=few)
     result = run(model, ctx, values=8, amount=0.5, refit=False)
     assert [change.nodes for change in result.changes] == [("h",)]  # 480 of 684, and exact
     result = run(model, ctx, values=8, amount=0.75, refit=False)
@@ -210,7 +198,7 @@ def test_a_codebook_computes_the_very_same_weights(values: int, tmp_path: Path) 
 
 
 def test_later_passes_refuse_a_coded_weight_and_fold_brings_it_back() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     coded, _ = step(model, ctx, values=8, codebook=True, only="h")
     outcome = PassManager([Prune(amount=0.5), Refit(), Fold()]).run(coded, ctx)
     assert all(report.committed for report in outcome.steps)
@@ -246,7 +234,7 @@ def test_a_tied_weight_gets_one_codebook() -> None:
 
 @pytest.mark.parametrize("codebook", [False, True])
 def test_what_is_clustered_counts_and_stays(codebook: bool, tmp_path: Path) -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     goal = Cluster(values=8, codebook=codebook)
     now, done = model, []
     for share in (0.05, 0.5, 1.0):
@@ -279,7 +267,7 @@ def _weight_of(model: Model, output: str) -> np.ndarray:
 @pytest.mark.parametrize("codebook", [False, True])
 def test_weights_of_few_values_are_marked_and_coded_as_they_are(codebook: bool) -> None:
     few = np.random.default_rng(0).integers(0, 8, (20, 24)).astype(np.float32) / 8 - 0.5
-    model, ctx = mlp(w1=few)
+    model, ctx = dense(w1=few)
     found, report = step(model, ctx, values=8, only="h", codebook=codebook)
     assert report.committed, report.reason
     np.testing.assert_array_equal(_weight_of(found, "h"), few)
@@ -291,7 +279,7 @@ def test_weights_of_few_values_are_marked_and_coded_as_they_are(codebook: bool) 
 
 
 def test_fewer_values_are_a_new_clustering() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     once = run(model, ctx, values=16, refit=False).model
     twice = run(once, ctx, values=4, refit=False)
     assert len(twice.changes) == 3
@@ -301,7 +289,7 @@ def test_fewer_values_are_a_new_clustering() -> None:
 @pytest.mark.parametrize("values", [2, 8])
 @pytest.mark.parametrize("codebook", [False, True])
 def test_zeros_of_pruned_operators_stay_and_no_others_come(values: int, codebook: bool) -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     outcome = PassManager([Prune(amount=0.6), Cluster(values=values, codebook=codebook)]).run(model, ctx)
     assert all(report.committed for report in outcome.steps)
     pruned = PassManager([Prune(amount=0.6)]).run(model, ctx).model
@@ -315,14 +303,14 @@ def test_zeros_of_pruned_operators_stay_and_no_others_come(values: int, codebook
 
 def test_zeros_of_operators_that_are_not_pruned_are_numbers_like_others() -> None:
     few = np.where(normal(20, 24, seed=9) > 0, 0.0, normal(20, 24, seed=8)).astype(np.float32)
-    model, ctx = mlp(w1=few)
+    model, ctx = dense(w1=few)
     found = run(model, ctx, values=2, refit=False, only="h").model
     table = kmeans(few, 2).astype(np.float32)
     np.testing.assert_array_equal(weight(found, "w1"), table[nearest(few, table)])
 
 
 def test_an_operator_of_nothing_but_zeros() -> None:
-    model, ctx = mlp(w1=np.zeros((20, 24), np.float32))
+    model, ctx = dense(w1=np.zeros((20, 24), np.float32))
     model.nodes[2].metadata["onnxfuse.kept"] = ZEROS
     result = run(model, ctx, values=4, only="h", codebook=True)
     assert [change.detail["values"] for change in result.changes if "values" in change.detail] == [1]
@@ -346,7 +334,7 @@ def test_what_is_refused() -> None:
     assert not result.changes
     reasons = {skip.nodes[0]: skip.reason for skip in result.skipped}
     assert reasons["h"] == "its weight is also used by 'e' (Gather)"
-    assert reasons["k"] == "its weight is also used by the body of another node"
+    assert reasons["k"] == "its weight is also used by a body of 'y' (If)"
     assert result.notes == ["no weight of this model can be clustered"]
 
 

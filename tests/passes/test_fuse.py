@@ -22,6 +22,7 @@ from nets import (
 
 from onnxfuse import trials
 from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.fitting import search
 from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model
 from onnxfuse.pass_manager import Context, PassManager, PassResult, StepReport
 from onnxfuse.passes import fuse as module
@@ -606,24 +607,6 @@ def test_fused_twice_is_still_held_to_the_original(deep: Model) -> None:
     assert sum(node.op == "Relu" for node in outcome.model.nodes) == 2
 
 
-@pytest.mark.parametrize("count", range(8))
-def test_longest_finds_the_longest_prefix_from_any_guess(count: int) -> None:
-    for limit in range(count + 1):
-        for guess in range(count + 2):
-            probes: list[int] = []
-
-            def probe(length: int, limit: int = limit, probes: list[int] = probes) -> Any:
-                probes.append(length)
-                return f"result {length}" if length <= limit else None
-
-            found, length = trials.longest(count, guess, probe)
-            assert length == limit
-            assert found == (f"result {limit}" if limit else None)  # type: ignore[comparison-overlap]
-            assert len(set(probes)) == len(probes)
-            if limit == guess:
-                assert len(probes) <= 2
-
-
 def test_a_region_that_breaks_the_bound_alone_does_not_block_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -632,13 +615,18 @@ def test_a_region_that_breaks_the_bound_alone_does_not_block_the_others(
     bad, good, fair = (module._Ranked(None, change, 0.5) for change in (1.0, 1e-4, 4e-4))  # type: ignore[arg-type]
     tried: list[list[float]] = []
 
-    def probe(self: Fuse, model: Model, ranked: list[Any], context: Context) -> tuple[Any, float]:
-        tried.append([item.change for item in ranked])
-        return tried[-1], 0.5 if bad in ranked else 0.05
+    def fused(self: Fuse, model: Model, chosen: list[Any], context: Context) -> list[float]:
+        tried.append([item.change for item in chosen])
+        return tried[-1]
 
-    monkeypatch.setattr(Fuse, "_probe", probe)
+    def probe(make: Any, context: Context) -> tuple[Any, float]:
+        changes = make()
+        return changes, 0.5 if bad.change in changes else 0.05
+
+    monkeypatch.setattr(Fuse, "_fused", fused)
+    monkeypatch.setattr(search, "probe", probe)
     ctx = context(model, {"x": normal(40, 4)})
-    found, notes = Fuse()._choose(model, [bad, good, fair], ctx)
-    assert found == [1e-4, 4e-4]
-    assert "fused 2 of 3" in notes[0]
-    assert "with one more it would be 0.5" in notes[0]
+    found, _ = Fuse()._farthest(model, [bad, good, fair], ctx)
+    assert found.made == [1e-4, 4e-4]
+    assert "fused 2 of 3" in found.notes[0]
+    assert "with one more it would be 0.5" in found.notes[0]

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from nets import RUNTIME, compute, context, fitted, held, net, normal, rows, weight
+from nets import (
+    DENSE,
+    DENSE_WEIGHTS,
+    RUNTIME,
+    alone,
+    compute,
+    context,
+    dense,
+    fitted,
+    held,
+    net,
+    normal,
+    one_step,
+    rows,
+    weight,
+)
 
 from onnxfuse.calibration import Calibration
 from onnxfuse.cost import measure
@@ -22,22 +38,10 @@ from onnxfuse.passes.prune import Prune
 from onnxfuse.recipe import parse_recipe
 
 MODELS = Path(__file__).parents[2] / "models"
-MLP = "a = Gemm<transB=1>(x, w0, b0) r = Relu(a) h = Gemm<transB=1>(r, w1, b1) g = Relu(h) y = Gemm(g, w2)"
-WEIGHTS = {"w0": (24, 6), "b0": (24,), "w1": (20, 24), "b1": (20,), "w2": (20, 3)}
 
 
-def mlp(count: int = 400) -> tuple[Model, Context]:
-    model = net(MLP, WEIGHTS)
-    return model, context(model, {"x": normal(count, 6, seed=3)})
-
-
-def step(model: Model, ctx: Context, **options: Any) -> tuple[Model, StepReport]:
-    outcome = PassManager([Lowrank(**options)]).run(model, ctx)
-    return outcome.model, outcome.steps[0]
-
-
-def run(model: Model, ctx: Context, **options: Any) -> PassResult:
-    return Lowrank(**options).run(model.copy(), ctx)
+step = partial(one_step, Lowrank)
+run = partial(alone, Lowrank)
 
 
 def operators(model: Model) -> list[str]:
@@ -165,7 +169,7 @@ def test_other_floating_types_keep_their_type(dtype: str) -> None:
 
 def test_svd_is_numpys() -> None:
     rank = 5
-    model, ctx = mlp()
+    model, ctx = dense()
     found = run(model, ctx, rank=rank, method="svd", only="h", refit=False).model
     u, s, v = np.linalg.svd(weight(model, "w1").astype(np.float64), full_matrices=False)
     product = op_of(found, "h_up").weight @ op_of(found, "h_down").weight
@@ -177,7 +181,7 @@ def test_svd_is_numpys() -> None:
 def test_data_keeps_the_principal_components_of_the_outputs(kind: str) -> None:
     rank = 4
     if kind == "gemm":
-        model, ctx = mlp()
+        model, ctx = dense()
         name, stored = "h", "w1"
     else:
         model = net(
@@ -226,7 +230,7 @@ def test_a_mask_leaves_padding_out() -> None:
 
 
 def test_refit_makes_up_for_it() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     errors = {}
     for refit in (False, True):
         found, report = step(model, ctx, rank=3, only="h", refit=refit)
@@ -246,7 +250,7 @@ def test_refit_makes_up_for_it() -> None:
 @pytest.mark.parametrize("method", ["svd", "randomised", "data"])
 @pytest.mark.parametrize("share", [0.8, 0.5])
 def test_a_budget_of_parameters_is_met(share: float, method: str) -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     found, report = step(model, ctx, params=share, method=method)
     assert report.committed, report.reason
     left = parameters(found, ctx) / parameters(model, ctx)
@@ -273,7 +277,7 @@ def test_a_budget_of_macs_is_met(share: float) -> None:
 
 @pytest.mark.parametrize("budget", ["params", "macs"])
 def test_an_impossible_budget_is_refused(budget: str) -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     with pytest.raises(
         VerificationError, match=r"0\.05 of the .* can't be met: rank 1 throughout leaves 0\."
     ):
@@ -286,8 +290,8 @@ def test_an_impossible_budget_is_refused(budget: str) -> None:
 
 def test_ranks_go_where_they_cost_least() -> None:
     """One layer is of rank 3 in truth: it is cut to that before another loses anything."""
-    weights = {**WEIGHTS, "w1": of_rank(3, 20, 24, seed=7)}
-    model = net(MLP, weights)
+    weights = {**DENSE_WEIGHTS, "w1": of_rank(3, 20, 24, seed=7)}
+    model = net(DENSE, weights)
     ctx = context(model, {"x": normal(300, 6)})
     total = parameters(model, ctx)
     saved = 20 * 24 - 3 * (20 + 24)
@@ -297,7 +301,7 @@ def test_ranks_go_where_they_cost_least() -> None:
 
 
 def test_without_a_goal_it_goes_as_far_as_the_bound_allows() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     lefts = [parameters(model, ctx)]
     for bound in (0.25, 0.6):
         ctx.max_error = bound
@@ -317,7 +321,7 @@ def test_without_a_goal_it_goes_as_far_as_the_bound_allows() -> None:
 
 
 def test_a_bound_that_is_broken_rolls_it_back() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     ctx.max_error = 1e-4
     found, report = step(model, ctx, rank=1)
     assert not report.committed
@@ -326,7 +330,7 @@ def test_a_bound_that_is_broken_rolls_it_back() -> None:
 
 
 def test_a_rank_may_be_a_share_of_the_full_one() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     result = run(model, ctx, rank=0.25, refit=False)
     assert ranks(result) == {"a": 2, "h": 5, "y": 1}  # of 6, 20 and 3
     result = run(model, ctx, rank=4, refit=False)
@@ -343,14 +347,14 @@ def test_options() -> None:
     with pytest.raises(InputError, match="one of params, macs and rank"):
         parse_recipe("lowrank:rank=4,params=0.5")
     with pytest.raises(InputError, match="no input 'm'"):
-        run(*mlp(), rank=2, mask="m")
+        run(*dense(), rank=2, mask="m")
 
 
 # Again --------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_takes_ranks_from_the_pair() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     once = run(model, ctx, rank=8, method="svd", refit=False, only="h").model
     twice = run(once, ctx, rank=3, method="svd", refit=False, only="h")
     assert operators(twice.model) == operators(once)
@@ -365,7 +369,7 @@ def test_a_second_run_takes_ranks_from_the_pair() -> None:
 
 
 def test_factors_that_were_pruned_lose_their_zeros_and_their_mark() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     outcome = PassManager([Lowrank(rank=8, only="h"), Prune(amount=0.5), Lowrank(rank=4, only="h")]).run(
         model, ctx
     )
@@ -380,7 +384,7 @@ def test_factors_that_were_pruned_lose_their_zeros_and_their_mark() -> None:
 
 def test_a_budget_is_a_share_of_what_there_was_unfactored(tmp_path: Path) -> None:
     """So schedules come to the same end, through files too, and asking again does nothing."""
-    model, ctx = mlp()
+    model, ctx = dense()
     goal = Lowrank(params=0.5)
     now, total = model, parameters(model, ctx)
     for share in (0.4, 0.8, 1.0):
@@ -488,7 +492,7 @@ def test_a_transformer() -> None:
 
 
 def test_the_same_seed_gives_the_same_model() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     protos = [
         run(model, ctx, params=0.6, method=method).model.to_proto().SerializeToString(deterministic=True)
         for method in ("randomised", "data")

@@ -15,8 +15,9 @@ from onnxfuse.api import retrain
 from onnxfuse.errors import InputError, NotApplicableError, VerificationError
 from onnxfuse.graph import Model
 from onnxfuse.marks import GRADIENT_KEY
+from onnxfuse.numerics.weight_sharing import RIDGE
 from onnxfuse.pass_manager import Context, Contract, PassManager, StepReport
-from onnxfuse.passes.merge import RIDGE, Merge
+from onnxfuse.passes.merge import Merge
 from onnxfuse.passes.prune import Prune
 from onnxfuse.pytorch import to_torch
 from onnxfuse.recipe import make_pass

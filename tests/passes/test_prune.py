@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from nets import RUNTIME, compute, context, fitted, held, net, normal, rows, weight
+from nets import RUNTIME, alone, compute, context, dense, fitted, held, net, normal, one_step, rows, weight
 
 from onnxfuse.calibration import Calibration
 from onnxfuse.errors import InputError
 from onnxfuse.graph import Model
 from onnxfuse.marks import ZEROS, kept
-from onnxfuse.pass_manager import Context, Contract, PassManager, PassResult, StepReport
+from onnxfuse.pass_manager import Context, Contract, PassManager
 from onnxfuse.passes.prune import Prune, smallest
 from onnxfuse.passes.refit import Refit
 from onnxfuse.recipe import parse_recipe
 
 MODELS = Path(__file__).parents[2] / "models"
-MLP = "a = Gemm<transB=1>(x, w0, b0) r = Relu(a) h = Gemm<transB=1>(r, w1, b1) g = Relu(h) y = Gemm(g, w2)"
-WEIGHTS = {"w0": (24, 6), "b0": (24,), "w1": (20, 24), "b1": (20,), "w2": (20, 3)}
 NAMES = ("w0", "w1", "w2")
 
 
-def mlp(count: int = 400, **weights: np.ndarray) -> tuple[Model, Context]:
-    model = net(MLP, {**WEIGHTS, **weights})
-    return model, context(model, {"x": normal(count, 6, seed=3)})
-
-
-def step(model: Model, ctx: Context, **options: Any) -> tuple[Model, StepReport]:
-    outcome = PassManager([Prune(**options)]).run(model, ctx)
-    return outcome.model, outcome.steps[0]
-
-
-def run(model: Model, ctx: Context, **options: Any) -> PassResult:
-    return Prune(**options).run(model.copy(), ctx)
+step = partial(one_step, Prune)
+run = partial(alone, Prune)
 
 
 def zeros(model: Model, *names: str) -> int:
@@ -62,7 +50,7 @@ def test_the_smallest_of_equal_ones_the_first() -> None:
 @pytest.mark.parametrize("amount", [0.1, 0.5, 0.93])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_exactly_so_many_of_the_smallest(scope: str, amount: float) -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     found = run(model, ctx, amount=amount, scope=scope, refit=False).model
     before = [np.abs(weight(model, name)).reshape(-1) for name in NAMES]
     after = [weight(found, name).reshape(-1) for name in NAMES]
@@ -78,7 +66,7 @@ def test_exactly_so_many_of_the_smallest(scope: str, amount: float) -> None:
 def test_zeros_that_are_there_count() -> None:
     sparse = normal(20, 24, seed=9)
     sparse[:, ::2] = 0
-    model, ctx = mlp(w1=sparse)
+    model, ctx = dense(w1=sparse)
     total = sum(weight(model, name).size for name in NAMES)
     found = run(model, ctx, amount=0.5).model
     assert zeros(found) == round(0.5 * total)
@@ -110,7 +98,7 @@ def test_other_floating_types_keep_their_type(dtype: str) -> None:
 
 @pytest.mark.parametrize("refit", [False, True])
 def test_every_pruned_operator_comes_with_its_error(refit: bool) -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     found, report = step(model, ctx, amount=0.6, refit=refit)
     assert report.committed, report.reason
     assert report.contract is Contract.APPROXIMATE
@@ -133,7 +121,7 @@ def test_every_pruned_operator_comes_with_its_error(refit: bool) -> None:
 
 
 def test_operators_that_are_not_pruned_are_refitted_and_those_before_stay() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     found, report = step(model, ctx, amount=0.6, only="h")
     assert report.committed, report.reason
     assert zeros(found, "w1") == round(0.6 * 480)
@@ -151,7 +139,7 @@ def test_operators_that_are_not_pruned_are_refitted_and_those_before_stay() -> N
 
 
 def test_without_an_amount_it_goes_as_far_as_the_bound_allows() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     counts = [0]
     for bound in (0.2, 0.5):
         ctx.max_error = bound
@@ -172,7 +160,7 @@ def test_without_an_amount_it_goes_as_far_as_the_bound_allows() -> None:
 
 
 def test_a_bound_that_is_broken_rolls_it_back() -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     ctx.max_error = 1e-3
     found, report = step(model, ctx, amount=0.9)
     assert not report.committed
@@ -184,7 +172,7 @@ def test_a_bound_that_is_broken_rolls_it_back() -> None:
 
 
 def test_marks_and_zeros_survive_files_refits_and_further_runs(tmp_path: Path) -> None:
-    model, ctx = mlp()
+    model, ctx = dense()
     first = Prune(amount=0.6).partly(0.5)
     assert first is not None
     assert first.options.amount == 0.3
@@ -258,7 +246,7 @@ def test_what_is_refused() -> None:
     assert not result.changes
     assert {skip.nodes[0]: skip.reason for skip in result.skipped} == {
         "h": "its weight is also used by 'e' (Gather)",
-        "k": "its weight is also used by the body of another node",
+        "k": "its weight is also used by a body of 'y' (If)",
         "m": "the weight of MatMul is computed, not constant",
     }
     assert result.notes == ["no weight of this model can be pruned"]
@@ -309,7 +297,7 @@ def test_options() -> None:
     for text in ("prune:amount=0", "prune:amount=1", "prune:scope=all"):
         with pytest.raises(InputError):
             parse_recipe(text)
-    model, ctx = mlp()
+    model, ctx = dense()
     assert run(model, ctx, amount=0.5, only="z*").notes == [
         "no weight of this model with a name matching 'z*' can be pruned"
     ]

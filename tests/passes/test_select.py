@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from channel_cases import sized, zeroed
-from nets import RUNTIME, compute, context, fitted, held, least_squares, net, normal, weight
+from nets import RUNTIME, alone, compute, context, fitted, held, least_squares, net, normal, one_step, weight
 
 from onnxfuse import api
 from onnxfuse.channels import find_groups, take
@@ -53,13 +54,8 @@ def mlp(count: int = 400, hidden: int = 16, **weights: np.ndarray) -> tuple[Mode
     return model, context(model, {"x": normal(count, 6, seed=3)})
 
 
-def select(model: Model, ctx: Context, **options: Any) -> PassResult:
-    return Select(**options).run(model.copy(), ctx)
-
-
-def step(model: Model, ctx: Context, **options: Any) -> tuple[Model, StepReport]:
-    outcome = PassManager([Select(**options)]).run(model, ctx)
-    return outcome.model, outcome.steps[0]
+select = partial(alone, Select)
+step = partial(one_step, Select)
 
 
 def cuts(result: PassResult | StepReport) -> dict[str, tuple[int, list[int]]]:
