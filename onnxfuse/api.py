@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxfuse import growth as growing
-from onnxfuse import likeness, saving
+from onnxfuse import likeness, saving, verification
 from onnxfuse import recipe as recipes
-from onnxfuse import verify as verification
 from onnxfuse.calibration import Calibration, Data
 from onnxfuse.channels import find_groups
 from onnxfuse.channels.summary import summarise
@@ -54,7 +53,7 @@ from onnxfuse.runtime import Runtime
 from onnxfuse.schedule import parse_schedule
 from onnxfuse.significance import paired_difference
 from onnxfuse.similarity import CRITERIA, Criterion
-from onnxfuse.verify import Comparison, Divergence, OutputError
+from onnxfuse.verification import Comparison, Divergence, OutputError
 
 if TYPE_CHECKING:
     from onnxfuse.cost import Cost, Latency
@@ -939,7 +938,7 @@ def verify(
         b: the other.
         calib: samples for both; None makes some up, with a warning.
         max_error: pass if the relative error of every output is at most this; None: if every difference is
-            within `verify.MULTIPLE` noise floors of `a`.
+            within `verification.MULTIPLE` noise floors of `a`.
         samples, batch_size: how many samples, and rows in a batch.
         provider, threads: of ONNX Runtime.
         seed: of made-up samples.

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 from scipy.special import log_softmax
 
-from onnxfuse import verify
+from onnxfuse import verification
 from onnxfuse.calibration import Calibration
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.graph import Model
@@ -50,7 +50,7 @@ def probe(make: Callable[[], M], context: Context) -> tuple[M | None, float]:
     fails."""
     try:
         made = make()
-        error = verify.output_error(
+        error = verification.output_error(
             context.original, made.model, context.calibration.held_out, context.runtime
         )
     except (NotApplicableError, VerificationError) as failure:

@@ -31,7 +31,7 @@ from onnxfuse.pass_manager import Change, Context, Contract, Json, Pass, PassOpt
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed, Session
 from onnxfuse.samples import batch_axes
-from onnxfuse.verify import first_rows
+from onnxfuse.verification import first_rows
 
 NAME = "batchnorm"
 NAMED = (*CONVOLUTIONS, "Gemm")

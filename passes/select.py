@@ -39,7 +39,7 @@ from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
 from onnxfuse.trials import Trials, error_bound, longest, probe
-from onnxfuse.verify import few_rows
+from onnxfuse.verification import few_rows
 from onnxfuse.walk import Solved, check_mask, refit_change, refit_sites, walk
 from onnxfuse.widths import Curve, Term, Total, Widths
 

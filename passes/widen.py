@@ -17,7 +17,7 @@ from onnxfuse.channels import Group, find_groups, skips
 from onnxfuse.channels.growing import New, additions, obstacle, widen
 from onnxfuse.graph import Feed, Model
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
-from onnxfuse.verify import few_rows
+from onnxfuse.verification import few_rows
 
 NAME = "widen"
 _ROWS = 2  # of one row, a batch that may grow can't be told from an axis of size 1

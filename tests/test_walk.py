@@ -34,7 +34,7 @@ from onnxfuse.linear import LinearOp, linear_op
 from onnxfuse.moments import sample_positions
 from onnxfuse.pass_manager import Context
 from onnxfuse.spool import Spool
-from onnxfuse.verify import check_predictions
+from onnxfuse.verification import check_predictions
 from onnxfuse.walk import (
     REFIT_RIDGES,
     TRIAL_REFIT_RIDGE,

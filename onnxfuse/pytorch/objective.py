@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onnxfuse import verify
+from onnxfuse import verification
 from onnxfuse.calibration import Batch
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import Model, Node
@@ -447,7 +447,7 @@ def _run(model: Model, runtime: Runtime, batch: Batch) -> Feed:
 
 def _check_teacher(model: Model, teacher: Model) -> None:
     labels = (_called(model, "the model"), _called(teacher, "the teacher"))
-    problems = verify.interface_problems(model, teacher, labels)
+    problems = verification.interface_problems(model, teacher, labels)
     if problems:
         raise InputError(f"the teacher does not fit: {problems[0]}")
 

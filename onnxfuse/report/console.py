@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from onnxfuse.report.record import Epoch, FileSize, MetricChange, Report, Retraining, RetrainReport
     from onnxfuse.shapes import TensorInfo
     from onnxfuse.significance import PairedDifference
-    from onnxfuse.verify import Comparison
+    from onnxfuse.verification import Comparison
 
 WIDTH = 80
 _SHOWN = 10  # entries of a long list

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnxfuse.cost import Cost, Latency
     from onnxfuse.pass_manager import Json, StepReport
     from onnxfuse.significance import PairedDifference
-    from onnxfuse.verify import OutputError
+    from onnxfuse.verification import OutputError
 
 FORMAT = 2
 
