@@ -59,6 +59,7 @@ _HOMES = {
     "commands.grow": ("grow",),
     "commands.inspect": ("inspect",),
     "commands.loading": ("load", "save"),
+    "commands.operators": ("operators",),
     "commands.retrain": ("retrain",),
     "errors": ("InputError", "ModelWarning", "NotApplicableError", "OnnxfuseError", "VerificationError"),
     "graph": ("Model",),
