@@ -262,7 +262,7 @@ def load_pass(name: str) -> type[Pass]:
     except (ImportError, AttributeError) as error:
         raise InputError(f"pass '{name}' ({entry.value}) cannot be loaded: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise InputError(f"pass '{name}' ({entry.value}) is not an onnxfuse.pass_manager.Pass")
+        raise InputError(f"pass '{name}' ({entry.value}) is not an onnxfuse.Pass")
     return found
 
 
