@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version as installed_version
 from typing import Annotated, Any
 
 import typer
@@ -82,7 +81,9 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"{PROGRAM} {installed_version('onnxfuse')}")
+        from importlib.metadata import version
+
+        print(f"{PROGRAM} {version(PROGRAM)}")
         raise typer.Exit
 
 

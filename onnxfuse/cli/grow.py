@@ -64,7 +64,8 @@ def grow(
     \b
     Examples:
       onnxfuse grow model.onnx --widen all=1.5 --calib samples.npz
-      onnxfuse grow model.onnx --deepen 'layer1*' --kernel conv1=5 --scheme net2net -o out.onnx
+      onnxfuse grow model.onnx --deepen 'layer1*' --kernel conv1=5 \\
+        --scheme net2net -o out.onnx
     """
     from onnxfuse.commands import grow as command
     from onnxfuse.report.compress_view import compress_view

@@ -9,8 +9,8 @@ from onnxfuse.cli.output import show
 def passes(json: Json = False) -> int:
     """List the passes and their options.
 
-    A pass of your own is a subclass of onnxfuse.Pass, named in the entry-point group onnxfuse.passes. It needs
-    nothing but the package's face: Pass, PassOptions, PassResult, Contract, Context, Model, Change, Skip,
+    A pass of your own is a subclass of onnxfuse.Pass, named in the entry-point group onnxfuse.passes. What
+    else it needs is in onnxfuse as well: PassOptions, PassResult, Contract, Context, Model, Change, Skip,
     Prediction.
 
     \b
