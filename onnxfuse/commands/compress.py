@@ -227,6 +227,7 @@ def _raise_input_errors(outcome: Outcome) -> None:
 
 
 def _report(run: _Run, done: _Done, seconds: float) -> Report:
+    """Everything that was found out on the way."""
     context, steps, verdict = run.context, done.outcome.steps, done.verdict
     return Report(
         version=version("onnxfuse"),
