@@ -3,47 +3,123 @@
     import onnxfuse
 
     result = onnxfuse.compress("model.onnx", "fold,fuse", calib="samples.npz", output="smaller.onnx")
-    print(result.ok, result.report.after.parameters)
+    print(result)
 
-All of the API is in `onnxfuse.api`; what needs torch is in `onnxfuse.pytorch`. Either is imported when it is
-first asked for, because ONNX and ONNX Runtime take a second to load and `onnxfuse --help` should not.
+This is the face of the package: everything that users and authors of passes need is a name here. Each is
+imported when it is first asked for, because ONNX and ONNX Runtime take a second to load and `onnxfuse --help`
+should not. No submodule has the name of a function, but for `passes`, a package that can be called.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxfuse.api import Result, compress, diff, grow, inspect, retrain
-    from onnxfuse.errors import InputError, NotApplicableError, OnnxfuseError, VerificationError
+    from onnxfuse.commands.bridge import from_torch, to_torch
+    from onnxfuse.commands.compare import diff, verify
+    from onnxfuse.commands.compress import compress
+    from onnxfuse.commands.grow import grow
+    from onnxfuse.commands.inspect import inspect
+    from onnxfuse.commands.loading import load, save
+    from onnxfuse.commands.retrain import retrain
+    from onnxfuse.errors import (
+        InputError,
+        ModelWarning,
+        NotApplicableError,
+        OnnxfuseError,
+        VerificationError,
+    )
+    from onnxfuse.findings import Change, Prediction, Skip
     from onnxfuse.graph import Model
+    from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
+    from onnxfuse.pipeline.catalog import PassInfo, passes
+    from onnxfuse.results import (
+        DiffResult,
+        Inspection,
+        Report,
+        Result,
+        RetrainReport,
+        RetrainResult,
+        VerifyResult,
+    )
 
     __version__: str
 
+_HOMES = {
+    "commands.bridge": ("from_torch", "to_torch"),
+    "commands.compare": ("diff", "verify"),
+    "commands.compress": ("compress",),
+    "commands.grow": ("grow",),
+    "commands.inspect": ("inspect",),
+    "commands.loading": ("load", "save"),
+    "commands.operators": ("operators",),
+    "commands.retrain": ("retrain",),
+    "errors": ("InputError", "ModelWarning", "NotApplicableError", "OnnxfuseError", "VerificationError"),
+    "graph": ("Model",),
+    "pass_manager": (
+        "Change",
+        "Context",
+        "Contract",
+        "Pass",
+        "PassOptions",
+        "PassResult",
+        "Prediction",
+        "Skip",
+    ),
+    "pipeline.catalog": ("PassInfo",),
+    "results": (
+        "DiffResult",
+        "Inspection",
+        "Report",
+        "Result",
+        "RetrainReport",
+        "RetrainResult",
+        "VerifyResult",
+    ),
+}
+
 __all__ = [
+    "Change",
+    "Context",
+    "Contract",
+    "DiffResult",
     "InputError",
+    "Inspection",
     "Model",
+    "ModelWarning",
     "NotApplicableError",
     "OnnxfuseError",
+    "Pass",
+    "PassInfo",
+    "PassOptions",
+    "PassResult",
+    "Prediction",
+    "Report",
     "Result",
+    "RetrainReport",
+    "RetrainResult",
+    "Skip",
     "VerificationError",
+    "VerifyResult",
     "__version__",
     "compress",
     "diff",
+    "from_torch",
     "grow",
     "inspect",
+    "load",
+    "passes",
     "retrain",
+    "save",
+    "to_torch",
+    "verify",
 ]
-
-_HOMES = {
-    "api": ("Result", "compress", "diff", "grow", "inspect", "retrain"),
-    "errors": ("InputError", "NotApplicableError", "OnnxfuseError", "VerificationError"),
-    "graph": ("Model",),
-}
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("onnxfuse")
+    if name == "passes":
+        return importlib.import_module("onnxfuse.passes")
     for home, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"onnxfuse.{home}"), name)

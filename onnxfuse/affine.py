@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import LinearOp, Shapes, channel_vector, is_main_domain, weight_type
 
 POOLS = ("MaxPool", "GlobalMaxPool", "AveragePool", "GlobalAveragePool")

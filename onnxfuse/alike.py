@@ -18,7 +18,8 @@ import numpy as np
 
 from onnxfuse.constants import label
 from onnxfuse.findings import Skip
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.layers import MULTIPLYING
 from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, optional_input, weight_type
 from onnxfuse.shared_weights import SharedWeight, shared_weights

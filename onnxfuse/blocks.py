@@ -18,7 +18,8 @@ import numpy as np
 from onnxfuse.affine import training_mode
 from onnxfuse.constants import label
 from onnxfuse.flow import CURVED, SCALING, TRANSPARENT
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, weight_type
 from onnxfuse.normalization import NORMALIZATIONS
 

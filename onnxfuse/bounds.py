@@ -44,7 +44,8 @@ from scipy import special
 
 from onnxfuse.affine import training_mode
 from onnxfuse.constants import param
-from onnxfuse.graph import Constant, Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Constant, Node, Tensor
 from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, optional_input, weight_type
 from onnxfuse.shapes import Dim, TensorInfo
 

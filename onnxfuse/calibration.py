@@ -22,7 +22,7 @@ from onnxfuse.runtime import Feed
 from onnxfuse.samples import Source, open_source
 from onnxfuse.synthetic import Synthetic
 
-Data = str | PathLike[str] | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | None
+Data = str | PathLike[str] | np.ndarray | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | None
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class Calibration:
             source: a `.npz` (arrays by input name, rows are samples); a folder of `.npy`, one for each
                 input, or of `.npz`, chunks that continue one another; a Polygraphy feed `.json`;
                 `script.py:function`, which is called without arguments and returns feeds; a dict of whole
-                arrays; an iterable of feed dicts; or None: samples are made up. An array called labels, y,
-                label or targets holds the labels.
+                arrays, or the one array of a model with one input; an iterable of feed dicts; or None:
+                samples are made up. An array called labels, y, label or targets holds the labels.
             model: whose inputs the samples must fit; types are not cast.
             limit: use about this many samples, spread over the data; of a stream the first ones.
             batch_size: rows of a batch, where neither model nor data fixes it.

@@ -21,10 +21,11 @@ import onnx
 
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.export import weightless
-from onnxfuse.graph import Constant, Model, Node, Tensor, TensorInfo
+from onnxfuse.graph import Model
+from onnxfuse.ir import Constant, Node, Tensor
 from onnxfuse.linear import is_main_domain, optional_input, weight_type
 from onnxfuse.runtime import Runtime
-from onnxfuse.shapes import info_of
+from onnxfuse.shapes import TensorInfo, info_of
 
 GROWTH = 1 << 20
 

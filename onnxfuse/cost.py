@@ -26,7 +26,8 @@ import onnx
 from onnxfuse import inference
 from onnxfuse.errors import InputError
 from onnxfuse.external_data import BITS, byte_size
-from onnxfuse.graph import Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node
 from onnxfuse.protos import DEFAULT_DOMAINS, bodies, light_graph
 from onnxfuse.shapes import TensorInfo, info_of
 

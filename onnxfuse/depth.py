@@ -8,7 +8,8 @@ from typing import Literal
 
 from onnxfuse.blocks import Block, before, find_blocks
 from onnxfuse.constants import label
-from onnxfuse.graph import Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node
 from onnxfuse.layers import IDEMPOTENT, Layer, find_layers, followed
 
 Scheme = Literal["r2r", "net2net"]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxfuse.graph import Constant, Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Constant, Node
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
 from onnxfuse.external_data import is_external, location, model_tensors
-from onnxfuse.report.record import FileSize
 
 CHUNK = 1 << 20
 LEVEL = 6
 """Of compression: gzip's default."""
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """Bytes of a model on disk, external data included, and of the same gzipped (None: not measured)."""
+
+    bytes: int
+    gzipped: int | None
 
 
 def file_size(path: Path, *, gzipped: bool) -> FileSize:

@@ -29,9 +29,10 @@ import numpy as np
 from onnx.reference import ReferenceEvaluator
 
 from onnxfuse.geometry import Axis, unite, window
-from onnxfuse.graph import Constant, Model, Node, Tensor, TensorInfo
+from onnxfuse.graph import Model
+from onnxfuse.ir import Constant, Node, Tensor
 from onnxfuse.protos import DEFAULT_DOMAINS
-from onnxfuse.shapes import Dim
+from onnxfuse.shapes import Dim, TensorInfo
 
 Shape = tuple[Dim, ...]
 Layout = tuple[str | int | None, ...]

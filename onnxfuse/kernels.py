@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnxfuse.constants import label
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, weight_type
 from onnxfuse.normalization import CONVOLUTIONS
 

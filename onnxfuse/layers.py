@@ -16,7 +16,8 @@ import numpy as np
 from onnxfuse.affine import training_mode
 from onnxfuse.constants import label
 from onnxfuse.freeweights import behind, uniform
-from onnxfuse.graph import Model, Node, Tensor, Variable
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor, Variable
 from onnxfuse.linear import LinearOp, is_main_domain, linear_op
 from onnxfuse.linear_building import add_linear, laid_out
 from onnxfuse.shared_weights import SharedWeight, shared_weights

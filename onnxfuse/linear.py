@@ -25,7 +25,9 @@ from typing import Any, Literal
 import numpy as np
 
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.graph import Constant, Model, Node, Tensor, TensorInfo, Variable
+from onnxfuse.graph import Model
+from onnxfuse.ir import Constant, Node, Tensor, Variable
+from onnxfuse.shapes import TensorInfo
 
 Kind = Literal["conv", "conv_transpose", "dense", "token"]
 Shapes = Mapping[str, TensorInfo]

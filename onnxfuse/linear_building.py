@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 
 
 def add_linear(

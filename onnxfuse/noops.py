@@ -12,8 +12,10 @@ import numpy as np
 
 from onnxfuse.constants import integers, param
 from onnxfuse.external_data import numpy_dtype
-from onnxfuse.graph import Model, Node, Tensor, TensorInfo
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import is_main_domain, optional_input, weight_type
+from onnxfuse.shapes import TensorInfo
 
 Shapes = Mapping[str, TensorInfo]
 Rule = Callable[[Model, Node, Shapes], Tensor | None]

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from onnx import NodeProto
 
 from onnxfuse.flow import AFFINE, CURVED, SCALING
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.protos import bodies
 
 NORMALIZATIONS = frozenset(

@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import pydantic
 
-from onnxfuse import verify
+from onnxfuse import verification
 from onnxfuse.cost import Cost, measure
 from onnxfuse.errors import InputError, OnnxfuseError, VerificationError, unknown_name
 from onnxfuse.findings import Change, Json, Prediction, Skip
 from onnxfuse.progress import Journal, NoProgress, Progress, no_journal
-from onnxfuse.verify import Comparison, Divergence, OutputError, PredictionCheck
+from onnxfuse.verification import Comparison, Divergence, OutputError, PredictionCheck
 
 if TYPE_CHECKING:
     from onnxfuse.calibration import Calibration
@@ -86,8 +86,8 @@ class PassResult:
 class Context:
     """What a pass may use beside the model: the original, samples, a runtime, the seed and the error budget.
 
-    `max_error` is the relative output error (see `verify.output_error`) that APPROXIMATE passes must stay
-    within, against `original` on held-out samples; None means no such budget.
+    `max_error` is the relative output error (see `verification.output_error`) that APPROXIMATE passes must
+    stay within, against `original` on held-out samples; None means no such budget.
     """
 
     original: Model
@@ -189,7 +189,7 @@ def load_pass(name: str) -> type[Pass]:
     except (ImportError, AttributeError) as error:
         raise InputError(f"pass '{name}' ({entry.value}) cannot be loaded: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise InputError(f"pass '{name}' ({entry.value}) is not an onnxfuse.pass_manager.Pass")
+        raise InputError(f"pass '{name}' ({entry.value}) is not an onnxfuse.Pass")
     return found
 
 
@@ -278,7 +278,7 @@ class PassManager:
         try:
             for instrument in self.instruments:
                 instrument.started(self.passes, model)
-            sample = verify.few_rows(model, context.calibration.fit, 1)
+            sample = verification.few_rows(model, context.calibration.fit, 1)
             cost = measure(model, sample)
             for index, pass_ in enumerate(self.passes, start=1):
                 for instrument in self.instruments:
@@ -338,7 +338,7 @@ def _step(
 
 def verify_pass(contract: Contract, before: Model, result: PassResult, context: Context) -> Verification:
     """Hold a pass's result to its contract."""
-    if problem := verify.structure_problem(before, result.model, context.runtime):
+    if problem := verification.structure_problem(before, result.model, context.runtime):
         return Verification(False, problem)
     try:
         return _CHECKS[contract](before, result, context)
@@ -361,10 +361,10 @@ def _same_function(reference: Model, after: Model, context: Context) -> Verifica
         *islice(context.calibration.fit, VERIFIED_BATCHES),
         *islice(context.calibration.held_out, VERIFIED_BATCHES),
     ]
-    found = verify.compare(reference, after, batches, context.runtime)
+    found = verification.compare(reference, after, batches, context.runtime)
     if found.passed:
         return Verification(True, comparison=found, notes=found.notes)
-    divergence = verify.first_divergence(reference, after, batches[0], context.runtime)
+    divergence = verification.first_divergence(reference, after, batches[0], context.runtime)
     reason = f"{found.reason}; {divergence}" if divergence else found.reason
     return Verification(False, reason, found, divergence)
 
@@ -378,7 +378,7 @@ def _check_approximate(before: Model, result: PassResult, context: Context) -> V
         return masked
     comparison, notes = (None, ()) if masked is None else (masked.comparison, masked.notes)
     checks = tuple(
-        verify.check_predictions(
+        verification.check_predictions(
             context.original,
             result.model,
             result.predictions,
@@ -396,7 +396,7 @@ def _check_approximate(before: Model, result: PassResult, context: Context) -> V
         passed = context.max_error is None
         reason = None if passed else budget
         return Verification(passed, reason, comparison, predictions=checks, notes=(*notes, budget))
-    error = verify.output_error(context.original, result.model, held_out, context.runtime)
+    error = verification.output_error(context.original, result.model, held_out, context.runtime)
     reason = UNSEEN if _is_unseen(result, error) else None
     if context.max_error is not None:
         reason = error.over(context.max_error, "the allowed", " on held-out samples") or reason

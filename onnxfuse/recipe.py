@@ -14,7 +14,11 @@ scalars or lists (`kernel=3`, `mode=paper`, `kernels=[1,3]`). The long form is a
     seed: 0
     retrain: {data: train.npz, epochs: 5, lr: 0.0001}
 
-Both end in the same place: the pass's own pydantic options, which refuse unknown names and wrong values.
+In Python, a list such as the file's may hold passes that were made already, too:
+
+    ["fold", {"fuse": {"kernel": 3}}, Merge(layers=0.25)]
+
+All end in the same place: the pass's own pydantic options, which refuse unknown names and wrong values.
 Every refusal is one InputError line that names the pass and the option and says what is allowed.
 """
 
@@ -24,13 +28,16 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 import pydantic
 import yaml
 
 from onnxfuse.errors import InputError, unknown_name
 from onnxfuse.pass_manager import Pass, load_pass
+
+Passes: TypeAlias = "str | Sequence[str | Mapping[str, Mapping[str, Any] | None] | Pass]"
+"""Passes in any of their forms."""
 
 
 class Retrain(pydantic.BaseModel):
@@ -192,22 +199,33 @@ def read_recipe(text: str) -> Recipe:
         raise InputError("it has no 'passes'; write passes: [fold, {fuse: {kernel: 3}}]")
     settings = {key: value for key, value in content.items() if key != "passes"}
     return Recipe(
-        tuple(_passes(content["passes"])), _validated(Settings, settings, "the recipe", extra=["passes"])
+        tuple(make_passes(content["passes"])), _validated(Settings, settings, "the recipe", extra=["passes"])
     )
 
 
-def _passes(content: Any) -> Iterator[Pass]:
-    items = [content] if isinstance(content, str) else content
-    if not isinstance(items, list) or not items:
+def make_passes(wanted: Passes) -> list[Pass]:
+    """Passes from the short form, or from a list of names, of `{name: {option: value}}` and of passes.
+
+    Raises:
+        InputError: another form, an empty list, an unknown pass or option, a wrong value.
+    """
+    items = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(items, Sequence) or not items:
         raise InputError("'passes' must be a list of names or of name: {option: value}")
-    for item in items:
-        if isinstance(item, str):
-            yield from parse_recipe(item)
-            continue
-        options = next(iter(item.values())) if isinstance(item, dict) and len(item) == 1 else item
-        if not isinstance(item, dict) or not isinstance(options, (dict, type(None))) or len(item) != 1:
-            raise InputError(f"{item!r} is not a pass; write a name or name: {{option: value}}")
-        yield make_pass(str(next(iter(item))), options or {})
+    return [pass_ for item in items for pass_ in _made(item)]
+
+
+def _made(item: Any) -> Iterator[Pass]:
+    if isinstance(item, Pass):
+        yield item
+        return
+    if isinstance(item, str):
+        yield from parse_recipe(item)
+        return
+    options = next(iter(item.values())) if isinstance(item, Mapping) and len(item) == 1 else item
+    if not isinstance(item, Mapping) or not isinstance(options, (Mapping, type(None))) or len(item) != 1:
+        raise InputError(f"{item!r} is not a pass; write a name or name: {{option: value}}")
+    yield make_pass(str(next(iter(item))), options or {})
 
 
 class _Loader(yaml.SafeLoader):

@@ -50,7 +50,9 @@ from onnxfuse.flow import (
     token_flow,
 )
 from onnxfuse.geometry import Geometry
-from onnxfuse.graph import Model, Node, Tensor, TensorInfo
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
+from onnxfuse.shapes import TensorInfo
 
 if TYPE_CHECKING:
     from onnxfuse.runtime import Feed, Runtime

@@ -22,7 +22,8 @@ from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.memory import in_budget
 from onnxfuse.fitting.search import Found, Level, farthest
 from onnxfuse.goals import Goals
-from onnxfuse.graph import Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node
 from onnxfuse.linear import LinearOp, linear_op
 from onnxfuse.pass_manager import Context, PassResult
 from onnxfuse.regions import site_name

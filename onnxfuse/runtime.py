@@ -34,8 +34,8 @@ from google.protobuf.message import EncodeError
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import Model, TensorInfo
-from onnxfuse.shapes import info_of
+from onnxfuse.graph import Model
+from onnxfuse.shapes import TensorInfo, info_of
 
 Feed = dict[str, np.ndarray]
 _Message = onnx.ModelProto | onnx.GraphProto

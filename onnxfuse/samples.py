@@ -429,7 +429,8 @@ def _decode(value: Any, where: str) -> np.ndarray:
 
 
 def open_source(source: Any, inputs: Sequence[TensorInfo], limit: int | None) -> Source:
-    """The samples that `source` stands for: a path, `script.py:function`, a dict of arrays, or feeds.
+    """The samples that `source` stands for: a path, `script.py:function`, an array, a dict of arrays, or
+    feeds.
 
     Raises:
         InputError: nothing there, of no known kind, or it does not fit `inputs`.
@@ -456,8 +457,10 @@ def open_source(source: Any, inputs: Sequence[TensorInfo], limit: int | None) ->
 def _open_feeds(
     items: Any, name: str, inputs: Sequence[TensorInfo], limit: int | None, script: UserFunction | None = None
 ) -> Source:
-    """Feeds from Python: one dict of whole arrays is rows, a sequence of feeds is used in place, the rest
-    spooled."""
+    """Feeds from Python: one dict of whole arrays is rows, and so is one array for the only input; a sequence
+    of feeds is used in place, the rest spooled."""
+    if isinstance(items, np.ndarray):
+        items = {_only(name, inputs): items}
     if isinstance(items, Mapping):
         return Rows(name, {key: [_in_memory(name, key, value)] for key, value in items.items()}, inputs)
     if isinstance(items, Sequence) and not isinstance(items, (str, bytes)):
@@ -465,6 +468,14 @@ def _open_feeds(
     if not isinstance(items, Iterable) or isinstance(items, (str, bytes)):
         raise InputError(f"{name} is a {type(items).__name__}, not an iterable of feed dicts")
     return _spooled(name, items if script is None else script.iterate(items), inputs, limit)
+
+
+def _only(name: str, inputs: Sequence[TensorInfo]) -> str:
+    """The name of the only input, for samples that are a bare array."""
+    if len(inputs) != 1:
+        listed = ", ".join(f"'{info.name}'" for info in inputs) or "none"
+        raise InputError(f"{name}: one array is for a model with one input; give a dict of arrays: {listed}")
+    return inputs[0].name
 
 
 def _in_memory(name: str, key: str, value: Any) -> Stored:

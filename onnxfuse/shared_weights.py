@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import LinearOp, weight_type
 
 

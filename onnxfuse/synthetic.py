@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.runtime import Feed, Runtime, format_shape
 from onnxfuse.samples import Reading, batch_axes
 from onnxfuse.shapes import TensorInfo

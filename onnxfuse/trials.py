@@ -20,7 +20,6 @@ import numpy as np
 from scipy.special import log_softmax
 from threadpoolctl import threadpool_limits
 
-from onnxfuse import verify
 from onnxfuse.calibration import Calibration
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.graph import Model
@@ -130,7 +129,7 @@ def output_change(
         samples: number of samples in each batch.
         measure: "error": squared relative error (`verify.output_error`); "kl": divergence of classes.
     """
-    found = verify.differences(zip(before, after, samples, strict=True))
+    found = verification.differences(zip(before, after, samples, strict=True))
     if any(output.problem for output in found):
         return math.inf
     if measure == "error":

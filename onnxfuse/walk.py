@@ -33,7 +33,8 @@ from threadpoolctl import threadpool_limits
 from onnxfuse.calibration import Batches, Calibration
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.findings import Change, Prediction, Skip
-from onnxfuse.graph import DEFAULT_DOMAINS, Constant, Model, Node, Tensor, TensorInfo
+from onnxfuse.graph import Model
+from onnxfuse.ir import Constant, Node, Tensor
 from onnxfuse.linear import LinearOp, linear_op, write_weights
 from onnxfuse.marks import kept
 from onnxfuse.moments import Moments, add_patches
@@ -41,9 +42,10 @@ from onnxfuse.numerics.affine import Affine
 from onnxfuse.numerics.sampling import RowSampler, per_sample, row_shape
 from onnxfuse.observe import Background
 from onnxfuse.progress import NoProgress, Progress
+from onnxfuse.protos import DEFAULT_DOMAINS
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed, Runtime, Session
-from onnxfuse.shapes import fill
+from onnxfuse.shapes import TensorInfo, fill
 from onnxfuse.solve import RIDGES, best_bias, choose_ridge, generalized_cross_validation, per_channel, solve
 from onnxfuse.spool import Spool
 

@@ -23,7 +23,8 @@ from onnxfuse.channels.importance import Ranking
 from onnxfuse.channels.site import Number
 from onnxfuse.cost import RULES, proto_macs
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.graph import Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node
 from onnxfuse.linear import weight_type
 from onnxfuse.protos import DEFAULT_DOMAINS
 from onnxfuse.shapes import TensorInfo

@@ -32,7 +32,8 @@ from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.input_rows import input_rows
 from onnxfuse.fitting.search import Found
 from onnxfuse.goals import Goals, Share
-from onnxfuse.graph import Model, Node, Variable
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Variable
 from onnxfuse.linear import LinearOp, linear_op
 from onnxfuse.linear_building import add_linear
 from onnxfuse.numerics.affine import Affine

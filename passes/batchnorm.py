@@ -26,7 +26,8 @@ from pydantic import Field
 from onnxfuse.calibration import Batch
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.findings import Change, Json, Skip
-from onnxfuse.graph import Model, Variable
+from onnxfuse.graph import Model
+from onnxfuse.ir import Variable
 from onnxfuse.linear import LinearOp, is_main_domain, linear_op
 from onnxfuse.normalization import CONVOLUTIONS, normalized_by
 from onnxfuse.observe import TappedModel, observe
@@ -34,7 +35,7 @@ from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResu
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed
 from onnxfuse.samples import batch_axes
-from onnxfuse.verify import first_rows
+from onnxfuse.verification import first_rows
 
 NAME = "batchnorm"
 NAMED = (*CONVOLUTIONS, "Gemm")

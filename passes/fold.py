@@ -38,7 +38,8 @@ from onnxfuse.affine import (
 from onnxfuse.compose import ConvShape, border_reason, compose_conv, compose_dense, compose_shape
 from onnxfuse.constants import GROWTH, fold_constants, integers, label, overridable
 from onnxfuse.findings import Change, Json, Skip
-from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model, Node, Tensor, TensorInfo
+from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import (
     LinearOp,
     is_main_domain,
@@ -52,6 +53,7 @@ from onnxfuse.linear import (
 )
 from onnxfuse.noops import OPERATORS, handed_on, permutation
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
+from onnxfuse.shapes import TensorInfo
 
 NAME = "fold"
 MAX_CARRIERS = 6  # operators looked through between a BatchNormalization and the linear operator behind it

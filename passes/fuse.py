@@ -36,7 +36,8 @@ from onnxfuse.errors import NotApplicableError
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.search import Found, error_bound, farthest
 from onnxfuse.goals import Goals, count
-from onnxfuse.graph import Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node
 from onnxfuse.linear_building import add_linear
 from onnxfuse.numerics.affine import Affine
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult

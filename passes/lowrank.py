@@ -26,7 +26,8 @@ from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.factoring import Product, find_products, measured, put_factors, rank_costs
 from onnxfuse.fitting.search import Found
 from onnxfuse.goals import Share, left_of_all
-from onnxfuse.graph import Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node
 from onnxfuse.linear import LinearOp, linear_op, write_weights
 from onnxfuse.numerics.affine import Array
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult

@@ -43,7 +43,8 @@ from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.search import Found, farthest
 from onnxfuse.goals import Share, gone_of_all, left
-from onnxfuse.graph import Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node
 from onnxfuse.linear import LinearOp, can_share_bias, linear_op, share_weights
 from onnxfuse.marks import GRADIENT_KEY, kept
 from onnxfuse.numerics.weight_sharing import Mode, gradient_shares, one_weight

@@ -41,7 +41,7 @@ from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.rewriting import Mask, finished, first_feed, named, nothing, seen_in_parts, settled, walked
 from onnxfuse.trials import Trials
-from onnxfuse.verify import few_rows
+from onnxfuse.verification import few_rows
 from onnxfuse.walk import check_mask
 from onnxfuse.widths import Curve, Total, Widths
 

@@ -18,7 +18,7 @@ from onnxfuse.channels.growing import New, additions, obstacle, widen
 from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Feed, Model
 from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
-from onnxfuse.verify import few_rows
+from onnxfuse.verification import few_rows
 
 NAME = "widen"
 _ROWS = 2  # of one row, a batch that may grow can't be told from an axis of size 1

@@ -14,9 +14,10 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxfuse.calibration import Calibration
 from onnxfuse.channels.dims import places
-from onnxfuse.graph import Model, TensorInfo
+from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Context
 from onnxfuse.pytorch import to_torch
+from onnxfuse.shapes import TensorInfo
 
 _WIDE = {TensorProto.FLOAT: TensorProto.DOUBLE, TensorProto.FLOAT16: TensorProto.DOUBLE}
 

@@ -19,9 +19,10 @@ import pytest
 
 from onnxfuse.calibration import Batch, Calibration
 from onnxfuse.errors import InputError
-from onnxfuse.graph import Model, TensorInfo
+from onnxfuse.graph import Model
 from onnxfuse.runtime import Runtime
 from onnxfuse.samples import batch_axes, fixed_batch
+from onnxfuse.shapes import TensorInfo
 
 
 def model(inputs: str, body: str = "y = Relu(x)", output: str = "float[K] y", weights: str = "") -> Model:

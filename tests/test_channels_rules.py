@@ -32,7 +32,7 @@ from onnxfuse.channels.dims import leaves
 from onnxfuse.channels.summary import summarise
 from onnxfuse.graph import PASS_KEY, Model
 from onnxfuse.report.channels_view import channels_view
-from onnxfuse.report.console import plain_text
+from onnxfuse.report.tables import plain_text
 
 CONV = "a = Conv(x, w1, b1)"
 WEIGHTS = sized("w1:8,3,1,1 b1:8 w2:4,8,1,1 wy:8,4 by:4")

@@ -14,7 +14,8 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnxfuse.errors import InputError
-from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Constant, CycleError, Model, Node, Variable
+from onnxfuse.graph import PASS_KEY, REPLACES_KEY, CycleError, Model
+from onnxfuse.ir import Constant, Node, Variable
 
 W = np.array([[1, 2, 0], [0, 1, 1], [2, 0, 1], [1, 1, 1]], np.float32)
 SCALE = np.array([1, 2, 3, 4], np.float32)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from nets import compute, net, normal
 
-from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Variable
+from onnxfuse.graph import PASS_KEY, REPLACES_KEY
+from onnxfuse.ir import Variable
 from onnxfuse.linear import LinearOp, linear_op
 from onnxfuse.linear_building import add_linear
 

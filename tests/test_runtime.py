@@ -14,8 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxfuse import runtime
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import Model, TensorInfo
+from onnxfuse.graph import Model
 from onnxfuse.runtime import Runtime, available_cores, check_type
+from onnxfuse.shapes import TensorInfo
 
 CPU = "CPUExecutionProvider"
 X = np.array([[1, -2, 3], [-4, 5, -6]], np.float32)

@@ -13,7 +13,7 @@ from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Context
 from onnxfuse.runtime import Runtime
 from onnxfuse.trials import Trials, output_change
-from onnxfuse.verify import output_error
+from onnxfuse.verification import output_error
 
 BODY = "h = Gemm(x, w0, b) r = Relu(h) y = Gemm(r, w1, o) z = Gemm(r, w2)"
 WEIGHTS = {"w0": (6, 16), "b": (16,), "w1": (16, 4), "o": 5 * normal(4), "w2": (16, 3)}

@@ -29,12 +29,13 @@ from nets import (
 
 from onnxfuse import walk as module
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node
 from onnxfuse.linear import LinearOp, linear_op
 from onnxfuse.numerics.sampling import sample_positions
 from onnxfuse.pass_manager import Context
 from onnxfuse.spool import Spool
-from onnxfuse.verify import check_predictions
+from onnxfuse.verification import check_predictions
 from onnxfuse.walk import (
     REFIT_RIDGES,
     TRIAL_REFIT_RIDGE,

@@ -21,7 +21,8 @@ import numpy as np
 
 from onnxfuse.channels.groups import ChannelGroups, Choice, Group
 from onnxfuse.channels.site import Sink
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import LinearOp, is_shared, linear_op, weight_type, write_weights
 from onnxfuse.marks import kept
 from onnxfuse.shapes import TensorInfo

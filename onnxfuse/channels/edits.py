@@ -23,7 +23,8 @@ from onnxfuse.channels.groups import Choice
 from onnxfuse.channels.lengths import dims_of
 from onnxfuse.channels.site import TO_THE_END, EvenSplit, Number, Pin, System
 from onnxfuse.constants import label
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 
 Kept = dict[Dim, np.ndarray]
 

@@ -18,7 +18,8 @@ from onnxfuse.channels.dims import Dim, leaves
 from onnxfuse.channels.site import SINGLE, Number, Role, Sink, System, Use
 from onnxfuse.channels.tracing import trace
 from onnxfuse.constants import label
-from onnxfuse.graph import Feed, Model, Tensor
+from onnxfuse.graph import Feed, Model
+from onnxfuse.ir import Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,8 @@ from onnxfuse.channels.groups import Group, Touch
 from onnxfuse.channels.lengths import MOVING
 from onnxfuse.channels.site import System
 from onnxfuse.freeweights import spread, uniform
-from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.layers import MULTIPLYING
 from onnxfuse.linear import weight_type
 

@@ -23,7 +23,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxfuse.channels.dims import Dim
-from onnxfuse.graph import Constant, Node
+from onnxfuse.ir import Constant, Node
 
 LARGEST = 4096
 """Elements of a tensor worth evaluating."""

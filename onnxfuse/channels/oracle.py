@@ -33,7 +33,8 @@ from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.edits import Kept, chosen
 from onnxfuse.channels.groups import Choice
 from onnxfuse.channels.site import Sink, System
-from onnxfuse.graph import Model, Node, Tensor, Variable
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node, Tensor, Variable
 
 BY = "mask"
 

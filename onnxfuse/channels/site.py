@@ -18,8 +18,10 @@ from typing import Any, Literal
 from onnxfuse.channels.dims import ClashError, Dim, freeze, is_dynamic, leaves, mark_channel, unify
 from onnxfuse.channels.lengths import Numbers, Tag, of_constant, worth_reading
 from onnxfuse.constants import label
-from onnxfuse.graph import Constant, Model, Node, Tensor, TensorInfo
+from onnxfuse.graph import Model
+from onnxfuse.ir import Constant, Node, Tensor
 from onnxfuse.linear import weight_type
+from onnxfuse.shapes import TensorInfo
 
 Axes = tuple[Dim, ...]
 Rule = Callable[["Site"], "list[Axes | None]"]

@@ -24,7 +24,8 @@ from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
 from onnxfuse.channels.growing import New, additions, obstacle, widen
 from onnxfuse.channels.site import TO_THE_END
 from onnxfuse.constants import label
-from onnxfuse.graph import Feed, Model, Node, Tensor
+from onnxfuse.graph import Feed, Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import is_main_domain
 
 _SUMS = ("Add", "Sum")

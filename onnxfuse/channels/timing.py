@@ -20,7 +20,8 @@ from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import ChannelGroups, Group
 from onnxfuse.cost import interleaved
 from onnxfuse.errors import OnnxfuseError
-from onnxfuse.graph import Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node
 from onnxfuse.observe import TappedModel
 from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime import Feed, Runtime

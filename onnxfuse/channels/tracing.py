@@ -18,9 +18,10 @@ from onnxfuse.channels.dims import Dim, crossed, equal, freeze, is_dynamic, leav
 from onnxfuse.channels.rules import RULES
 from onnxfuse.channels.site import SINGLE, Axes, Number, Pin, Site, StopRuleError, System
 from onnxfuse.constants import proven_shapes
-from onnxfuse.graph import Feed, Model, Node, Tensor, TensorInfo
+from onnxfuse.graph import Feed, Model
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import is_main_domain
-from onnxfuse.shapes import fill, merge
+from onnxfuse.shapes import TensorInfo, fill, merge
 
 USED_AS_NUMBER = "its length is a number in a computation"
 

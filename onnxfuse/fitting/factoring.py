@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from onnxfuse.cost import measure, node_macs, shapes_at
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model, Node
+from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model
+from onnxfuse.ir import Node
 from onnxfuse.linear import LinearOp, is_shared, optional_input
 from onnxfuse.linear_building import add_linear, laid_out
 from onnxfuse.marks import KEPT_KEY

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from onnxfuse import verify
+from onnxfuse import verification
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.goals import Goals
 from onnxfuse.pass_manager import Context, PassResult
@@ -94,7 +94,7 @@ def probe(make: Callable[[], PassResult], context: Context) -> tuple[PassResult 
     """A result and its model's output error on the held-out samples; None and infinity where that fails."""
     try:
         made = make()
-        error = verify.output_error(
+        error = verification.output_error(
             context.original, made.model, context.calibration.held_out, context.runtime
         )
     except (NotApplicableError, VerificationError) as failure:

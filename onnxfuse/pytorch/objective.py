@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onnxfuse import verify
+from onnxfuse import verification
 from onnxfuse.calibration import Batch
 from onnxfuse.errors import InputError, NotApplicableError, unknown_name
-from onnxfuse.graph import Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Node
 from onnxfuse.pytorch.sampling import Pool, Shuffled
 from onnxfuse.pytorch.weights import to_tensor
 from onnxfuse.runtime import Feed, Runtime, Session, format_shape
@@ -446,7 +447,7 @@ def _run(model: Model, runtime: Runtime, batch: Batch) -> Feed:
 
 def _check_teacher(model: Model, teacher: Model) -> None:
     labels = (_called(model, "the model"), _called(teacher, "the teacher"))
-    problems = verify.interface_problems(model, teacher, labels)
+    problems = verification.interface_problems(model, teacher, labels)
     if problems:
         raise InputError(f"the teacher does not fit: {problems[0]}")
 

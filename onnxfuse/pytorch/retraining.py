@@ -65,7 +65,7 @@ _NARROW = ("float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Request:
-    """How to retrain; `api.retrain` says what each means.
+    """How to retrain; `onnxfuse.retrain` says what each means.
 
     Raises:
         InputError: a number out of range, or a name that there isn't.

@@ -24,7 +24,8 @@ from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 from torch import fx, nn
 
 from onnxfuse.errors import ModelWarning
-from onnxfuse.graph import Constant, Model, Node
+from onnxfuse.graph import Model
+from onnxfuse.ir import Constant, Node
 from onnxfuse.pytorch.rules import TABLE
 from onnxfuse.pytorch.values import Operator
 

@@ -16,7 +16,7 @@ import torch
 from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 from torch import fx, nn
 
-from onnxfuse import verify
+from onnxfuse import verification
 from onnxfuse.calibration import Batch, Calibration, Data
 from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.graph import Model, Source
@@ -151,14 +151,14 @@ def check(module: nn.Module, model: Model, batches: Iterable[Batch], runtime: Ru
     """Runs the module, in eval mode, beside the model in ONNX Runtime.
 
     Raises:
-        VerificationError: an output differs by more than `verify.MULTIPLE` noise floors of the model.
+        VerificationError: an output differs by more than `verification.MULTIPLE` noise floors of the model.
     """
     names = _outputs(module) or [info.name for info in model.outputs]
     modes = {inner: inner.training for inner in module.modules()}
     module.eval()
     try:
         run = partial(run_module, module, model, names)
-        found = verify.compare_run(model, run, batches, runtime, tensors=names)
+        found = verification.compare_run(model, run, batches, runtime, tensors=names)
     finally:
         for inner, training in modes.items():
             inner.training = training

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from onnxfuse.report.console import _count, _line, _title
+from onnxfuse.report.tables import heading, paragraph
+from onnxfuse.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -16,18 +17,18 @@ if TYPE_CHECKING:
 def channels_view(groups: Sequence[GroupSummary]) -> Iterator[RenderableType]:
     """Every group that can be cut with all that a cut touches, then the others with the reason."""
     free = [group for group in groups if group.frozen is None]
-    yield _title(f"{_count(len(groups), 'channel group')}, {len(free)} can be cut")
+    yield heading(f"{counted(len(groups), 'channel group')}, {len(free)} can be cut")
     for group in free:
-        yield _line(_heading(group), 2)
+        yield paragraph(_heading(group), 2)
         for title, touches in _by_role(group):
-            yield _line(f"{title} {', '.join(map(_place, touches))}", 6)
+            yield paragraph(f"{title} {', '.join(map(_place, touches))}", 6)
         if group.numbers:
-            yield _line(f"sets {', '.join(group.numbers)}", 6)
+            yield paragraph(f"sets {', '.join(group.numbers)}", 6)
         if group.statistics:
-            yield _line(f"changes the statistics of {', '.join(group.statistics)}", 6)
+            yield paragraph(f"changes the statistics of {', '.join(group.statistics)}", 6)
     for group in groups:
         if group.frozen is not None:
-            yield _line(f"{_heading(group)}: frozen, {group.frozen}", 2)
+            yield paragraph(f"{_heading(group)}: frozen, {group.frozen}", 2)
 
 
 def _heading(group: GroupSummary) -> str:

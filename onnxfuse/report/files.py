@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxfuse.errors import InputError
-from onnxfuse.report.console import compress_view, plain_text
-from onnxfuse.report.record import as_json
+from onnxfuse.report.compress_view import compress_view
+from onnxfuse.report.tables import plain_text
+from onnxfuse.results import json_text
 
 if TYPE_CHECKING:
-    from onnxfuse.report.record import Report
+    from onnxfuse.results import Report
 
 
 def check_folder(folder: Path) -> None:
@@ -30,8 +30,13 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"cannot write the report to '{folder}': '{existing}' is not writable")
 
 
-def write_report(folder: Path, report: Report) -> None:
-    """Write both files, each whole or not at all; the folder is made where it is missing.
+def write_report(folder: Path, report: Report, command: str) -> None:
+    """Write both files, each whole or not at all.
+
+    Args:
+        folder: is made where it is missing.
+        report: of a run.
+        command: that made it.
 
     Raises:
         InputError: they can't be written.
@@ -44,7 +49,7 @@ def write_report(folder: Path, report: Report) -> None:
     text = f"{plain_text(compress_view(report, verbose=True, explain=True))}\n{lines}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        record = json.dumps(as_json(report, "compress"), indent=2, allow_nan=False) + "\n"
+        record = json_text(report, command) + "\n"
         for name, content in (("report.json", record), ("report.txt", text)):
             write_whole(folder / name, content.encode("utf-8", errors="backslashreplace"))
     except (OSError, ValueError) as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from onnxfuse.report.console import _count, _line, _title
+from onnxfuse.report.tables import heading, paragraph
+from onnxfuse.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,12 +20,12 @@ def growth_view(sites: Sequence[GrowthSite]) -> Iterator[RenderableType]:
     for form in dict.fromkeys(site.form for site in sites):
         own = [site for site in sites if site.form == form]
         free = [site for site in own if site.schemes]
-        yield _title(f"{form}: {_count(len(own), 'site')}, {len(free)} can grow")
+        yield heading(f"{form}: {counted(len(own), 'site')}, {len(free)} can grow")
         for site in free:
             schemes = "" if site.schemes == (form,) else f": {', '.join(site.schemes)}"
-            yield _line(f"{site.name} ({site.what}){schemes}", 2)
+            yield paragraph(f"{site.name} ({site.what}){schemes}", 2)
             for scheme, reason in site.refused.items():
-                yield _line(f"not {scheme}: {reason}", 6)
+                yield paragraph(f"not {scheme}: {reason}", 6)
         for site in own:
             if not site.schemes:
-                yield _line(f"{site.name} ({site.what}): no, {next(iter(site.refused.values()))}", 2)
+                yield paragraph(f"{site.name} ({site.what}): no, {next(iter(site.refused.values()))}", 2)

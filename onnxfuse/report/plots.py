@@ -13,8 +13,8 @@ import numpy as np
 from onnxfuse import saving
 from onnxfuse.errors import InputError
 from onnxfuse.likeness import shown
-from onnxfuse.report.console import _name, printable
 from onnxfuse.report.files import write_whole
+from onnxfuse.wording import printable, shortened
 
 if TYPE_CHECKING:
     from onnxfuse.likeness import Likeness
@@ -74,7 +74,7 @@ def _draw(figure: Any, place: Any, likeness: Likeness) -> None:
     place.set_facecolor("lightgrey")
     place.set_title(f"{likeness.title}: {likeness.criterion}", fontsize=9, parse_math=False)
     ticks = range(size) if size <= _NAMED else []
-    names = [_name(printable(likeness.names[tick]), _LABEL) for tick in ticks]
+    names = [shortened(printable(likeness.names[tick]), _LABEL) for tick in ticks]
     place.set_xticks(ticks, names, rotation=90, fontsize=6, parse_math=False)
     place.set_yticks(ticks, names, fontsize=6, parse_math=False)
     for row in range(size if size <= _MARKED else 0):

@@ -1,26 +1,12 @@
-"""What a run of `compress` or `retrain` leaves behind for machines: plain dataclasses, and JSON made of them.
-
-`format` is raised when a key changes its meaning or goes away; new keys may come any time.
-"""
+"""Records of samples, metrics and trainings, of which the results of commands are made."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-
-from onnxfuse.instruments import plain
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnxfuse.cost import Cost, Latency
-    from onnxfuse.findings import Json
-    from onnxfuse.pass_manager import StepReport
     from onnxfuse.significance import PairedDifference
-    from onnxfuse.verify import OutputError
-
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -87,86 +73,3 @@ class Retraining:
     loss: PairedDifference | None
     metric: MetricChange | None
     seconds: float
-
-
-@dataclass(frozen=True)
-class RetrainReport:
-    """One run of `retrain`. `providers` and `threads` are ONNX Runtime's."""
-
-    version: str
-    model: str | None
-    output: str | None
-    written: bool
-    exit_code: int
-    reason: str | None
-    warnings: tuple[str, ...]
-    seed: int
-    providers: tuple[str, ...]
-    threads: int
-    retraining: Retraining
-    seconds: float
-
-
-@dataclass(frozen=True)
-class FileSize:
-    """Bytes of a model on disk, external data included, and of the same gzipped (None: not measured)."""
-
-    bytes: int
-    gzipped: int | None
-
-
-@dataclass(frozen=True)
-class Report:
-    """One run of `compress`.
-
-    `before` and `after` are costs, `latency` timings of the original and the result, at the shapes `sizes` of
-    one sample. `output_error` is the result against the original on samples that were not fitted.
-    `output_bound` is what `--max-error` allowed, None where the passes' own bounds applied (their notes say
-    which). `retrainings` are those between and after the passes. `files` are the sizes on disk of the
-    original and the result. What does not apply to a run, or could not be measured any more when it failed,
-    is None.
-    """
-
-    version: str
-    model: str | None
-    output: str | None
-    written: bool
-    exit_code: int
-    reason: str | None
-    warnings: tuple[str, ...]
-    seed: int
-    samples: Samples
-    providers: tuple[str, ...]
-    threads: int
-    steps: tuple[StepReport, ...]
-    sizes: Mapping[str, tuple[int, ...]]
-    before: Cost
-    after: Cost
-    latency: Latency | None
-    slower: bool
-    output_bound: float | None
-    output_error: OutputError | None
-    metric: MetricChange | None
-    retrainings: tuple[Retraining, ...]
-    files: tuple[FileSize, FileSize] | None
-    seconds: float
-
-
-def as_json(value: Any, command: str) -> dict[str, Json]:
-    """A report, inspection, ... as JSON takes it, headed by the command that made it. NaN and infinities
-    become null."""
-    return {"onnxfuse": command, "format": FORMAT, **_plain(value)}
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        names = [*(name for name in _DERIVED if hasattr(value, name)), *(f.name for f in fields(value))]
-        return {name: _plain(getattr(value, name)) for name in dict.fromkeys(names)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, np.dtype) else plain(value)
-
-
-_DERIVED = ("passed", "reason", "worst")  # properties that belong to a record as much as its fields

@@ -45,8 +45,9 @@ from common import (
     write_json,
 )
 
-from onnxfuse import api
+from onnxfuse import compress
 from onnxfuse.calibration import Calibration
+from onnxfuse.commands import judge
 from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Context, Pass, StepReport
 from onnxfuse.passes.fuse import Fuse
@@ -175,7 +176,7 @@ def surveyed(
 def timed_latency() -> Iterator[list[float]]:
     """Collects how long compress's own latency measurement takes."""
     found: list[float] = []
-    measure = api.latency
+    measure = judge.latency
 
     def timed(*arguments: Any, **named: Any) -> Any:
         start = time.perf_counter()
@@ -183,7 +184,7 @@ def timed_latency() -> Iterator[list[float]]:
         found.append(time.perf_counter() - start)
         return result
 
-    with mock.patch.object(api, "latency", timed):
+    with mock.patch.object(judge, "latency", timed):
         yield found
 
 
@@ -216,7 +217,7 @@ def whole(model: Model, data: dict[str, np.ndarray], runtime: Runtime, blocks: i
     tasks = Tasks()
     start = time.perf_counter()
     with timed_latency() as measured:
-        result = api.compress(
+        result = compress(
             model,
             f"fuse:max_blocks={blocks},max_ops=2",
             calib=data,
@@ -295,7 +296,7 @@ def peak(data: Path, blocks: int, threads: int | None) -> dict[str, float]:
     start = time.perf_counter()
     before = peak_memory()
     passes: list[Pass] = [Fuse(max_blocks=blocks, max_ops=2)]
-    result = api.compress(
+    result = compress(
         shared() / "models" / "cifar_resnet32.onnx", passes, calib=data, provider="cpu", threads=threads
     )
     if not result.ok:

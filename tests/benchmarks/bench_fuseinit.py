@@ -27,7 +27,7 @@ from common import fashion_mnist, machine, parser, table, write_json
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxfuse
-from onnxfuse import api
+from onnxfuse import compress
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import Model
 from onnxfuse.metrics import evaluate, top1
@@ -204,7 +204,7 @@ def fuse_last(model: Model, dense: bool, samples: dict[str, np.ndarray]) -> Mode
         node.name = f"layer{number}"
     first = len(layers) - (1 if dense else 2)
     wanted = f"fuse:max_blocks=1,max_ops=2,only=layer[{first}{first + 1}]"
-    result = api.compress(model, wanted, calib=samples)
+    result = compress(model, wanted, calib=samples)
     if not result.ok:
         raise SystemExit(f"layers {first} and {first + 1} could not be fused: {result.reason}")
     return result.model

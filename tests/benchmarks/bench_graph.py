@@ -29,7 +29,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnxfuse import api, external_data
+from onnxfuse import external_data, inspect
 from onnxfuse.graph import Model
 
 SIZES = (1_000, 3_000, 10_000)
@@ -85,7 +85,7 @@ def steps(count: int, folder: Path) -> dict[str, float]:
         "to_proto": seconds(model.to_proto),
         "extract 9 nodes": seconds(lambda: model.extract([f"a{middle}"], [f"a{middle + 3}"])),
         "save": seconds(lambda: model.save(folder / "out.onnx")),
-        "load and inspect": seconds(lambda: api.inspect(path, measure_latency=False)),
+        "load and inspect": seconds(lambda: inspect(path, measure_latency=False)),
     }
 
     def edit() -> None:

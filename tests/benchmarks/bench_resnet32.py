@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from common import machine, normalised_cifar, parser, passed, seconds, shared, table, write_json
 
-from onnxfuse import api
+import onnxfuse
 from onnxfuse.calibration import Batches, Calibration
 from onnxfuse.cost import Latency, latency, measure
 from onnxfuse.graph import Model
@@ -128,7 +128,7 @@ def compress(
 ) -> tuple[Row, Model]:
     """Fuse `q` blocks and score the result."""
     start = time.perf_counter()
-    result = api.compress(
+    result = onnxfuse.compress(
         original,
         f"fuse:max_blocks={q},max_ops=2",
         calib=calibration,

@@ -24,7 +24,7 @@ import numpy as np
 from common import machine, normalised_cifar, parser, shared, table, write_json
 
 import onnxfuse
-from onnxfuse import api
+from onnxfuse import compress
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import Model
 from onnxfuse.metrics import evaluate, top1
@@ -59,9 +59,9 @@ def main() -> None:
 
     print(machine(options.threads))
     start = time.perf_counter()
-    fused = api.compress(original, f"fuse:max_blocks={BLOCKS},max_ops=2", calib={name: x[:fitted]}).model
+    fused = compress(original, f"fuse:max_blocks={BLOCKS},max_ops=2", calib={name: x[:fitted]}).model
     fusing = time.perf_counter() - start
-    normed = api.compress(fused, "batchnorm", calib={name: x[:fitted]}).model
+    normed = compress(fused, "batchnorm", calib={name: x[:fitted]}).model
     print(f"original {accuracy(original):.2f}; fused in {fusing:.0f} s: {accuracy(fused):.2f}", flush=True)
 
     def retrain(model: Model, kind: str, epochs: int, seed: int) -> Model:

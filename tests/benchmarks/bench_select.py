@@ -44,7 +44,7 @@ from common import (
     write_json,
 )
 
-from onnxfuse import api
+from onnxfuse import compress
 from onnxfuse.calibration import Calibration
 from onnxfuse.cost import Timing, latency, measure
 from onnxfuse.errors import OnnxfuseError
@@ -197,7 +197,7 @@ def network(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
             if "{0}" not in recipe and budget != BUDGETS[0]:
                 continue
             start = time.perf_counter()
-            result = api.compress(
+            result = compress(
                 original,
                 recipe.format(budget),
                 calib={net.input: images},
@@ -312,7 +312,7 @@ def peak(name: str, passes: str, threads: int | None) -> int:
     images = NETWORKS[name]()[0]
     model = Model.load(shared() / "models" / f"{name}.onnx")
     before = peak_memory()
-    api.compress(model, passes, calib={model.inputs[0].name: images}, provider="cpu", threads=threads)
+    compress(model, passes, calib={model.inputs[0].name: images}, provider="cpu", threads=threads)
     return peak_memory() - before + images.nbytes
 
 

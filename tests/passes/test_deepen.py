@@ -15,7 +15,8 @@ from nets import Feed, compute, context, net, normal, weight
 
 from onnxfuse.depth import find_sites
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import PASS_KEY, Model, Node
+from onnxfuse.graph import PASS_KEY, Model
+from onnxfuse.ir import Node
 from onnxfuse.pass_manager import PassManager, StepReport
 from onnxfuse.passes.deepen import Deepen
 from onnxfuse.pytorch import to_torch

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from nets import columns, compute, context, fitted, held, net, normal, weight
 
-from onnxfuse.api import retrain
+from onnxfuse import retrain
 from onnxfuse.errors import InputError, NotApplicableError, VerificationError
 from onnxfuse.graph import Model
 from onnxfuse.marks import GRADIENT_KEY

@@ -11,7 +11,7 @@ import pytest
 from channel_cases import sized, zeroed
 from nets import RUNTIME, alone, compute, context, fitted, held, least_squares, net, normal, one_step, weight
 
-from onnxfuse import api
+from onnxfuse import compress
 from onnxfuse.channels import find_groups, take
 from onnxfuse.cost import measure
 from onnxfuse.errors import InputError, NotApplicableError, VerificationError
@@ -403,7 +403,7 @@ def test_select_and_fuse_work_on_each_others_results(tmp_path: Any) -> None:
     model, ctx = residual(400)
     x = {"x": np.concatenate([fitted(ctx)["x"], held(ctx)["x"]])}
     for passes in ("select:ratio=0.25,fuse:max_blocks=1", "fuse:max_blocks=1,select:ratio=0.25"):
-        result = api.compress(
+        result = compress(
             model, passes, calib=x, provider="cpu", threads=1, output=tmp_path / f"{len(passes)}.onnx"
         )
         assert result.ok, result.reason
@@ -413,7 +413,7 @@ def test_select_and_fuse_work_on_each_others_results(tmp_path: Any) -> None:
 def test_compress_writes_and_reports(tmp_path: Any) -> None:
     model, ctx = residual(200)
     x = {"x": np.concatenate([fitted(ctx)["x"], held(ctx)["x"]])}
-    result = api.compress(
+    result = compress(
         model,
         "select:macs=0.7",
         calib=x,

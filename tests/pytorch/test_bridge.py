@@ -15,7 +15,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, EXPORTERS, Architecture, export
 
-from onnxfuse import verify
+from onnxfuse import verification
 from onnxfuse.calibration import Batch
 from onnxfuse.errors import ModelWarning
 from onnxfuse.graph import Model
@@ -81,7 +81,7 @@ def test_computes_what_onnx_runtime_does(name: str, how: str, exported: Exported
     model = Model.load(exported(name, how))
     names = [info.name for info in model.outputs]
     run = partial(run_module, to_torch(model), model, names)
-    found = verify.compare_run(model, run, _batches(ARCHITECTURES[name], how), RUNTIME, tensors=names)
+    found = verification.compare_run(model, run, _batches(ARCHITECTURES[name], how), RUNTIME, tensors=names)
     assert found.passed, found.reason
     assert set(found.batch_sizes) == {1, 2, 3, 5}
 
@@ -131,9 +131,9 @@ def test_weights_go_back_to_the_same_graph(name: str, how: str, exported: Export
     assert trip.changed > 0
     names = [info.name for info in model.outputs]
     run = partial(run_module, trip.module.eval(), trip.result, names)
-    found = verify.compare_run(trip.result, run, batches, RUNTIME, tensors=names)
+    found = verification.compare_run(trip.result, run, batches, RUNTIME, tensors=names)
     assert found.passed, found.reason
-    assert not verify.compare(model, trip.result, batches, RUNTIME).passed, "the changes had no effect"
+    assert not verification.compare(model, trip.result, batches, RUNTIME).passed, "the changes had no effect"
 
 
 @every_export

@@ -9,7 +9,7 @@ import pytest
 import torch
 from nets import net, normal, weight
 
-from onnxfuse.api import retrain
+from onnxfuse import retrain
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.graph import Model
 from onnxfuse.marks import GRADIENT_KEY, KEPT_KEY, VALUES, ZEROS

@@ -21,13 +21,13 @@ from onnx import numpy_helper
 from torch.nn import functional as F
 
 import onnxfuse
-from onnxfuse import api
 from onnxfuse.calibration import Calibration
 from onnxfuse.cli import main
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import Model
 from onnxfuse.pytorch import to_torch
 from onnxfuse.pytorch.retraining import NO_NORMALIZATION, ONE_AT_A_TIME
+from onnxfuse.results import RetrainResult
 
 RANDOM = np.random.default_rng(4)
 BODY = "h = MatMul(x, w1) a = Add(h, b1) r = Relu(a) y = MatMul(r, w2)"
@@ -69,8 +69,8 @@ def cnn(seed: int = 0) -> Model:
     return net(CONV, weights, x="float[N,3,6,6] x", y="float[N,4] y")
 
 
-def retrain(model: Any = STUDENT, data: Any = None, **more: Any) -> api.RetrainResult:
-    return api.retrain(
+def retrain(model: Any = STUDENT, data: Any = None, **more: Any) -> RetrainResult:
+    return onnxfuse.retrain(
         model, DATA if data is None else data, **{"epochs": 5, "lr": 0.01, "provider": "cpu", **more}
     )
 
@@ -114,7 +114,7 @@ def test_from_labels(tmp_path: Path) -> None:
         60,
     )
     assert list(tmp_path.iterdir()) == [output]
-    content = json.loads(json.dumps(onnxfuse.report.record.as_json(result.report, "retrain")))
+    content = json.loads(json.dumps(result.to_dict()))
     assert len(content["retraining"]["history"]) == 6
 
 
@@ -330,7 +330,7 @@ def test_weights_too_narrow_to_train() -> None:
 
 def test_data_is_a_must() -> None:
     with pytest.raises(InputError, match="retraining needs samples"):
-        api.retrain(STUDENT, None)
+        onnxfuse.retrain(STUDENT, None)
 
 
 def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_a_checkpoint_of_another_training_is_not_taken_up(tmp_path: Path) -> Non
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api.Model, "save", stopped)
+        patch.setattr(onnxfuse.Model, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
             retrain(epochs=2, teacher=TEACHER, output="out.onnx", checkpoint=states)
     kept = states.read_bytes()
@@ -516,7 +516,7 @@ def test_two_processes_do_what_one_does() -> None:
         assert np.abs(weight(alone, name) - weight(STUDENT, name)).max() > 1e-3
         np.testing.assert_allclose(weight(both, name), weight(alone, name), rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(weight(both, "w3"), weight(two, "w3"))
-    single = api.retrain(
+    single = onnxfuse.retrain(
         "in.onnx", "data.npz", epochs=3, provider="cpu", batch_size=40, optimizer="sgd"
     ).report
     for one, other in zip(report["retraining"]["history"], single.retraining.history, strict=True):

@@ -11,7 +11,7 @@ import torch
 from nets import RUNTIME, compute, normal
 from test_matrix import CASES
 
-from onnxfuse import verify
+from onnxfuse import verification
 from onnxfuse.calibration import Calibration
 from onnxfuse.graph import Model
 from onnxfuse.pytorch import from_torch, to_torch
@@ -66,7 +66,7 @@ def test_shipped_models(name: str) -> None:
     samples = Calibration.open(MODELS / f"{name}.npz", model, limit=96, held_out=0.0).fit
     module = to_torch(model)
     names = [info.name for info in model.outputs]
-    found = verify.compare_run(
+    found = verification.compare_run(
         model, lambda feed: run_module(module, model, names, feed), samples, RUNTIME, tensors=names
     )
     assert found.passed, found.reason

@@ -48,8 +48,9 @@ from onnxfuse.samples import batch_axes, fixed_batch
 if TYPE_CHECKING:
     from onnxfuse.calibration import Batch, Calibration
     from onnxfuse.findings import Prediction
-    from onnxfuse.graph import Model, TensorInfo
+    from onnxfuse.graph import Model
     from onnxfuse.runtime import Feed, Runtime, Session
+    from onnxfuse.shapes import TensorInfo
 
 MULTIPLE = 8.0
 """How many noise floors a difference may reach; the module docstring has the evidence."""

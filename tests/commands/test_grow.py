@@ -20,7 +20,7 @@ from onnxfuse.passes.kernel import Kernel
 from onnxfuse.passes.widen import Widen
 from onnxfuse.recipe import parse_recipe, read_recipe
 
-MODELS = Path(__file__).parents[1] / "models"
+MODELS = Path(__file__).parents[2] / "models"
 LARGER = ("digits_resnet", "mnist1d_conv", "tiny_transformer")
 RESNET = str(MODELS / "digits_resnet.onnx")
 DATA = str(MODELS / "digits_resnet.npz")

@@ -10,7 +10,7 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxfuse import verify
+from onnxfuse import verification
 from onnxfuse.calibration import Batch, Calibration
 from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.findings import Prediction
@@ -61,7 +61,7 @@ def mlp(w1: np.ndarray = W1, w2: np.ndarray = W2) -> Model:
 
 
 def test_a_model_equals_itself_at_every_batch_size(runtime: Runtime) -> None:
-    found = verify.compare(mlp(), mlp(), batches(6), runtime)
+    found = verification.compare(mlp(), mlp(), batches(6), runtime)
     assert found.passed
     assert found.reason is None
     assert found.batch_sizes == (1, 3, 8)
@@ -94,7 +94,7 @@ def conv_bn() -> tuple[Model, Model]:
 
 def test_a_folded_batch_norm_passes_and_a_weight_off_by_a_thousandth_fails(runtime: Runtime) -> None:
     original, folded = conv_bn()
-    found = verify.compare(original, folded, batches(3, 8, 8), runtime)
+    found = verification.compare(original, folded, batches(3, 8, 8), runtime)
     assert found.passed, found.reason
     assert found.outputs[0].ratio > 0
     weight = folded.weight(folded.tensor("w"))
@@ -102,7 +102,7 @@ def test_a_folded_batch_norm_passes_and_a_weight_off_by_a_thousandth_fails(runti
     wrong = weight.copy()
     wrong[2, 1, 0, 2] += 1e-3 * np.abs(weight).max()
     folded.set_weight(folded.tensor("w"), wrong)
-    found = verify.compare(original, folded, batches(3, 8, 8), runtime)
+    found = verification.compare(original, folded, batches(3, 8, 8), runtime)
     assert not found.passed
     assert "output 'y' differs" in (found.reason or "")
     assert "times the noise floor" in (found.reason or "")
@@ -114,9 +114,9 @@ def test_one_wrong_element_among_many_fails_by_its_peak(runtime: Runtime) -> Non
     offset[1234] = 2e-5
     original, result = parsed(text, b=np.zeros(4000)), parsed(text, b=offset)
     (feed,) = batches(4000, count=1)
-    found = verify.compare(original, result, [feed], runtime)
+    found = verification.compare(original, result, [feed], runtime)
     (output,) = found.outputs
-    assert output.relative < verify.MULTIPLE * output.floor  # the root mean square alone lets it pass
+    assert output.relative < verification.MULTIPLE * output.floor  # the root mean square alone lets it pass
     assert not found.passed
 
 
@@ -124,7 +124,7 @@ def test_relative_error_is_against_deviation_from_the_mean_over_samples(runtime:
     shift = "shift (float[8,3] x) => (float[8,3] y) { y = Add(x, b) }"
     (batch,) = batches(3, count=1)
     batch.feed["x"] += np.array([100, 0, -50], np.float32)
-    found = verify.compare(parsed(shift, b=[0.0] * 3), parsed(shift, b=[0.25] * 3), [batch], runtime)
+    found = verification.compare(parsed(shift, b=[0.0] * 3), parsed(shift, b=[0.25] * 3), [batch], runtime)
     x = batch.feed["x"].astype(np.float64)
     expected = np.sqrt(0.25**2 * x.size / ((x - x.mean(axis=0)) ** 2).sum())
     assert found.outputs[0].relative == pytest.approx(expected, rel=1e-5)
@@ -134,16 +134,16 @@ def test_relative_error_is_against_deviation_from_the_mean_over_samples(runtime:
 def test_swapped_outputs_fail(runtime: Runtime) -> None:
     text = "two (float[N,6] x) => (float[N,6] a, float[N,6] b) {{ {} = Relu(x) {} = Abs(x) }}"
     one, other = parsed(text.format("a", "b")), parsed(text.format("b", "a"))
-    found = verify.compare(one, other, batches(6), runtime)
+    found = verification.compare(one, other, batches(6), runtime)
     assert not found.passed
-    assert {output.name for output in found.outputs if output.ratio > verify.MULTIPLE} == {"a", "b"}
+    assert {output.name for output in found.outputs if output.ratio > verification.MULTIPLE} == {"a", "b"}
 
 
 def test_outputs_are_matched_by_name_and_their_order_is_structure(runtime: Runtime) -> None:
     text = "two (float[N,6] x) => (float[N,6] {}, float[N,6] {}) {{ a = Relu(x) b = Abs(x) }}"
     one, other = parsed(text.format("a", "b")), parsed(text.format("b", "a"))
-    assert verify.compare(one, other, batches(6), runtime).passed
-    assert verify.structure_problem(one, other, runtime) == "the order of the outputs changed"
+    assert verification.compare(one, other, batches(6), runtime).passed
+    assert verification.structure_problem(one, other, runtime) == "the order of the outputs changed"
 
 
 LOG = "log (float[N,6] x) => (float[N,6] y) {{ a = Abs(x) b = {}(x) y = {}({}) }}"
@@ -161,7 +161,7 @@ def test_nan_and_infinity_fail_even_in_both(op: str, kind: str, runtime: Runtime
         ((bad, good), "the original"),
         ((bad, bad), "the original"),
     ):
-        found = verify.compare(*pair, data, runtime)
+        found = verification.compare(*pair, data, runtime)
         assert not found.passed
         assert f"output 'y' of {owner} has {kind} in" in (found.reason or "")
 
@@ -169,8 +169,8 @@ def test_nan_and_infinity_fail_even_in_both(op: str, kind: str, runtime: Runtime
 def test_integer_outputs_must_be_equal(runtime: Runtime) -> None:
     text = "classes (float[N,4] x) => (int64[N,1] y) {{ z = Mul(x, s) y = ArgMax<axis = 1>({}) }}"
     one = parsed(text.format("x"), s=np.ones(4))
-    assert verify.compare(one, parsed(text.format("z"), s=np.full(4, 2.0)), batches(4), runtime).passed
-    found = verify.compare(one, parsed(text.format("z"), s=[1.0, 1, 1, 3]), batches(4), runtime)
+    assert verification.compare(one, parsed(text.format("z"), s=np.full(4, 2.0)), batches(4), runtime).passed
+    found = verification.compare(one, parsed(text.format("z"), s=[1.0, 1, 1, 3]), batches(4), runtime)
     assert not found.passed
     assert "must be equal" in (found.reason or "")
     assert 0 < found.outputs[0].relative < 1
@@ -183,10 +183,10 @@ def test_sequences_are_compared_element_by_element(runtime: Runtime) -> None:
     }}"""
     sizes = np.full(3, 2, np.int64)
     one, wrong = parsed(text.format(), s=np.ones(6), sizes=sizes), np.ones(6)
-    assert verify.compare(one, parsed(text.format(), s=wrong, sizes=sizes), batches(6), runtime).passed
+    assert verification.compare(one, parsed(text.format(), s=wrong, sizes=sizes), batches(6), runtime).passed
     wrong[3] = 1.001
-    found = verify.compare(one, parsed(text.format(), s=wrong, sizes=sizes), batches(6), runtime)
-    assert [output.name for output in found.outputs if output.ratio > verify.MULTIPLE] == ["y[1]"]
+    found = verification.compare(one, parsed(text.format(), s=wrong, sizes=sizes), batches(6), runtime)
+    assert [output.name for output in found.outputs if output.ratio > verification.MULTIPLE] == ["y[1]"]
     fewer = parsed(
         """pieces (float[N,6] x) => (seq(float[N,2]) y) {
             z = Slice(x, from, to, axis)
@@ -194,7 +194,7 @@ def test_sequences_are_compared_element_by_element(runtime: Runtime) -> None:
         }""",
         **{"from": np.array([0]), "to": np.array([4]), "axis": np.array([1]), "sizes": np.array([2, 2])},
     )
-    found = verify.compare(one, fewer, batches(6), runtime)
+    found = verification.compare(one, fewer, batches(6), runtime)
     assert found.reason == "output 'y[2]' is in the original and not in the result"
 
 
@@ -226,7 +226,7 @@ def test_sequences_are_compared_element_by_element(runtime: Runtime) -> None:
 )
 def test_differences_of_interface_fail_with_a_clear_line(text: str, problem: str, runtime: Runtime) -> None:
     original = parsed("m (float[N,6] x) => (float[N,6] y) { y = Abs(x) }")
-    found = verify.compare(original, parsed(text), batches(6), runtime)
+    found = verification.compare(original, parsed(text), batches(6), runtime)
     assert not found.passed
     assert (found.reason or "").startswith(problem) or f"output '{problem}" in (found.reason or "")
 
@@ -234,7 +234,7 @@ def test_differences_of_interface_fail_with_a_clear_line(text: str, problem: str
 def test_shapes_that_only_a_run_shows_fail(runtime: Runtime) -> None:
     original = parsed("m (float[N,6] x) => (float[A,B] y) { y = Abs(x) }")
     result = parsed("m (float[N,6] x) => (float[A,B] y) { y = Transpose(x) }")
-    reason = verify.compare(original, result, batches(6), runtime).reason
+    reason = verification.compare(original, result, batches(6), runtime).reason
     assert reason == "output 'y' has shape [1, 6] in the original and [6, 1] in the result"
 
 
@@ -242,21 +242,21 @@ def test_a_result_that_runs_at_one_batch_size_only_fails(runtime: Runtime) -> No
     text = "m (float[N,6] x) => (float[N,6] y) {{ a = Abs(x) y = Reshape(a, shape) }}"
     original = parsed(text.format(), shape=np.array([-1, 6]))
     result = parsed(text.format(), shape=np.array([8, 6]))
-    reason = verify.compare(original, result, batches(6), runtime).reason or ""
+    reason = verification.compare(original, result, batches(6), runtime).reason or ""
     assert reason.startswith("the result fails where the original runs, with a batch of 1")
 
 
 def test_batch_sizes_that_the_original_refuses_prove_nothing(runtime: Runtime) -> None:
     text = "m (float[N,6] x) => (float[N,6] y) {{ a = Abs(x) y = Reshape(a, shape) }}"
     model = parsed(text.format(), shape=np.array([8, 6]))
-    found = verify.compare(model, model, batches(6), runtime)
+    found = verification.compare(model, model, batches(6), runtime)
     assert found.passed
     assert found.batch_sizes == (8,)
 
 
 def test_outputs_that_are_mostly_noise_are_said_to_be(runtime: Runtime) -> None:
     model = parsed("m (float[N,6] x) => (float[N,6] y) { a = Mul(x, big) y = Sin(a) }", big=np.full(6, 1e6))
-    found = verify.compare(model, model, batches(6), runtime)
+    found = verification.compare(model, model, batches(6), runtime)
     assert found.passed
     assert "test it little" in found.notes[0]
 
@@ -270,7 +270,7 @@ def test_the_noise_floor_grows_with_the_condition_of_the_model(runtime: Runtime)
     models = [
         parsed(text, s=np.full(6, s), t=np.full(6, t)) for s, t in ((1.0, 1.0), (1.0, 100.0), (1000.0, 1.0))
     ]
-    floors = [verify.compare(model, model, data, runtime).outputs[0].floor for model in models]
+    floors = [verification.compare(model, model, data, runtime).outputs[0].floor for model in models]
     assert floors[1] == pytest.approx(floors[0], rel=0.5)  # relative: the output's scale does not matter
     assert floors[2] > 50 * floors[0] > 0
 
@@ -280,7 +280,9 @@ def test_the_noise_floor_is_never_below_the_spacing_of_floats(runtime: Runtime) 
     offset = np.zeros(4000)
     offset[1234] = 1e-3
     data = batches(4000, count=1)
-    (output,) = verify.compare(parsed(text, b=np.zeros(4000)), parsed(text, b=offset), data, runtime).outputs
+    (output,) = verification.compare(
+        parsed(text, b=np.zeros(4000)), parsed(text, b=offset), data, runtime
+    ).outputs
     spacing = np.finfo(np.float32).eps * np.abs(data[0].feed["x"])
     peak = output.max_abs / output.ratio  # of one element in four thousand it is the peak that tells
     assert np.sqrt(np.mean(spacing**2)) < spacing.max() * 0.999 <= peak < 3 * spacing.max()
@@ -293,7 +295,7 @@ def test_integer_inputs_are_not_nudged(runtime: Runtime) -> None:
         "m (int64[N] x) => (float[N,4] y) { y = Gather(table, x) }", table=RANDOM.standard_normal((5, 4))
     )
     data = [Batch({"x": np.array([0, 4, 2, 1])}, None, 0, 4)]
-    assert verify.compare(model, model, data, runtime).passed
+    assert verification.compare(model, model, data, runtime).passed
 
 
 # --- output error -------------------------------------------------------------------------------------------
@@ -302,7 +304,7 @@ def test_integer_inputs_are_not_nudged(runtime: Runtime) -> None:
 def test_output_error_matches_numpy(runtime: Runtime) -> None:
     result = mlp(w2=W2 + 0.1 * RANDOM.standard_normal(W2.shape))
     data = batches(6, count=3)
-    found = verify.output_error(mlp(), result, data, runtime)
+    found = verification.output_error(mlp(), result, data, runtime)
     x = np.concatenate([batch.feed["x"] for batch in data]).astype(np.float64)
     w2 = result.weight(result.tensor("w2"))
     assert w2 is not None
@@ -314,10 +316,10 @@ def test_output_error_matches_numpy(runtime: Runtime) -> None:
 
 def test_output_error_refuses_nan_and_other_shapes(runtime: Runtime) -> None:
     with pytest.raises(VerificationError, match="has NaN"):
-        verify.output_error(mlp(), mlp(w2=np.full((16, 4), np.nan)), batches(6), runtime)
+        verification.output_error(mlp(), mlp(w2=np.full((16, 4), np.nan)), batches(6), runtime)
     other = parsed("m (float[N,6] x) => (float[N,6] y) { y = Abs(x) }")
     with pytest.raises(VerificationError, match=r"output 'y' is \[N, 4\]"):
-        verify.output_error(mlp(), other, batches(6), runtime)
+        verification.output_error(mlp(), other, batches(6), runtime)
 
 
 # --- first divergence ---------------------------------------------------------------------------------------
@@ -338,20 +340,20 @@ def test_the_first_diverging_tensor_is_named_though_later_ones_agree(runtime: Ru
     )
     for model in (a, b):
         model.nodes[1].name = "the_culprit"
-    found = verify.first_divergence(a, b, batches(6, count=1)[0], runtime)
+    found = verification.first_divergence(a, b, batches(6, count=1)[0], runtime)
     assert found is not None
     assert (found.tensor, found.node, found.op) == ("b", "the_culprit", "Exp")
     assert "tensor 'b' (Exp 'the_culprit')" in str(found)
-    same = verify.first_divergence(a, a.copy(), batches(6, count=1)[0], runtime)
+    same = verification.first_divergence(a, a.copy(), batches(6, count=1)[0], runtime)
     assert same is None
 
 
 def test_divergence_is_found_beyond_the_first_chunk_of_taps(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "_CHUNK", 2)
+    monkeypatch.setattr(verification, "_CHUNK", 2)
     a, b = (parsed(CHAIN.format("Exp", last), **LIMITS) for last in ("Abs", "Neg"))
-    found = verify.first_divergence(a, b, batches(6, count=1)[0], runtime)
+    found = verification.first_divergence(a, b, batches(6, count=1)[0], runtime)
     assert found is not None
     assert found.tensor == "y"
 
@@ -361,7 +363,9 @@ def test_divergence_in_a_late_row_only_is_found(runtime: Runtime) -> None:
     (batch,) = batches(6, count=1)
     batch.feed["x"] = np.abs(batch.feed["x"])
     batch.feed["x"][7, 2] *= -1
-    found = verify.first_divergence(parsed(text.format("Relu")), parsed(text.format("Abs")), batch, runtime)
+    found = verification.first_divergence(
+        parsed(text.format("Relu")), parsed(text.format("Abs")), batch, runtime
+    )
     assert found is not None
     assert found.tensor == "a"
 
@@ -369,7 +373,7 @@ def test_divergence_in_a_late_row_only_is_found(runtime: Runtime) -> None:
 def test_divergence_by_nan(runtime: Runtime) -> None:
     a = parsed("m (float[N,6] x) => (float y) { a = Abs(x) y = ReduceSum<keepdims = 0>(a) }")
     b = parsed("m (float[N,6] x) => (float y) { a = Sqrt(x) y = ReduceSum<keepdims = 0>(a) }")
-    found = verify.first_divergence(a, b, batches(6, count=1)[0], runtime)
+    found = verification.first_divergence(a, b, batches(6, count=1)[0], runtime)
     assert found is not None
     assert "'a' of the result has NaN" in str(found)
 
@@ -421,7 +425,7 @@ def test_a_right_prediction_passes_and_a_slightly_wrong_one_fails(
     data = batches(2, 7, 7, count=3)
     error, variance = local_error(data, positions, 11, runtime)
     claims = [Prediction("v", "v", error * factor, variance, positions) for factor in (1, 1.01, 0.99, np.nan)]
-    checks = verify.check_predictions(original, result, claims, Fit(data), runtime, 11)
+    checks = verification.check_predictions(original, result, claims, Fit(data), runtime, 11)
     assert [check.passed for check in checks] == [True, False, False, False]
     assert checks[0].measured == pytest.approx(error, rel=1e-6)
     assert checks[0].variance == pytest.approx(variance, rel=1e-6)
@@ -434,7 +438,7 @@ def test_positions_depend_on_the_seed(runtime: Runtime) -> None:
     error, variance = local_error(data, 3, 11, runtime)
     claim = Prediction("v", "v", error, variance, 3)
     for seed, passed in ((11, True), (12, False)):
-        (check,) = verify.check_predictions(original, result, [claim], Fit(data), runtime, seed)
+        (check,) = verification.check_predictions(original, result, [claim], Fit(data), runtime, seed)
         assert check.passed is passed
 
 
@@ -445,7 +449,7 @@ def test_tokens_have_their_channels_last(runtime: Runtime) -> None:
     x = data[0].feed["x"].astype(np.float64).reshape(-1, 6)
     claim = Prediction("y", "y", float(((x @ d) ** 2).sum(axis=1).mean()), 1.0, None, channel_axis=-1)
     wrong = Prediction("y", "y", claim.error, 1.0, None, channel_axis=1)
-    checks = verify.check_predictions(
+    checks = verification.check_predictions(
         parsed(text, w=w),
         parsed(text, w=w + d),
         [claim, wrong],
@@ -460,7 +464,7 @@ def test_tokens_have_their_channels_last(runtime: Runtime) -> None:
 def test_exact_zero_is_predicted_within_float_noise(runtime: Runtime) -> None:
     original, folded = conv_bn()
     data = batches(3, 8, 8)
-    (check,) = verify.check_predictions(
+    (check,) = verification.check_predictions(
         original,
         folded,
         [Prediction("y", "y", 0.0, 1.0)],
@@ -477,8 +481,8 @@ def test_predictions_about_tensors_that_are_not_there(runtime: Runtime) -> None:
     data = Fit(batches(2, 7, 7))
     for claim in (Prediction("gone", "v", 1.0, 1.0), Prediction("v", "gone", 1.0, 1.0)):
         with pytest.raises(InputError, match="no tensor named 'gone'"):
-            verify.check_predictions(original, result, [claim], data, runtime, 0)
-    (check,) = verify.check_predictions(
+            verification.check_predictions(original, result, [claim], data, runtime, 0)
+    (check,) = verification.check_predictions(
         original,
         result,
         [Prediction("v", "x", 1.0, 1.0)],
@@ -496,32 +500,34 @@ def test_predictions_about_tensors_that_are_not_there(runtime: Runtime) -> None:
 def test_an_invalid_graph_is_named(runtime: Runtime) -> None:
     broken = mlp()
     broken.nodes[1].attrs["alpha"] = 1.0
-    assert "no valid ONNX model" in (verify.structure_problem(mlp(), broken, runtime) or "")
-    assert verify.structure_problem(mlp(), mlp(), runtime) is None
+    assert "no valid ONNX model" in (verification.structure_problem(mlp(), broken, runtime) or "")
+    assert verification.structure_problem(mlp(), mlp(), runtime) is None
 
 
 def test_a_changed_output_type_is_structure(runtime: Runtime) -> None:
     text = "m (float[N,6] x) => ({}[N,6] y) {{ y = Cast<to = {}>(x) }}"
     single, double = parsed(text.format("float", 1)), parsed(text.format("double", 11))
     expected = "output 'y' is float32 in the model before and float64 in the result"
-    assert verify.structure_problem(single, double, runtime) == expected
+    assert verification.structure_problem(single, double, runtime) == expected
 
 
 def test_a_graph_that_does_not_load_is_named(runtime: Runtime) -> None:
     broken = mlp(w2=RANDOM.standard_normal((15, 4)))
-    assert "ONNX Runtime cannot load the model" in (verify.structure_problem(mlp(), broken, runtime) or "")
+    assert "ONNX Runtime cannot load the model" in (
+        verification.structure_problem(mlp(), broken, runtime) or ""
+    )
 
 
 def test_the_checker_works_without_bulky_weights(runtime: Runtime) -> None:
     w = RANDOM.standard_normal((64, 64))
     big = parsed("m (float[N,64] x) => (float[N,64] y) { y = MatMul(x, w) }", w=w)
-    assert verify.structure_problem(big, big.copy(), runtime) is None
+    assert verification.structure_problem(big, big.copy(), runtime) is None
 
 
 def test_real_calibration_fits(runtime: Runtime) -> None:
     model = mlp()
     calibration = Calibration.open(None, model)
-    assert verify.compare(model, model, calibration.held_out, runtime).passed
+    assert verification.compare(model, model, calibration.held_out, runtime).passed
 
 
 def test_first_rows_cuts_the_batch_axis_wherever_it_is() -> None:
@@ -532,8 +538,8 @@ def test_first_rows_cuts_the_batch_axis_wherever_it_is() -> None:
     model = Model.load(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]))
     random = np.random.default_rng(0)
     feed = {"x": random.random((5, 4), np.float32), "state": random.random((2, 5, 4), np.float32)}
-    cut = verify.first_rows(model, Batch(feed, None, 0, 5), 3)
+    cut = verification.first_rows(model, Batch(feed, None, 0, 5), 3)
     assert cut is not None
     np.testing.assert_array_equal(cut["x"], feed["x"][:3])
     np.testing.assert_array_equal(cut["state"], feed["state"][:, :3])
-    assert verify.first_rows(model, Batch(feed, None, 0, 5), 5) is None
+    assert verification.first_rows(model, Batch(feed, None, 0, 5), 5) is None

@@ -1,5 +1,5 @@
 """The command line: what goes to stdout, what to stderr, exit codes, help. What is computed is tested in
-test_api.py, bad input in test_bad_input.py."""
+tests/commands, bad input in test_bad_input.py."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from nets import MLP as TEXT
 from onnx import numpy_helper
 
 import onnxfuse
-from onnxfuse import api
 from onnxfuse.cli import main
+from onnxfuse.commands.loading import MADE_UP
 from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
-from onnxfuse.report.console import compress_view, inspect_view, plain_text
+from onnxfuse.report.compress_view import compress_view
+from onnxfuse.report.inspect_view import inspect_view
+from onnxfuse.report.tables import plain_text
 
 RANDOM = np.random.default_rng(3)
 W1 = RANDOM.standard_normal((6, 16)).astype(np.float32)
 W2 = RANDOM.standard_normal((16, 4)).astype(np.float32)
 X = RANDOM.standard_normal((100, 6)).astype(np.float32)
 LABELS = (np.maximum(X @ W1, 0) @ W2).argmax(axis=1)
-COMMANDS = ("compress", "retrain", "inspect", "verify", "diff", "passes")
+COMMANDS = ("compress", "grow", "retrain", "inspect", "verify", "diff", "passes")
 
 
 def network() -> onnx.ModelProto:
@@ -134,15 +136,16 @@ def test_quiet_says_only_what_must_be_said(capsys: Captured) -> None:
     assert main(["compress", "mlp.onnx", "--passes", "fold", "-q"]) == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"onnxfuse: warning: {api.MADE_UP}\n"
+    assert err == f"onnxfuse: warning: {MADE_UP}\n"
 
 
 def test_a_slower_result_is_loud(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     from onnxfuse import cost
+    from onnxfuse.commands import judge
 
     timings = [cost.Timing(t, (t, t), t, t, t, (t, t)) for t in (1.0, 1.5)]
     latency = cost.Latency(tuple(timings), 10, ("CPUExecutionProvider",), 1)
-    monkeypatch.setattr(api, "latency", lambda *_, **__: latency)
+    monkeypatch.setattr(judge, "latency", lambda *_, **__: latency)
     assert main(RUN) == 0
     out, err = capsys.readouterr()
     assert "SLOWER" in out
@@ -277,7 +280,7 @@ class Talkative(Pass):
 
 
 def test_explanations_are_grouped_and_stay_within_the_page() -> None:
-    report = api.compress("mlp.onnx", [Talkative()], calib={"x": X}).report
+    report = onnxfuse.compress("mlp.onnx", [Talkative()], calib={"x": X}).report
     text = plain_text(compress_view(report, explain=True))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
@@ -297,7 +300,7 @@ def test_names_from_a_model_are_only_text() -> None:
         node.name = f"\x1b[31m[red]{node.output[0]}[/red]\n"
     proto.graph.node[3].name += "very/long/" * 30
     proto.metadata_props.add(key="[bold]\x07", value="")
-    found = api.inspect(proto, measure_latency=False)
+    found = onnxfuse.inspect(proto, measure_latency=False)
     text = plain_text(inspect_view(found))
     assert max(map(len, text.splitlines())) <= 80
     assert "\x1b" not in text
@@ -370,7 +373,7 @@ def test_bugs_are_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(api, "inspect", broken)
+    monkeypatch.setattr("onnxfuse.commands.inspect.inspect", broken)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "mlp.onnx"])
 
@@ -431,7 +434,7 @@ def test_a_reader_that_leaves_is_no_error(arguments: tuple[str, ...]) -> None:
 
 
 def test_inspect_lists_channel_groups_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    model = str(Path(__file__).parents[1] / "models" / "digits_resnet.onnx")
+    model = str(Path(__file__).parents[2] / "models" / "digits_resnet.onnx")
     assert main(["inspect", model, "--no-latency", "--channels"]) == 0
     shown = capsys.readouterr().out
     assert "channel groups, " in shown

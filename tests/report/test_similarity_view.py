@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from nets import net
 
-from onnxfuse import api
+from onnxfuse import inspect
 from onnxfuse.alike import find_weight_layers
 from onnxfuse.cli import main
 from onnxfuse.errors import InputError
 from onnxfuse.graph import Model
 from onnxfuse.likeness import Likeness, nearest, shown, survey
-from onnxfuse.report.console import plain_text
 from onnxfuse.report.similarity_view import similarity_view
+from onnxfuse.report.tables import plain_text
 from onnxfuse.similarity import distance
 
-TRANSFORMER = Path(__file__).parents[1] / "models" / "tiny_transformer.onnx"
+TRANSFORMER = Path(__file__).parents[2] / "models" / "tiny_transformer.onnx"
 Captured = pytest.CaptureFixture[str]
 
 
@@ -235,17 +235,17 @@ def test_names_are_no_mathematics(folder: Path) -> None:
     model = deep(6, 6, 6, 6)
     for node, name in zip(model.nodes, ("$\\frac$", "a_b$c", "\x1b[31m"), strict=True):
         node.name = name
-    found = api.inspect(model, measure_latency=False, similarity="aligned", plot="names.png")
+    found = inspect(model, measure_latency=False, similarity="aligned", plot="names.png")
     assert found.warnings == ()
     assert (folder / "names.png").exists()
 
 
 def test_plot_of_one_pair_and_of_none(folder: Path) -> None:
-    api.inspect(deep(6, 6, 6), measure_latency=False, similarity="kl", plot="pair.png")
+    inspect(deep(6, 6, 6), measure_latency=False, similarity="kl", plot="pair.png")
     assert (folder / "pair.png").exists()
-    api.inspect(deep(6, 6, 3, 6), measure_latency=False, similarity="aligned", plot="unlike.png")
+    inspect(deep(6, 6, 3, 6), measure_latency=False, similarity="aligned", plot="unlike.png")
     assert (folder / "unlike.png").exists()
-    found = api.inspect(deep(6, 4, 3), measure_latency=False, similarity="kl", plot="none.png")
+    found = inspect(deep(6, 4, 3), measure_latency=False, similarity="kl", plot="none.png")
     assert found.warnings == ("no two layers can be compared: nothing was plotted",)
     assert not (folder / "none.png").exists()
 
@@ -264,7 +264,7 @@ def test_where_no_plot_can_be(folder: Path, plot: str, message: str) -> None:
     content = TRANSFORMER.read_bytes()
     (folder / "model.png").write_bytes(content)
     with pytest.raises(InputError) as caught:
-        api.inspect("model.png", measure_latency=False, similarity="kl", plot=plot)
+        inspect("model.png", measure_latency=False, similarity="kl", plot=plot)
     assert str(caught.value) == message
     assert (folder / "model.png").read_bytes() == content
 
@@ -277,7 +277,7 @@ def test_a_plot_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(InputError, match=r"cannot write 'old.png': No space left on device"):
-        api.inspect(deep(6, 6, 6), measure_latency=False, similarity="kl", plot="old.png")
+        inspect(deep(6, 6, 6), measure_latency=False, similarity="kl", plot="old.png")
     assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("old.png", b"older")]
 
 

@@ -1,0 +1,130 @@
+"""`verify` and `diff`: two models side by side."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from onnxfuse import verification
+from onnxfuse.calibration import Calibration, Data
+from onnxfuse.commands.judge import check_limits
+from onnxfuse.commands.loading import MADE_UP, ModelSource, load, samples_of
+from onnxfuse.cost import Cost, count, measure
+from onnxfuse.difference import structure
+from onnxfuse.errors import InputError, OnnxfuseError
+from onnxfuse.results import DiffResult, VerifyResult
+from onnxfuse.runtime import Runtime
+
+if TYPE_CHECKING:
+    from onnxfuse.graph import Model
+    from onnxfuse.runtime import Feed
+    from onnxfuse.verification import Comparison
+
+
+def verify(
+    a: ModelSource,
+    b: ModelSource,
+    *,
+    calib: Data = None,
+    max_error: float | None = None,
+    samples: int | None = None,
+    batch_size: int = 64,
+    provider: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+) -> VerifyResult:
+    """Whether two models compute the same: a result that is false if they don't.
+
+    Args:
+        a: the reference, whose noise floor counts.
+        b: the other.
+        calib: samples for both; None makes some up, with a warning.
+        max_error: pass if the relative error of every output is at most this; None: if every difference is
+            within `verification.MULTIPLE` noise floors of `a`.
+        samples, batch_size: how many samples, and rows in a batch.
+        provider, threads: of ONNX Runtime.
+        seed: of made-up samples.
+
+    Raises:
+        InputError: a bad file or bad samples.
+        NotApplicableError: ONNX Runtime can't load one of the models, or `a` fails on a sample.
+    """
+    check_limits(max_error, None, seed)
+    first, second = load(a), load(b)
+    runtime = Runtime(provider, threads)
+    calibration = Calibration.open(
+        calib, first, limit=samples, batch_size=batch_size, held_out=0.0, seed=seed
+    )
+    comparison = verification.compare(first, second, calibration.fit, runtime, labels=_labels(first, second))
+    reason = comparison.reason if max_error is None else _error_reason(comparison, max_error)
+    divergence = None
+    if reason is not None and not comparison.problems:
+        batch = next(iter(calibration.fit))
+        divergence = verification.first_divergence(
+            first, second, batch, runtime, labels=_labels(first, second)
+        )
+    warnings = (*([MADE_UP] if calibration.synthetic else []), *comparison.notes)
+    return VerifyResult(
+        reason is None, reason, comparison, divergence, max_error, samples_of(calibration), warnings
+    )
+
+
+def diff(
+    a: ModelSource,
+    b: ModelSource,
+    *,
+    calib: Data = None,
+    samples: int | None = None,
+    batch_size: int = 64,
+    provider: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+) -> DiffResult:
+    """Two models side by side: structure, cost, outputs. Arguments and errors as `verify`, except that models
+    which can't be run are compared in structure alone."""
+    first, second = load(a), load(b)
+    runtime = Runtime(provider, threads)
+    warnings: list[str] = []
+    outputs, feed = None, None
+    try:
+        calibration = Calibration.open(
+            calib, first, limit=samples, batch_size=batch_size, held_out=0.0, seed=seed
+        )
+        warnings += [MADE_UP] if calibration.synthetic else []
+        feed = verification.few_rows(first, calibration.fit, 1)
+        outputs = verification.compare(first, second, calibration.fit, runtime, labels=_labels(first, second))
+        warnings += outputs.notes
+    except OnnxfuseError as error:
+        if calib is not None and isinstance(error, InputError):
+            raise
+        warnings.append(f"the outputs are not compared: {error}")
+    costs = _cost(first, feed), _cost(second, feed)
+    return DiffResult(structure(first, second), costs, outputs, tuple(warnings))
+
+
+def _cost(model: Model, feed: Feed | None) -> Cost:
+    """At the sizes of `feed`, if the model takes it."""
+    if feed is not None:
+        with contextlib.suppress(OnnxfuseError):
+            return measure(model, feed)
+    return count(model, model.shapes())
+
+
+def _labels(a: Model, b: Model) -> tuple[str, str]:
+    """What messages call two models."""
+    if a.path and b.path and a.path != b.path:
+        return f"'{a.path}'", f"'{b.path}'"
+    return "the first model", "the second model"
+
+
+def _error_reason(comparison: Comparison, max_error: float) -> str | None:
+    """Why a comparison does not stay within an error that the user allows."""
+    if comparison.problems:
+        return comparison.problems[0]
+    for output in comparison.outputs:
+        if output.problem:
+            return f"output {output.problem}"
+    worst = max(comparison.outputs, key=lambda output: output.relative, default=None)
+    if worst is None or worst.relative <= max_error:
+        return None
+    return f"the relative error of output '{worst.name}' is {worst.relative:.3g}, above {max_error:g}"

@@ -1,0 +1,106 @@
+"""Two models side by side, for people: `verify` and `diff`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from onnxfuse.report.tables import SHOWN, fact_table, heading, make_table, more, paragraph
+from onnxfuse.results import cost_rows
+from onnxfuse.wording import counted, printable, rounded, shortened
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from onnxfuse.difference import NodeChange, NodeSummary, WeightChange
+    from onnxfuse.results import DiffResult, VerifyResult
+    from onnxfuse.verification import Comparison
+
+
+def verify_view(result: VerifyResult) -> Iterator[RenderableType]:
+    """Whether two models compute the same, output by output."""
+    yield fact_table([("samples", printable(result.samples.description))])
+    if result.comparison.outputs:
+        yield Text()
+        yield from _comparison(result.comparison, result.max_error)
+    if result.divergence is not None:
+        yield heading("first difference")
+        yield paragraph(str(result.divergence).removeprefix("first at "), 2)
+    yield Text()
+    yield Text("same" if result.passed else "different", style="bold green" if result.passed else "bold red")
+
+
+def _comparison(found: Comparison, max_error: float | None) -> Iterator[RenderableType]:
+    table = make_table("output", "largest", "relative", "noise floor", "floors", "", right=(1, 2, 3, 4))
+    for output in found.outputs:
+        within = (
+            output.ratio <= found.multiple if max_error is None else output.relative <= max_error
+        ) and output.problem is None
+        table.add_row(
+            shortened(output.name, 28),
+            rounded(output.max_abs),
+            rounded(output.relative),
+            rounded(output.floor),
+            f"{output.ratio:.3g}" if math.isfinite(output.ratio) else "-",
+            Text("ok" if within else "differs", style="green" if within else "red"),
+        )
+    yield table
+    yield from (paragraph(str(output.problem), 2) for output in found.outputs if output.problem)
+    sizes = ", ".join(map(str, found.batch_sizes))
+    rule = f"{found.multiple:g} noise floors" if max_error is None else f"a relative error of {max_error:g}"
+    yield paragraph(f"batches of {sizes}; allowed: {rule}", 2)
+
+
+def diff_view(result: DiffResult, names: tuple[str, str]) -> Iterator[RenderableType]:
+    """Two models side by side; `names` are what the user called them."""
+    found = result.structure
+    yield fact_table([("A", printable(names[0])), ("B", printable(names[1]))])
+    yield Text()
+    table = make_table("", "A", "B", "B / A", right=(1, 2, 3))
+    for key, before, after, show in cost_rows(*result.costs):
+        ratio = f"{after / before:.3f}" if before and after is not None else ""
+        table.add_row(key, show(before), show(after), ratio)
+    yield table
+    yield Text()
+    yield paragraph(
+        f"{counted(found.same, 'node')} the same, {len(found.changed)} changed, "
+        f"{len(found.only_a)} only in A, {len(found.only_b)} only in B"
+    )
+    yield from _only("only in A", found.only_a)
+    yield from _only("only in B", found.only_b)
+    if found.changed:
+        yield heading("changed")
+        for change in found.changed[: 2 * SHOWN]:
+            yield from _node_change(change)
+        yield from more(2 * SHOWN, len(found.changed), 2)
+    if result.outputs is not None:
+        yield heading("outputs")
+        yield from (paragraph(problem, 2) for problem in result.outputs.problems)
+        if result.outputs.outputs:
+            yield from _comparison(result.outputs, None)
+
+
+def _only(title: str, nodes: Sequence[NodeSummary]) -> Iterator[RenderableType]:
+    if nodes:
+        yield heading(title)
+        for node in nodes[: 2 * SHOWN]:
+            yield paragraph(f"{node.op} {shortened(node.key, 60)}", 2)
+        yield from more(2 * SHOWN, len(nodes), 2)
+
+
+def _node_change(change: NodeChange) -> Iterator[RenderableType]:
+    yield paragraph(f"{change.op} {shortened(change.key, 60)}", 2)
+    for what in (*change.what, *map(_weight_change, change.weights)):
+        yield paragraph(what, 6)
+
+
+def _weight_change(change: WeightChange) -> str:
+    name = shortened(change.name, 40)
+    if change.shape_a != change.shape_b:
+        return f"{name}: {list(change.shape_a)} -> {list(change.shape_b)}"
+    if change.relative is None:
+        return f"{name}: another type or other values"
+    return f"{name} {list(change.shape_a)}: changed by {change.relative:.2g} relative"
