@@ -18,14 +18,20 @@ import numpy as np
 
 from onnxfuse.constants import label
 from onnxfuse.graph import Model, Node, Tensor
-from onnxfuse.layers import MULTIPLYING
-from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, optional_input, weight_type
+from onnxfuse.linear import (
+    WEIGHTED,
+    LinearOp,
+    Shapes,
+    is_main_domain,
+    linear_op,
+    optional_input,
+    weight_type,
+)
+from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.pass_manager import Skip
 
 ROLES = ("query", "key", "value", "output")
 """Those of an attention; a projection that makes several of them has them joined by "+", in this order."""
-
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +70,7 @@ def find_weight_layers(model: Model) -> tuple[list[WeightLayer], list[Skip]]:
         found = linear_op(model, node, shapes, transposed=True)
         if isinstance(found, LinearOp):
             ops[node] = found
-        elif is_main_domain(node) and node.op in _WEIGHTED and any(map(model.is_weight, node.inputs[:2])):
+        elif is_main_domain(node) and node.op in WEIGHTED and any(map(model.is_weight, node.inputs[:2])):
             first = model.is_weight(node.inputs[0]) and not model.is_weight(node.inputs[1])
             skips.append(Skip((label(node),), f"{node.op} has its weight first" if first else found))
     roles = _roles(model, ops, shapes)
@@ -188,13 +194,10 @@ _ATTENDED = _Other("values summed up by their shares")
 _MIXED = _Other("no single source")
 _Mark = _Source | _Product | _Other
 
-_COUNTING = ("Shape", "Size")  # what they give says nothing of values
-_ATTENTIONS = (
-    ("", "Attention"),
-    ("com.microsoft", "MultiHeadAttention"),
-    ("com.microsoft", "GroupQueryAttention"),
-)
-_ROTARY = ("com.microsoft", "RotaryEmbedding")
+_COUNTING = OPS.of_kind(Kind.SHAPE)  # what they give says nothing of values
+_ATTENTIONS = OPS.of_kind(Kind.ATTENTION)
+_MULTIPLYING = OPS.of_kind(Kind.LINEAR, Kind.RECURRENT)
+_TURNING = OPS.of_kind(Kind.EMBEDDING)
 
 
 def _roles(model: Model, ops: dict[Node, LinearOp], shapes: Shapes) -> dict[Node, set[str]]:
@@ -211,7 +214,7 @@ def _roles(model: Model, ops: dict[Node, LinearOp], shapes: Shapes) -> dict[Node
     for node in model.nodes:
         operands = [marks.get(tensor) for tensor in node.inputs]
         result: _Mark | None
-        match (node.domain, node.op):
+        match node.key:
             case _ if node in ops:
                 if operands[0] == _ATTENDED:
                     found("output", node)
@@ -236,9 +239,9 @@ def _roles(model: Model, ops: dict[Node, LinearOp], shapes: Shapes) -> dict[Node
                     result = _SHARES
             case ("", "Transpose") if operands and isinstance(operands[0], _Product):
                 result = _transposed(node, operands[0])
-            case (domain, op) if op in _COUNTING and not domain:
+            case kind if kind in _COUNTING:
                 result = None
-            case kind if (kind[0] and kind != _ROTARY) or kind[1] in MULTIPLYING or node.bodies:
+            case kind if (kind[0] and kind not in _TURNING) or kind in _MULTIPLYING or node.bodies:
                 result = _MIXED
             case _:
                 result = _joined(node, operands)
@@ -322,7 +325,7 @@ def _heads_behind(model: Model, op: LinearOp, parts: int, shapes: Shapes) -> Ite
                     stack.extend(user.outputs)
                 else:
                     yield _split(op.out_features, parts, before, behind)
-            elif user.op not in (*MULTIPLYING, *_COUNTING) and not user.bodies:
+            elif user.key not in _MULTIPLYING | _COUNTING and not user.bodies:
                 stack.extend(user.outputs)
 
 
@@ -352,7 +355,7 @@ def _heads_before(model: Model, op: LinearOp, shapes: Shapes) -> int | None:
             before, behind = (_shape(t, shapes) or [None] for t in (node.inputs[0], node.outputs[0]))
             if before[-1] is None or before[-1] != behind[-1]:
                 return _split(op.in_features, 1, behind, before)
-        elif node.op in MULTIPLYING or node.bodies or not node.inputs:
+        elif node.key in _MULTIPLYING or node.bodies or not node.inputs:
             return None
         tensor = node.inputs[0]
     return None

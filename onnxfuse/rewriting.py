@@ -18,12 +18,12 @@ import numpy as np
 from pydantic import Field
 
 from onnxfuse.graph import Model, Node, Tensor
-from onnxfuse.linear import LinearOp, linear_op, weight_type
+from onnxfuse.linear import LINEAR, LinearOp, linear_op, weight_type
 from onnxfuse.pass_manager import Change, Context, Json, PassOptions, PassResult, Skip
 from onnxfuse.regions import site_name
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.trials import Made, error_bound, longest, probe
-from onnxfuse.walk import LINEAR, Solved, refit_change, refit_sites, walk
+from onnxfuse.walk import Solved, refit_change, refit_sites, walk
 
 Level = TypeVar("Level", bound=float)
 M = TypeVar("M", bound=Made)

@@ -34,7 +34,7 @@ from threadpoolctl import threadpool_limits
 from onnxfuse.calibration import Batches, Calibration
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import DEFAULT_DOMAINS, Constant, Model, Node, Tensor, TensorInfo
-from onnxfuse.linear import LinearOp, linear_op, write_weights
+from onnxfuse.linear import LINEAR, LinearOp, linear_op, write_weights
 from onnxfuse.marks import kept
 from onnxfuse.moments import Moments, add_patches, gather, sample_positions
 from onnxfuse.pass_manager import Change, NoProgress, Prediction, Progress, Skip
@@ -65,7 +65,6 @@ MOST_COLUMNS = 6144
 SETTLED = 1e-10
 """Relative error of float noise: weights that leave no more stay."""
 
-LINEAR = ("Conv", "Gemm", "MatMul")
 
 How = Literal["fresh", "refit", "bias", "keep"]
 

@@ -29,13 +29,13 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from onnxfuse import sites
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import Model, Tensor
-from onnxfuse.linear import LinearOp, linear_op
+from onnxfuse.linear import LINEAR, LinearOp, linear_op
 from onnxfuse.moments import gather, output_size, patches, sample_positions
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed
 from onnxfuse.solve import Affine
-from onnxfuse.walk import LINEAR, MOST_COLUMNS, Site, Solved, check_mask, refit_change, refit_sites, walk
+from onnxfuse.walk import MOST_COLUMNS, Site, Solved, check_mask, refit_change, refit_sites, walk
 
 if TYPE_CHECKING:
     from onnxfuse.calibration import Batch

@@ -23,6 +23,7 @@ from onnx import TensorProto
 from pydantic import Field
 
 from onnxfuse.graph import Model, Node
+from onnxfuse.linear import LINEAR
 from onnxfuse.marks import VALUES, ZEROS, keep, kept
 from onnxfuse.pass_manager import Context, Contract, Json, Pass, PassResult
 from onnxfuse.quantisation import kmeans, nearest
@@ -37,7 +38,7 @@ from onnxfuse.rewriting import (
     walked,
     within_bound,
 )
-from onnxfuse.walk import LINEAR, check_mask
+from onnxfuse.walk import check_mask
 
 LEVELS = tuple(2**bits for bits in range(8, 0, -1))
 """Numbers of values that are tried where only the error bound says how few."""

@@ -51,14 +51,14 @@ from onnxfuse.clusters import Step, agglomerate, joined
 from onnxfuse.cost import count as cost_of
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.graph import Model, Node
-from onnxfuse.linear import LinearOp, can_share_bias, linear_op, share_weights
+from onnxfuse.linear import LINEAR, LinearOp, can_share_bias, linear_op, share_weights
 from onnxfuse.marks import GRADIENT_KEY, kept
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassResult, Skip
 from onnxfuse.rewriting import OperatorOptions, unmeasurable, walked
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.similarity import Criterion, distance, freeze_share
 from onnxfuse.trials import Trials, error_bound, longest, probe
-from onnxfuse.walk import LINEAR, Solved, check_mask, refit_change
+from onnxfuse.walk import Solved, check_mask, refit_change
 
 RIDGE = 1e-3
 """Of "fit", relative to the mean diagonal of the summed covariances."""
