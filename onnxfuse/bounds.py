@@ -929,13 +929,7 @@ def _default(op: Op) -> IntervalRule | None:
     return _increasing if Trait.MONOTONE in op.traits else None
 
 
-def _missing(op: Op) -> str:
-    if op.kind in (Kind.SHAPE, Kind.SEARCH):
-        return "bounds of its integer type alone"
-    return "unbounded: no rule"
-
-
-RULES = Facet(keyed(_RULES), _default, _missing)
+RULES = Facet(keyed(_RULES), _default, lambda op: "those of its type alone: no rule")
 """By operator: bounds of its outputs, None for what is not known."""
 
 __all__ = ["LIMIT", "RULES", "Interval", "intervals"]

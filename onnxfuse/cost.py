@@ -3,8 +3,8 @@
 Multiply-accumulates (MACs) are counted by rules, one for each operator that multiplies by weights or
 contracts two tensors; element-wise operators, normalisations, pooling and data movement count as 0, as is
 usual. Where a rule needs a size that is not known, or an operator has no rule and could hide work (one that
-multiplies, or that nobody knows, a local function, a loop of unknown length), the count is None and says why: a number that leaves
-something out would be worse. An `If` counts as its heavier branch.
+multiplies, one that is in no table, a local function, a loop of unknown length), the count is None and says
+why: a number that leaves something out would be worse. An `If` counts as its heavier branch.
 
 Latency is not predictable from MACs (a 5x5 convolution has fewer than two 3x3 and can be slower), so it is
 measured: all models interleaved in one run, in an order drawn anew each round, because on a busy machine two

@@ -34,6 +34,7 @@ from onnxfuse import verify
 from onnxfuse.calibration import Batch
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import Model, Node
+from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.pass_manager import unknown_name
 from onnxfuse.pytorch.sampling import Pool, Shuffled
 from onnxfuse.pytorch.weights import to_tensor
@@ -45,7 +46,7 @@ Outputs = Mapping[str, Tensor]
 
 _MEASURED = 4  # batches on which a teacher's variance is measured
 # What ends in one of these holds no class scores.
-_ACTIVATIONS = {"Clip", "Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Softplus", "Tanh"}
+_ACTIVATIONS = OPS.of_kind(Kind.ACTIVATION)
 _PROBABILITY = 1e-3  # how far from 1 the probabilities of a sample may add up to
 
 
@@ -500,7 +501,7 @@ def _ends_in_softmax(model: Model, output: str, scores: Scores) -> bool:
 
 def _is_activated(model: Model, output: str) -> bool:
     node = model.producer(model.tensor(output))
-    return node is not None and node.op in _ACTIVATIONS
+    return node is not None and node.key in _ACTIVATIONS
 
 
 # --- labels -------------------------------------------------------------------------------------------------

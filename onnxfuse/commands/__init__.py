@@ -1,0 +1,1 @@
+"""Commands: what the command line does, as functions, a module each."""
