@@ -576,6 +576,19 @@ def _gelu(site: IntervalNode) -> Interval:
     return _dip(site.at(0), site.format, *curve)
 
 
+def _swish(site: IntervalNode) -> Interval | None:
+    """Swish and QuickGelu: x sigmoid(alpha x), which is swish(alpha x) / alpha."""
+    alpha = float(site.attribute("alpha", 1.702 if site.op == "QuickGelu" else 1.0))
+    if alpha <= 0:
+        return None
+    found = _scaled_silu(site, _constant(alpha, alpha))
+    return _rounded(found.low / alpha, found.high / alpha, site.format)
+
+
+def _scaled_silu(site: IntervalNode, scale: Interval) -> Interval:
+    return _dip(_corners(_times, site.at(0), scale, site.format), site.format, *_SWISH, keeps=True)
+
+
 def _where(site: IntervalNode) -> Interval:
     condition, a, b = site.operands()
     both, yes, no = a.union(b), condition.low > 0, condition.high <= 0
@@ -908,6 +921,11 @@ _RULES: Mapping[str, IntervalRule] = {
     "HardSwish": lambda site: _dip(site.at(0), site.format, *_HARD_SWISH, keeps=True),
     "Gelu": _gelu,
     "com.microsoft::Gelu": _gelu,
+    "Swish": _swish,
+    "com.microsoft::QuickGelu": _swish,
+    "com.microsoft::ScaledSiLU": lambda site: _scaled_silu(
+        site, site.at(1) if site.has(1) else _constant(*[float(site.attribute("alpha", 1.0))] * 2)
+    ),
     "Softmax": lambda site: _widened(np.zeros(()), np.ones(()), site.format, _CURVE, _UNBOUNDED),
     "AveragePool": _average_pool,
     "GlobalAveragePool": _global_pool,

@@ -94,6 +94,13 @@ def _matmul(left: int) -> CostRule:
     return lambda op: math.prod(op.output()) * op.input(left)[-1]
 
 
+def _fused_matmul(op: CostNode) -> int:
+    if op.attribute("transBatchA", 0) or op.attribute("transBatchB", 0):
+        raise _UnknownError("a FusedMatMul of transposed batches has no rule")
+    shape = op.input(0)
+    return math.prod(op.output()) * shape[-2 if len(shape) > 1 and op.attribute("transA", 0) else -1]
+
+
 def _gemm(op: CostNode) -> int:
     return math.prod(op.output()) * op.input(0)[0 if op.attribute("transA", 0) else 1]
 
@@ -155,6 +162,9 @@ _RULES: Mapping[str, CostRule] = {
     "MatMulInteger": _matmul(0),
     "QLinearMatMul": _matmul(0),
     "Einsum": _einsum,
+    "com.microsoft::FusedConv": _conv(1),
+    "com.microsoft::FusedGemm": _gemm,
+    "com.microsoft::FusedMatMul": _fused_matmul,
     "LSTM": _recurrent,
     "GRU": _recurrent,
     "RNN": _recurrent,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from onnxfuse.channels.dims import Dim, factor, product_of, sum_of
 from onnxfuse.channels.rules_elementwise import broadcast
 from onnxfuse.channels.site import Axes, ChannelNode, ChannelRule, Role, StopRuleError
-from onnxfuse.ops.table import Key
+from onnxfuse.ops.table import MICROSOFT, Key
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
@@ -31,6 +31,13 @@ def _conv(site: ChannelNode) -> list[Axes | None]:
         site.weight(1, 0, "along", own)
         site.weight(1, 0, "producer", outer)
     return _convolved(site, out)
+
+
+def _fused_conv(site: ChannelNode) -> list[Axes | None]:
+    """A Conv to whose result another tensor may be added, before an activation."""
+    (out,) = _conv(site)
+    assert out is not None
+    return [broadcast(site, [out, site.axes(3)]) if site.has(3) else out]
 
 
 def _conv_transpose(site: ChannelNode) -> list[Axes | None]:
@@ -82,18 +89,21 @@ def _gemm(site: ChannelNode) -> list[Axes | None]:
 
 
 def _matmul(site: ChannelNode) -> list[Axes | None]:
+    """MatMul and FusedMatMul, which can transpose a matrix and leaves a vector as it is."""
     a, b = site.axes(0), site.axes(1)
     if not a or not b:
-        raise StopRuleError("MatMul of a scalar")
-    inner_b = len(b) - 2 if len(b) > 1 else 0
-    site.contract(0, len(a) - 1, 1, inner_b)
+        raise StopRuleError(f"{site.op} of a scalar")
+    if site.attribute("transBatchA", 0) or site.attribute("transBatchB", 0):
+        raise StopRuleError(f"{site.op} of transposed batches")
+    inner_a = len(a) - 2 if len(a) > 1 and site.attribute("transA", 0) else len(a) - 1
+    inner_b = len(b) - 2 if len(b) > 1 and not site.attribute("transB", 0) else len(b) - 1
+    site.contract(0, inner_a, 1, inner_b)
     result: Axes = broadcast(site, [a[:-2], b[:-2]])
-    if len(a) > 1:
-        site.weight(0, len(a) - 2, "producer")
-        result += (a[-2],)
-    if len(b) > 1:
-        site.weight(1, len(b) - 1, "producer")
-        result += (b[-1],)
+    for slot, axes, inner in ((0, a, inner_a), (1, b, inner_b)):
+        if len(axes) > 1:
+            outer = 2 * len(axes) - 3 - inner
+            site.weight(slot, outer, "producer")
+            result += (axes[outer],)
     return [result]
 
 
@@ -164,5 +174,8 @@ RULES: Mapping[Key, ChannelRule] = {
     ("", "Gemm"): _gemm,
     ("", "MatMul"): _matmul,
     ("", "Einsum"): _einsum,
+    (MICROSOFT, "FusedConv"): _fused_conv,
+    (MICROSOFT, "FusedGemm"): _gemm,
+    (MICROSOFT, "FusedMatMul"): _matmul,
     **{("", op): _recurrent for op in _GATES},
 }

@@ -205,6 +205,7 @@ _ROWS = (
     Op("BiasGelu", Kind.ACTIVATION, (MICROSOFT,), operands=EVERY, weights=(1,), traits=_ZERO),
     Op("FastGelu", Kind.ACTIVATION, (MICROSOFT,), operands=EVERY, weights=(1,), traits=_ZERO),
     Op("QuickGelu", Kind.ACTIVATION, (MICROSOFT,), traits=_ZERO),
+    Op("ScaledSiLU", Kind.ACTIVATION, (MICROSOFT,), traits=_ZERO),
     # Element by element
     Op("Acos", Kind.ELEMENTWISE),
     Op("Acosh", Kind.ELEMENTWISE, traits=_MONOTONE),

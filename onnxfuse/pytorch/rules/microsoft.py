@@ -34,6 +34,12 @@ def quick_gelu(call: Call) -> fx.Node:
     return call.emit(torch.mul, x, gate)
 
 
+@rule(_DOMAIN + "ScaledSiLU")
+def scaled_silu(call: Call) -> fx.Node:
+    scale = call.tensor(1) if call.has(1) else call.attr("alpha", 1.0)
+    return call.emit(F.silu, call.emit(torch.mul, call.tensor(0), scale))
+
+
 @rule(_DOMAIN + "SkipLayerNormalization")
 def skip_layer_normalization(call: Call) -> Any:
     total, shape = _with_skip(call, 4)
