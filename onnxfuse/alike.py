@@ -18,6 +18,7 @@ import numpy as np
 
 from onnxfuse.constants import label
 from onnxfuse.graph import Model, Node, Tensor
+from onnxfuse.layers import MULTIPLYING
 from onnxfuse.linear import (
     WEIGHTED,
     LinearOp,
@@ -196,7 +197,6 @@ _Mark = _Source | _Product | _Other
 
 _COUNTING = OPS.of_kind(Kind.SHAPE)  # what they give says nothing of values
 _ATTENTIONS = OPS.of_kind(Kind.ATTENTION)
-_MULTIPLYING = OPS.of_kind(Kind.LINEAR, Kind.RECURRENT)
 _TURNING = OPS.of_kind(Kind.EMBEDDING)
 
 
@@ -241,7 +241,7 @@ def _roles(model: Model, ops: dict[Node, LinearOp], shapes: Shapes) -> dict[Node
                 result = _transposed(node, operands[0])
             case kind if kind in _COUNTING:
                 result = None
-            case kind if (kind[0] and kind not in _TURNING) or kind in _MULTIPLYING or node.bodies:
+            case kind if (kind[0] and kind not in _TURNING) or kind in MULTIPLYING or node.bodies:
                 result = _MIXED
             case _:
                 result = _joined(node, operands)
@@ -325,7 +325,7 @@ def _heads_behind(model: Model, op: LinearOp, parts: int, shapes: Shapes) -> Ite
                     stack.extend(user.outputs)
                 else:
                     yield _split(op.out_features, parts, before, behind)
-            elif user.key not in _MULTIPLYING | _COUNTING and not user.bodies:
+            elif not (user.key in MULTIPLYING or user.key in _COUNTING or user.bodies):
                 stack.extend(user.outputs)
 
 
@@ -355,7 +355,7 @@ def _heads_before(model: Model, op: LinearOp, shapes: Shapes) -> int | None:
             before, behind = (_shape(t, shapes) or [None] for t in (node.inputs[0], node.outputs[0]))
             if before[-1] is None or before[-1] != behind[-1]:
                 return _split(op.in_features, 1, behind, before)
-        elif node.key in _MULTIPLYING or node.bodies or not node.inputs:
+        elif node.key in MULTIPLYING or node.bodies or not node.inputs:
             return None
         tensor = node.inputs[0]
     return None

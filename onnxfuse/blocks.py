@@ -23,6 +23,7 @@ from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, weight_
 from onnxfuse.normalization import NORMALIZATIONS
 from onnxfuse.ops.table import OPS, Trait
 
+_ENTRIES = CURVED | NORMALIZATIONS
 # Behind a branch that is zero they give zeros, and hand gradients on.
 _KEEPING_ZERO = OPS.unary().having(Trait.AFFINE, Trait.KEEPS_ZERO)
 
@@ -148,7 +149,7 @@ def _block(model: Model, add: Node, u: Tensor, end: Tensor, inner: set[Node], sh
         return "its branch uses its last weights more than once: as zeros they would stay zeros"
     branch = tuple(node for node in model.nodes if node in inner or node in prepared)
     entry = model.producer(u)
-    if entry is not None and not (entry.key in CURVED | NORMALIZATIONS and _is_unary(model, entry)):
+    if entry is not None and not (entry.key in _ENTRIES and _is_unary(model, entry)):
         entry = None
     return Block(add, u, entry, branch, last)
 

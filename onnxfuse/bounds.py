@@ -581,11 +581,17 @@ def _swish(site: IntervalNode) -> Interval | None:
     alpha = float(site.attribute("alpha", 1.702 if site.op == "QuickGelu" else 1.0))
     if alpha <= 0:
         return None
-    found = _scaled_silu(site, _constant(alpha, alpha))
+    found = _silu(site, _constant(alpha, alpha))
     return _rounded(found.low / alpha, found.high / alpha, site.format)
 
 
-def _scaled_silu(site: IntervalNode, scale: Interval) -> Interval:
+def _scaled_silu(site: IntervalNode) -> Interval:
+    alpha = float(site.attribute("alpha", 1.0))
+    return _silu(site, site.at(1) if site.has(1) else _constant(alpha, alpha))
+
+
+def _silu(site: IntervalNode, scale: Interval) -> Interval:
+    """z sigmoid(z) of z = scale x."""
     return _dip(_corners(_times, site.at(0), scale, site.format), site.format, *_SWISH, keeps=True)
 
 
@@ -874,14 +880,15 @@ def _increasing(site: IntervalNode) -> Interval | None:
     if min(numbers, default=0) < 0:
         return None
     x, opset = site.at(0), site.model.opset
-    evaluator = ReferenceEvaluator(site.node.proto(opset), opsets={"": opset})
+    slack = site.format.eps if numbers else 0.0  # a parameter may be rounded to the tensor's type
+    low = np.where(np.isinf(x.low), x.low, x.low - slack * np.abs(x.low))
+    high = np.where(np.isinf(x.high), x.high, x.high + slack * np.abs(x.high))
     try:
-        (low,), (high,) = (evaluator.run(None, {site.inputs[0]: bound}) for bound in (x.low, x.high))
+        evaluator = ReferenceEvaluator(site.node.proto(opset), opsets={"": opset})
+        (low,), (high,) = (evaluator.run(None, {site.inputs[0]: bound}) for bound in (low, high))
     except Exception:  # what the reference implementation lacks costs knowledge, no more
         return None
-    if site.key in _SELECTING:
-        return _clean(np.asarray(low), np.asarray(high))
-    number = _CURVE * (1 + sum(abs(value) for value in numbers))
+    number = _CURVE * (1 + sum(numbers))
     return _widened(np.asarray(low), np.asarray(high), site.format, number, x, site.key in _KEEPING_ZERO)
 
 
@@ -923,9 +930,7 @@ _RULES: Mapping[str, IntervalRule] = {
     "com.microsoft::Gelu": _gelu,
     "Swish": _swish,
     "com.microsoft::QuickGelu": _swish,
-    "com.microsoft::ScaledSiLU": lambda site: _scaled_silu(
-        site, site.at(1) if site.has(1) else _constant(*[float(site.attribute("alpha", 1.0))] * 2)
-    ),
+    "com.microsoft::ScaledSiLU": _scaled_silu,
     "Softmax": lambda site: _widened(np.zeros(()), np.ones(()), site.format, _CURVE, _UNBOUNDED),
     "AveragePool": _average_pool,
     "GlobalAveragePool": _global_pool,

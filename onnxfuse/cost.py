@@ -170,11 +170,11 @@ _RULES: Mapping[str, CostRule] = {
     "RNN": _recurrent,
     "Attention": _attention,
 }
-_MULTIPLYING = (Kind.LINEAR, Kind.RECURRENT, Kind.ATTENTION)
+_WORK = (Kind.LINEAR, Kind.RECURRENT, Kind.ATTENTION, Kind.CONTROL)
 
 
 def _default(op: Op) -> CostRule | None:
-    return None if op.kind in (*_MULTIPLYING, Kind.CONTROL) else _nothing
+    return None if op.kind in _WORK else _nothing
 
 
 def _missing(op: Op) -> str:

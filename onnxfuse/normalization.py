@@ -22,8 +22,8 @@ CONVOLUTIONS = OPS.having(Trait.CONVOLVES)
 DEEP = 3
 """Convolutions one behind the other from which a network without normalization is taken for a folded one."""
 
-_ELEMENTWISE = OPS.of_kind(Kind.ACTIVATION, Kind.ELEMENTWISE)
 _REARRANGING = OPS.of_kind(Kind.MOVE).having(Trait.SAME_ELEMENTS)
+_TRANSPARENT = OPS.of_kind(Kind.ACTIVATION, Kind.ELEMENTWISE) | _REARRANGING
 
 
 def lacks_normalization(model: Model) -> bool:
@@ -50,7 +50,7 @@ def normalized_by(model: Model, tensor: Tensor) -> str | None:
         for user in model.consumers(current):
             if _is_normalization(user):
                 return user.op
-            if user.key in _ELEMENTWISE | _REARRANGING and _computed(model, user) == [current]:
+            if user.key in _TRANSPARENT and _computed(model, user) == [current]:
                 waiting += user.outputs
     return None
 

@@ -37,6 +37,9 @@ _EVALUATED = OPS.having(Trait.SIZES)
 MOVING = (_EVALUATED.of_kind(Kind.MOVE) | _EVALUATED.having(Trait.SAME_ELEMENTS)).names
 """Operators that only move elements of their data: all inputs of Concat, the first of others."""
 
+COPYING = _EVALUATED.of_kind(Kind.ELEMENTWISE).having(Trait.CARRIES_WEIGHTS)
+"""Operators that hand a list on as it is, perhaps in another type."""
+
 _ELEMENTWISE = _EVALUATED.of_kind(Kind.ELEMENTWISE, Kind.ACTIVATION).names - MOVING
 _MAKING = _EVALUATED.of_kind(Kind.FILL).names
 

@@ -25,7 +25,8 @@ def broadcast(site: ChannelNode, operands: Sequence[Axes]) -> Axes:
 
 def _elementwise(site: ChannelNode) -> list[Axes | None]:
     row = OPS.get(*site.key)
-    count = 1 if row is None else row.operands
+    assert row is not None
+    count = row.operands
     operands = [site.axes(slot) for slot in site.data() if count is None or slot < count]
     if site.opset < 7 and len(set(map(len, operands))) > 1:
         raise StopRuleError("broadcasting by the rules of an old operator set")

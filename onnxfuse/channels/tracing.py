@@ -268,7 +268,7 @@ def _replaceable(system: System, tensor: Tensor, entry: int) -> bool:
     known = system.numbers_of(tensor)
     if known is None or known.fixed:
         return known is not None
-    if producer is not None and producer.op in ("Cast", "Identity"):
+    if producer is not None and producer.key in lengths.COPYING:
         return _replaceable(system, producer.inputs[0], entry)
     if producer is not None and producer.op == "Concat" and known.value.ndim == 1:
         for piece in producer.inputs:

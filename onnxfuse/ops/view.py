@@ -82,6 +82,9 @@ class ModelNodeView(NodeView):
     def inputs(self) -> Sequence[str]:
         return [tensor.name for tensor in self.node.inputs]
 
+    def has(self, slot: int) -> bool:
+        return slot < len(self.node.inputs) and bool(self.node.inputs[slot].name)
+
     def tensor(self, slot: int) -> Tensor | None:
         """The input, None where it is left out."""
         return self.node.inputs[slot] if self.has(slot) else None
