@@ -885,11 +885,11 @@ def _increasing(site: IntervalNode) -> Interval | None:
     high = np.where(np.isinf(x.high), x.high, x.high + slack * np.abs(x.high))
     try:
         evaluator = ReferenceEvaluator(site.node.proto(opset), opsets={"": opset})
-        (low,), (high,) = (evaluator.run(None, {site.inputs[0]: bound}) for bound in (low, high))
+        (least,), (most,) = (evaluator.run(None, {site.inputs[0]: bound}) for bound in (low, high))
     except Exception:  # what the reference implementation lacks costs knowledge, no more
         return None
     number = _CURVE * (1 + sum(numbers))
-    return _widened(np.asarray(low), np.asarray(high), site.format, number, x, site.key in _KEEPING_ZERO)
+    return _widened(np.asarray(least), np.asarray(most), site.format, number, x, site.key in _KEEPING_ZERO)
 
 
 _RULES: Mapping[str, IntervalRule] = {
