@@ -19,10 +19,14 @@ import numpy as np
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import LinearOp, Shapes, channel_vector, is_main_domain, weight_type
+from onnxfuse.ops.table import OPS, Kind, Trait
 
-POOLS = ("MaxPool", "GlobalMaxPool", "AveragePool", "GlobalAveragePool")
-# What an affine map per channel may be moved behind: operators that mix no channels.
-CARRIERS = (*POOLS, "Transpose", "Reshape", "Flatten")
+_POOLS = OPS.of_kind(Kind.POOL)
+# Averages and maxima; a norm of a scaled and shifted window is nothing simple.
+POOLS = (_POOLS.having(Trait.AFFINE) | _POOLS.having(Trait.SELECTS)).names
+# What an affine map per channel may be moved behind: operators that mix no channels. Of those that only move
+# elements, these are the ones that `_moved` can play through.
+CARRIERS = POOLS | {"Transpose", "Reshape", "Flatten"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +41,7 @@ def affine_input(model: Model, node: Node) -> Tensor | None:
     """The tensor that `node` may scale and shift; None where its operator never does that to one tensor."""
     if not is_main_domain(node) or node.op not in _RULES:
         return None
-    if node.op in ("BatchNormalization", "Neg"):
+    if _RULES[node.op] is not _elementwise:
         return node.inputs[0]
     computed = [t for t in node.inputs if not model.is_weight(t)]
     return computed[0] if len(node.inputs) == 2 and len(computed) == 1 else None
@@ -184,4 +188,15 @@ _RULES: dict[str, Callable[[Model, Node, int, int, int | None], ChannelAffine | 
     "Neg": _neg,
 }
 
-__all__ = ["CARRIERS", "ChannelAffine", "affine_input", "carried_channels", "channel_affine", "training_mode"]
+AFFINE_OPERATORS = frozenset(_RULES)
+"""Names of the operators that may scale and shift, in ONNX's own domain."""
+
+__all__ = [
+    "AFFINE_OPERATORS",
+    "CARRIERS",
+    "ChannelAffine",
+    "affine_input",
+    "carried_channels",
+    "channel_affine",
+    "training_mode",
+]

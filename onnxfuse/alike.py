@@ -21,13 +21,12 @@ from onnxfuse.findings import Skip
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node, Tensor
 from onnxfuse.layers import MULTIPLYING
-from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, optional_input, weight_type
+from onnxfuse.linear import WEIGHTED, LinearOp, Shapes, is_main_domain, linear_op, optional_input, weight_type
+from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.shared_weights import SharedWeight, shared_weights
 
 ROLES = ("query", "key", "value", "output")
 """Those of an attention; a projection that makes several of them has them joined by "+", in this order."""
-
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +51,7 @@ def find_weight_layers(model: Model) -> tuple[list[WeightLayer], list[Skip]]:
         found = linear_op(model, node, shapes, transposed=True)
         if isinstance(found, LinearOp):
             ops[node] = found
-        elif is_main_domain(node) and node.op in _WEIGHTED and any(map(model.is_weight, node.inputs[:2])):
+        elif is_main_domain(node) and node.op in WEIGHTED and any(map(model.is_weight, node.inputs[:2])):
             first = model.is_weight(node.inputs[0]) and not model.is_weight(node.inputs[1])
             skips.append(Skip((label(node),), f"{node.op} has its weight first" if first else found))
     roles = _roles(model, ops, shapes)
@@ -138,13 +137,9 @@ _ATTENDED = _Other("values summed up by their shares")
 _MIXED = _Other("no single source")
 _Mark = _Source | _Product | _Other
 
-_COUNTING = ("Shape", "Size")  # what they give says nothing of values
-_ATTENTIONS = (
-    ("", "Attention"),
-    ("com.microsoft", "MultiHeadAttention"),
-    ("com.microsoft", "GroupQueryAttention"),
-)
-_ROTARY = ("com.microsoft", "RotaryEmbedding")
+_COUNTING = OPS.of_kind(Kind.SHAPE)  # what they give says nothing of values
+_ATTENTIONS = OPS.of_kind(Kind.ATTENTION)
+_TURNING = OPS.of_kind(Kind.EMBEDDING)
 
 
 def _roles(model: Model, ops: dict[Node, LinearOp], shapes: Shapes) -> dict[Node, set[str]]:
@@ -161,7 +156,7 @@ def _roles(model: Model, ops: dict[Node, LinearOp], shapes: Shapes) -> dict[Node
     for node in model.nodes:
         operands = [marks.get(tensor) for tensor in node.inputs]
         result: _Mark | None
-        match (node.domain, node.op):
+        match node.key:
             case _ if node in ops:
                 if operands[0] == _ATTENDED:
                     found("output", node)
@@ -186,9 +181,9 @@ def _roles(model: Model, ops: dict[Node, LinearOp], shapes: Shapes) -> dict[Node
                     result = _SHARES
             case ("", "Transpose") if operands and isinstance(operands[0], _Product):
                 result = _transposed(node, operands[0])
-            case (domain, op) if op in _COUNTING and not domain:
+            case kind if kind in _COUNTING:
                 result = None
-            case kind if (kind[0] and kind != _ROTARY) or kind[1] in MULTIPLYING or node.bodies:
+            case kind if (kind[0] and kind not in _TURNING) or kind in MULTIPLYING or node.bodies:
                 result = _MIXED
             case _:
                 result = _joined(node, operands)
@@ -272,7 +267,7 @@ def _heads_behind(model: Model, op: LinearOp, parts: int, shapes: Shapes) -> Ite
                     stack.extend(user.outputs)
                 else:
                     yield _split(op.out_features, parts, before, behind)
-            elif user.op not in (*MULTIPLYING, *_COUNTING) and not user.bodies:
+            elif not (user.key in MULTIPLYING or user.key in _COUNTING or user.bodies):
                 stack.extend(user.outputs)
 
 
@@ -302,7 +297,7 @@ def _heads_before(model: Model, op: LinearOp, shapes: Shapes) -> int | None:
             before, behind = (_shape(t, shapes) or [None] for t in (node.inputs[0], node.outputs[0]))
             if before[-1] is None or before[-1] != behind[-1]:
                 return _split(op.in_features, 1, behind, before)
-        elif node.op in MULTIPLYING or node.bodies or not node.inputs:
+        elif node.key in MULTIPLYING or node.bodies or not node.inputs:
             return None
         tensor = node.inputs[0]
     return None

@@ -17,13 +17,16 @@ import numpy as np
 
 from onnxfuse.affine import training_mode
 from onnxfuse.constants import label
-from onnxfuse.flow import CURVED, SCALING, TRANSPARENT
+from onnxfuse.flow import CURVED, SCALING
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, weight_type
 from onnxfuse.normalization import NORMALIZATIONS
+from onnxfuse.ops.table import OPS, Trait
 
-_KEEPING_ZERO = TRANSPARENT | {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Cast"}
+_ENTRIES = CURVED | NORMALIZATIONS
+# Behind a branch that is zero they give zeros, and hand gradients on.
+_KEEPING_ZERO = OPS.unary().having(Trait.AFFINE, Trait.KEEPS_ZERO)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +150,7 @@ def _block(model: Model, add: Node, u: Tensor, end: Tensor, inner: set[Node], sh
         return "its branch uses its last weights more than once: as zeros they would stay zeros"
     branch = tuple(node for node in model.nodes if node in inner or node in prepared)
     entry = model.producer(u)
-    if entry is not None and not (entry.op in CURVED | NORMALIZATIONS and _is_unary(model, entry)):
+    if entry is not None and not (entry.key in _ENTRIES and _is_unary(model, entry)):
         entry = None
     return Block(add, u, entry, branch, last)
 
@@ -167,9 +170,9 @@ def _last(model: Model, end: Tensor, inner: set[Node], shapes: Shapes) -> tuple[
             parts = [_last(model, t, inner, shapes) for t in computed]
             reason = next((part for part in parts if isinstance(part, str)), None)
             return reason or tuple(t for part in parts for t in part if not isinstance(t, str))
-        scaling = node.op in SCALING and computed == node.inputs[:1]
-        if not (scaling or node.op in _KEEPING_ZERO):
-            if node.op in CURVED:
+        scaling = node.key in SCALING and computed == node.inputs[:1]
+        if not (scaling or node.key in _KEEPING_ZERO):
+            if node.key in CURVED:
                 return f"its branch ends in {node.label}: behind that a zero branch would never learn"
             return f"its branch ends in {node.label}, not in a linear operator"
         tensor = node.inputs[0]

@@ -40,13 +40,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from onnx.reference import ReferenceEvaluator
 from scipy import special
 
 from onnxfuse.affine import training_mode
-from onnxfuse.constants import param
+from onnxfuse.constants import integers
 from onnxfuse.graph import Model
-from onnxfuse.ir import Constant, Node, Tensor
-from onnxfuse.linear import LinearOp, Shapes, is_main_domain, linear_op, optional_input, weight_type
+from onnxfuse.ir import Node, Tensor
+from onnxfuse.linear import WEIGHTED, LinearOp, Shapes, is_main_domain, linear_op, weight_type
+from onnxfuse.ops.facet import Facet, keyed
+from onnxfuse.ops.table import OPS, Kind, Op, Trait
+from onnxfuse.ops.view import ModelNodeView
 from onnxfuse.shapes import Dim, TensorInfo
 
 LIMIT = 1 << 18
@@ -135,15 +139,15 @@ def intervals(model: Model, shapes: Shapes) -> dict[str, Interval]:
                 known[tensor.name] = _everything(_info(shapes, tensor))
         for node in model.nodes:
             if node.constant_form is None:
-                results = _results(_Site(model, node, shapes, known))
+                results = _results(IntervalNode(model, node, shapes, known))
                 for tensor, found in zip(node.outputs, results, strict=False):
-                    known[tensor.name] = _fitted(found, _info(shapes, tensor), node.op in _SELECTING)
+                    known[tensor.name] = _fitted(found, _info(shapes, tensor), node.key in _SELECTING)
     known.pop("", None)
     return known
 
 
 @dataclass(frozen=True, eq=False)
-class _Site:
+class IntervalNode(ModelNodeView):
     """A node, and what is known where it stands."""
 
     model: Model
@@ -151,12 +155,9 @@ class _Site:
     shapes: Shapes
     known: Mapping[str, Interval]
 
-    def has(self, slot: int) -> bool:
-        return optional_input(self.node, slot) is not None
-
     def at(self, slot: int) -> Interval:
         """Bounds of an input."""
-        tensor = optional_input(self.node, slot)
+        tensor = self.tensor(slot)
         return _UNBOUNDED if tensor is None else self.known.get(tensor.name, _UNBOUNDED)
 
     def operands(self) -> list[Interval]:
@@ -175,29 +176,26 @@ class _Site:
         dtype = _info(self.shapes, self.node.outputs[0]).dtype
         return _FORMATS["bfloat16" if dtype is None or dtype.name not in _FORMATS else dtype.name]
 
-    def attr(self, name: str, default: Any) -> Any:
-        return self.node.attrs.get(name, default)
-
     def constant(self, slot: int) -> np.ndarray | None:
-        tensor = optional_input(self.node, slot)
+        tensor = self.tensor(slot)
         return None if tensor is None else self.model.weight(tensor)
 
-    def axis(self, default: int, rank: int) -> int:
-        return int(self.attr("axis", default)) % rank
+    def listed(self, slot: int, what: str) -> list[int] | None:
+        return integers(self.model, self.tensor(slot))
 
     @property
     def padded(self) -> bool:
         """Whether a window may reach beyond the input."""
-        auto = self.attr("auto_pad", "NOTSET") not in ("NOTSET", "VALID", "")
-        return auto or any(self.attr("pads", ())) or bool(self.attr("ceil_mode", 0))
+        auto = self.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID", "")
+        return auto or any(self.attribute("pads", ())) or bool(self.attribute("ceil_mode", 0))
 
 
 Found = Interval | Sequence[Interval | None] | None
-Rule = Callable[[_Site], Found]
+IntervalRule = Callable[[IntervalNode], Found]
 
 
-def _results(site: _Site) -> list[Interval | None]:
-    rule = RULES.get(site.node.op) if is_main_domain(site.node) else None
+def _results(site: IntervalNode) -> list[Interval | None]:
+    rule = RULES.get(site.key)
     try:
         found = None if rule is None else rule(site)
     except (ValueError, IndexError):  # sizes that contradict each other, from a file that declares wrong ones
@@ -337,11 +335,11 @@ def _mean(x: Interval, axes: tuple[int, ...], count: int, form: _Format) -> Inte
 # ---- operators with weights ------------------------------------------------------------------------------
 
 
-def _affine(site: _Site) -> Interval | None:
+def _affine(site: IntervalNode) -> Interval | None:
     op = linear_op(site.model, site.node, site.shapes, transposed=True)
     if isinstance(op, str) or op.out_features * op.columns > _LARGEST:
         return None
-    alpha, beta = (float(site.attr(name, 1.0)) for name in ("alpha", "beta"))
+    alpha, beta = (float(site.attribute(name, 1.0)) for name in ("alpha", "beta"))
     bias = _bias(op, beta)
     last = site.node.op == "MatMul"
     x = _features(site.at(0), -1 if last else 1, op.in_features)
@@ -396,15 +394,15 @@ def _dense(op: LinearOp, x: Interval, bias: np.ndarray, form: _Format, extra: in
     return Interval(np.concatenate([p.low for p in parts]), np.concatenate([p.high for p in parts]))
 
 
-def _batch_norm(site: _Site) -> Interval | None:
+def _batch_norm(site: IntervalNode) -> Interval | None:
     x = site.at(0)
     values = [site.constant(slot) for slot in range(1, 5)]
     found = [v.astype(np.float64) for v in values if v is not None]
-    if len(found) < 4 or training_mode(site.node) or not site.attr("spatial", 1):
+    if len(found) < 4 or training_mode(site.node) or not site.attribute("spatial", 1):
         return None
     rank = x.low.ndim
     gamma, beta, mean, variance = (v.reshape(-1, *[1] * (rank - 2)) for v in found)
-    scale = gamma / np.sqrt(variance + float(site.attr("epsilon", 1e-5)))
+    scale = gamma / np.sqrt(variance + float(site.attribute("epsilon", 1e-5)))
     if not all(np.isfinite(v).all() for v in (scale, beta, mean)):
         return None
     scaled = _scaled(scale, x)
@@ -425,7 +423,7 @@ def _neg(x: Interval) -> Interval:
     return Interval(-x.high, -x.low)
 
 
-def _total(site: _Site) -> Interval:
+def _total(site: IntervalNode) -> Interval:
     terms = site.operands()
     if len(terms) < 3:
         return functools.reduce(lambda a, b: _add(a, b, site.format), terms)
@@ -434,7 +432,7 @@ def _total(site: _Site) -> Interval:
     return _sums(products, np.zeros(products.shape[:-1]), site.format, 0)
 
 
-def _mul(site: _Site) -> Interval:
+def _mul(site: IntervalNode) -> Interval:
     a, b = site.node.inputs
     if a is b:
         return _squared(site)
@@ -448,7 +446,7 @@ def _mul(site: _Site) -> Interval:
     return _corners(_times, x, y, site.format)
 
 
-def _div(site: _Site) -> Interval:
+def _div(site: IntervalNode) -> Interval:
     a, b = site.operands()
     zero = (b.low <= 0) & (b.high >= 0)
 
@@ -466,18 +464,18 @@ def _absolute(x: Interval) -> Interval:
     return Interval(np.maximum(np.maximum(x.low, -x.high), 0), np.maximum(-x.low, x.high))
 
 
-def _squared(site: _Site) -> Interval:
+def _squared(site: IntervalNode) -> Interval:
     x = _absolute(site.at(0))
     return _rounded(_times(x.low, x.low), _times(x.high, x.high), site.format)
 
 
-def _pow(site: _Site) -> Interval | None:
+def _pow(site: IntervalNode) -> Interval | None:
     exponent = site.constant(1)
     return _squared(site) if exponent is not None and exponent.size == 1 and exponent.item() == 2 else None
 
 
-def _extreme(pick: np.ufunc) -> Rule:
-    def rule(site: _Site) -> Interval:
+def _extreme(pick: np.ufunc) -> IntervalRule:
+    def rule(site: IntervalNode) -> Interval:
         found = site.operands()
         low, high = ([getattr(x, side) for x in found] for side in ("low", "high"))
         return Interval(functools.reduce(pick, low), functools.reduce(pick, high))
@@ -485,18 +483,18 @@ def _extreme(pick: np.ufunc) -> Rule:
     return rule
 
 
-def _clip(site: _Site) -> Interval:
+def _clip(site: IntervalNode) -> Interval:
     x, ends = site.at(0), []
     for slot, name, default in ((1, "min", -math.inf), (2, "max", math.inf)):
-        value = float(site.attr(name, default))
+        value = float(site.attribute(name, default))
         ends.append(site.at(slot) if site.has(slot) else _constant(value, value))
     least, most = ends
     low = np.minimum(np.maximum(x.low, least.low), most.low)
     return Interval(low, np.minimum(np.maximum(x.high, least.high), most.high))
 
 
-def _leaky(site: _Site) -> Interval:
-    alpha = float(site.attr("alpha", 0.01))
+def _leaky(site: IntervalNode) -> Interval:
+    alpha = float(site.attribute("alpha", 0.01))
     x, slope = site.operands() if site.node.op == "PRelu" else (site.at(0), _constant(alpha, alpha))
     positive = x.map(lambda bound: np.maximum(bound, 0))
     negative = _corners(_times, x.map(lambda bound: np.minimum(bound, 0)), slope, site.format)
@@ -516,14 +514,14 @@ def _widened(
     return _clean(np.where(np.isinf(low), low, wide_low), np.where(np.isinf(high), high, wide_high))
 
 
-Curve = Callable[[_Site, np.ndarray], np.ndarray]
+Curve = Callable[[IntervalNode, np.ndarray], np.ndarray]
 
 
-def _curve(function: Curve) -> Rule:
+def _curve(function: Curve) -> IntervalRule:
     """A function that does not decrease, as far as its parameters are not negative."""
 
-    def rule(site: _Site) -> Interval | None:
-        alpha, beta, gamma = (float(site.attr(name, 0)) for name in ("alpha", "beta", "gamma"))
+    def rule(site: IntervalNode) -> Interval | None:
+        alpha, beta, gamma = (float(site.attribute(name, 0)) for name in ("alpha", "beta", "gamma"))
         if min(alpha, gamma) < 0:
             return None
         x, number = site.at(0), _CURVE * (1 + alpha + abs(beta) + gamma)
@@ -533,17 +531,17 @@ def _curve(function: Curve) -> Rule:
     return rule
 
 
-def _exponential(site: _Site, x: np.ndarray) -> np.ndarray:
+def _exponential(site: IntervalNode, x: np.ndarray) -> np.ndarray:
     """Elu, Celu and Selu."""
     scaled = site.node.op == "Selu"
-    alpha = float(site.attr("alpha", 1.6732632 if scaled else 1.0))
+    alpha = float(site.attribute("alpha", 1.6732632 if scaled else 1.0))
     bend = alpha if site.node.op == "Celu" else 1.0
     y = np.maximum(x, 0) + alpha * np.expm1(np.minimum(x, 0) / bend)
-    return float(site.attr("gamma", 1.0507010)) * y if scaled else y
+    return float(site.attribute("gamma", 1.0507010)) * y if scaled else y
 
 
-def _hard_sigmoid(site: _Site, x: np.ndarray) -> np.ndarray:
-    return np.clip(float(site.attr("alpha", 0.2)) * x + float(site.attr("beta", 0.5)), 0, 1)
+def _hard_sigmoid(site: IntervalNode, x: np.ndarray) -> np.ndarray:
+    return np.clip(float(site.attribute("alpha", 0.2)) * x + float(site.attribute("beta", 0.5)), 0, 1)
 
 
 _CURVES: Mapping[str, Curve] = {
@@ -574,19 +572,38 @@ def _dip(
     return _widened(low, np.where(x.high <= 0, 0, f(x.high)), form, _DIP, x, keeps)
 
 
-def _gelu(site: _Site) -> Interval:
-    curve = _GELU_TANH if site.attr("approximate", "none") == "tanh" else _GELU
+def _gelu(site: IntervalNode) -> Interval:
+    curve = _GELU_TANH if site.attribute("approximate", "none") == "tanh" else _GELU
     return _dip(site.at(0), site.format, *curve)
 
 
-def _where(site: _Site) -> Interval:
+def _swish(site: IntervalNode) -> Interval | None:
+    """Swish and QuickGelu: x sigmoid(alpha x), which is swish(alpha x) / alpha."""
+    alpha = float(site.attribute("alpha", 1.702 if site.op == "QuickGelu" else 1.0))
+    if alpha <= 0:
+        return None
+    found = _silu(site, _constant(alpha, alpha))
+    return _rounded(found.low / alpha, found.high / alpha, site.format)
+
+
+def _scaled_silu(site: IntervalNode) -> Interval:
+    alpha = float(site.attribute("alpha", 1.0))
+    return _silu(site, site.at(1) if site.has(1) else _constant(alpha, alpha))
+
+
+def _silu(site: IntervalNode, scale: Interval) -> Interval:
+    """z sigmoid(z) of z = scale x."""
+    return _dip(_corners(_times, site.at(0), scale, site.format), site.format, *_SWISH, keeps=True)
+
+
+def _where(site: IntervalNode) -> Interval:
     condition, a, b = site.operands()
     both, yes, no = a.union(b), condition.low > 0, condition.high <= 0
     low = np.where(yes, a.low, np.where(no, b.low, both.low))
     return Interval(low, np.where(yes, a.high, np.where(no, b.high, both.high)))
 
 
-def _cast(site: _Site) -> Interval | None:
+def _cast(site: IntervalNode) -> Interval | None:
     x, source = site.at(0), _info(site.shapes, site.node.inputs[0]).dtype
     target = _info(site.shapes, site.node.outputs[0]).dtype
     if source is None or target is None or target.kind == "b":
@@ -596,14 +613,14 @@ def _cast(site: _Site) -> Interval | None:
     return _rounded(x.low, x.high, site.format)
 
 
-def _dropout(site: _Site) -> Interval | None:
+def _dropout(site: IntervalNode) -> Interval | None:
     training = site.constant(2)
     return site.at(0) if not site.has(2) or (training is not None and not training.any()) else None
 
 
-def _filled(site: _Site) -> Interval:
-    stored = site.attr("value", None)
-    value = float(stored.values.item()) if isinstance(stored, Constant) else 0.0
+def _filled(site: IntervalNode) -> Interval:
+    stored = site.attribute("value")
+    value = 0.0 if stored is None else float(stored.item())
     return _constant(value, value)
 
 
@@ -614,28 +631,28 @@ def _spatial(x: Interval) -> range:
     return range(min(2, x.low.ndim), x.low.ndim)
 
 
-def _max_pool(site: _Site) -> Interval:
+def _max_pool(site: IntervalNode) -> Interval:
     found = site.at(0).hull(_spatial(site.at(0)))
-    dilated = any(d > 1 for d in site.attr("dilations", ()))
+    dilated = any(d > 1 for d in site.attribute("dilations", ()))
     return Interval(found.low - math.inf, found.high) if dilated and site.padded else found
 
 
-def _average_pool(site: _Site) -> Interval:
+def _average_pool(site: IntervalNode) -> Interval:
     x = site.at(0).hull(_spatial(site.at(0)))
-    dilated = any(d > 1 for d in site.attr("dilations", ()))
-    if site.padded and (site.attr("count_include_pad", 0) or dilated):
+    dilated = any(d > 1 for d in site.attribute("dilations", ()))
+    if site.padded and (site.attribute("count_include_pad", 0) or dilated):
         x = x.union(_ZERO)
-    return _mean(x, (), math.prod(site.attr("kernel_shape", ())), site.format)
+    return _mean(x, (), math.prod(site.attribute("kernel_shape", ())), site.format)
 
 
-def _count(site: _Site, axes: Iterable[int]) -> int | None:
+def _count(site: IntervalNode, axes: Iterable[int]) -> int | None:
     """How many values lie along these axes of the first input."""
     dims = site.dims(0)
     sizes = None if dims is None else _static([dims[axis] for axis in axes])
     return None if sizes is None else math.prod(sizes)
 
 
-def _reduced(site: _Site, x: Interval, axes: tuple[int, ...]) -> Interval:
+def _reduced(site: IntervalNode, x: Interval, axes: tuple[int, ...]) -> Interval:
     count, form = _count(site, axes), site.format
     if site.node.op in ("ReduceMax", "GlobalMaxPool"):
         return x.map(lambda bound: bound.max(axes, keepdims=True))
@@ -649,35 +666,35 @@ def _reduced(site: _Site, x: Interval, axes: tuple[int, ...]) -> Interval:
     return total if count is not None else total.union(_ZERO)
 
 
-def _global_pool(site: _Site) -> Interval:
+def _global_pool(site: IntervalNode) -> Interval:
     x = site.at(0)
     return _reduced(site, x, tuple(_spatial(x)))
 
 
-def _reduce(site: _Site) -> Interval | None:
+def _reduce(site: IntervalNode) -> Interval | None:
     x = site.at(0)
     rank = x.low.ndim
-    axes = param(site.model, site.node, 1, "axes")
+    axes = site.integers(1, "axes")
     if axes is None and site.has(1):
         return x.hull() if site.node.op in ("ReduceMax", "ReduceMin") else None
-    if not axes and site.attr("noop_with_empty_axes", 0):
+    if not axes and site.attribute("noop_with_empty_axes", 0):
         return x
     if _info(site.shapes, site.node.inputs[0]).shape is None:
         return _reduced(site, x, ())
     over = tuple(sorted({axis % rank for axis in axes})) if axes else tuple(range(rank))
     found = _reduced(site, x, over)
-    return found if site.attr("keepdims", 1) else found.map(lambda bound: bound.squeeze(over))
+    return found if site.attribute("keepdims", 1) else found.map(lambda bound: bound.squeeze(over))
 
 
 # ---- moving values ---------------------------------------------------------------------------------------
 
 
-def _concat(site: _Site) -> Interval:
+def _concat(site: IntervalNode) -> Interval:
     parts = [site.at(slot) for slot in range(len(site.node.inputs))]
     rank = parts[0].low.ndim
     if rank == 0 or any(part.low.ndim != rank for part in parts):
         return functools.reduce(Interval.union, [part.hull() for part in parts])
-    axis = site.axis(1, rank)
+    axis = site.axis("axis", 1, rank)
     sizes = _static([dims[axis] if (dims := site.dims(slot)) else None for slot in range(len(parts))])
     others = np.broadcast_shapes(*(part.hull([axis]).shape for part in parts))
     if sizes is None or sum(sizes) * math.prod(others) > LIMIT:
@@ -690,13 +707,13 @@ def _concat(site: _Site) -> Interval:
     return Interval(joined(part.low for part in parts), joined(part.high for part in parts))
 
 
-def _split(site: _Site) -> list[Interval]:
+def _split(site: IntervalNode) -> list[Interval]:
     x, outputs = site.at(0), site.node.outputs
     if x.low.ndim == 0:
         return [x] * len(outputs)
-    axis = site.axis(0, x.low.ndim)
+    axis = site.axis("axis", 0, x.low.ndim)
     shapes = [_info(site.shapes, tensor).shape for tensor in outputs]
-    sizes = param(site.model, site.node, 1, "split") or _static([s[axis] if s else None for s in shapes])
+    sizes = site.integers(1, "split") or _static([s[axis] if s else None for s in shapes])
     if sizes is None or len(sizes) != len(outputs) or sum(sizes) != x.shape[axis]:
         return [x.hull([axis])] * len(outputs)
     cuts = np.cumsum(sizes)[:-1]
@@ -704,10 +721,10 @@ def _split(site: _Site) -> list[Interval]:
     return [Interval(low, high) for low, high in pairs]
 
 
-def _slice(site: _Site) -> Interval:
+def _slice(site: IntervalNode) -> Interval:
     x = site.at(0)
-    starts, ends = (param(site.model, site.node, i, name) for i, name in ((1, "starts"), (2, "ends")))
-    axes, steps = param(site.model, site.node, 3, "axes"), param(site.model, site.node, 4, "steps")
+    starts, ends = (site.integers(i, name) for i, name in ((1, "starts"), (2, "ends")))
+    axes, steps = site.integers(3, "axes"), site.integers(4, "steps")
     unknown = (axes is None and site.has(3)) or (steps is None and site.has(4))
     if starts is None or ends is None or unknown or x.low.ndim == 0:
         return x.hull()
@@ -718,23 +735,23 @@ def _slice(site: _Site) -> Interval:
     return x.map(lambda bound: bound[tuple(window)])
 
 
-def _gather(site: _Site) -> Interval:
+def _gather(site: IntervalNode) -> Interval:
     x, indices = site.at(0), site.constant(1)
     shape = _info(site.shapes, site.node.inputs[1]).shape if indices is None else indices.shape
     if x.low.ndim == 0 or shape is None:
         return x.hull()
-    axis = site.axis(0, x.low.ndim)
+    axis = site.axis("axis", 0, x.low.ndim)
     if indices is None or x.shape[axis] == 1:
         x, indices = x.hull([axis]), np.zeros((1,) * len(shape), np.int64)
     return x.map(lambda bound: bound.take(indices, axis))
 
 
-def _pad(site: _Site) -> Interval:
+def _pad(site: IntervalNode) -> Interval:
     x, rank = site.at(0), site.at(0).low.ndim
-    filled = site.attr("mode", "constant") == "constant"
-    number = float(site.attr("value", 0.0))
+    filled = site.attribute("mode", "constant") == "constant"
+    number = float(site.attribute("value", 0.0))
     value = site.at(2).hull() if site.has(2) else _constant(number, number)
-    pads, axes = param(site.model, site.node, 1, "pads"), param(site.model, site.node, 3, "axes")
+    pads, axes = site.integers(1, "pads"), site.integers(3, "axes")
     if pads is None or rank == 0 or (axes is None and site.has(3)):
         return x.hull().union(value) if filled else x.hull()
     places = range(rank) if axes is None else [axis % rank for axis in axes]
@@ -765,10 +782,10 @@ def _extended(x: Interval, axis: int, sides: tuple[int, int], value: Interval, d
     return Interval(laid(x.low, value.low), laid(x.high, value.high))
 
 
-def _resize(site: _Site) -> Interval | None:
-    x, mode = site.at(0), site.attr("mode", "nearest")
-    corner = site.attr("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
-    if mode not in ("nearest", "linear", "bilinear") or corner or site.attr("antialias", 0):
+def _resize(site: IntervalNode) -> Interval | None:
+    x, mode = site.at(0), site.attribute("mode", "nearest")
+    corner = site.attribute("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    if mode not in ("nearest", "linear", "bilinear") or corner or site.attribute("antialias", 0):
         return None
     before, after = site.dims(0), _info(site.shapes, site.node.outputs[0]).shape
     if before is None or after is None:
@@ -779,12 +796,12 @@ def _resize(site: _Site) -> Interval | None:
     return found if mode == "nearest" else _mean(found, (), 32, site.format)
 
 
-def _transpose(site: _Site) -> Interval:
+def _transpose(site: IntervalNode) -> Interval:
     x = site.at(0)
-    return x if x.low.ndim == 0 else x.map(lambda bound: bound.transpose(site.attr("perm", None)))
+    return x if x.low.ndim == 0 else x.map(lambda bound: bound.transpose(site.attribute("perm", None)))
 
 
-def _reshape(site: _Site) -> Interval:
+def _reshape(site: IntervalNode) -> Interval:
     """Reshape, Flatten, Squeeze, Unsqueeze: axes that come through whole keep their bounds; those that are
     joined or cut are written out, if their sizes are known."""
     x, before = site.at(0), site.dims(0)
@@ -847,9 +864,37 @@ def _prefixes(before: Dims, after: Dims) -> list[tuple[int, int]]:
     return found
 
 
-_MOVING: Mapping[str, Rule] = {
-    "Identity": lambda site: site.at(0),
-    "Expand": lambda site: site.at(0),
+# ---- the rules -------------------------------------------------------------------------------------------
+
+
+def _picked(site: IntervalNode) -> Interval:
+    return site.at(0).hull()
+
+
+def _picked_or_zero(site: IntervalNode) -> Interval:
+    return site.at(0).hull().union(_ZERO)
+
+
+def _increasing(site: IntervalNode) -> Interval | None:
+    """A monotone function of one input: what ONNX's reference implementation gives for the bounds."""
+    numbers = [value for value in site.attributes.values() if isinstance(value, (int, float))]
+    if min(numbers, default=0) < 0:
+        return None
+    x, opset = site.at(0), site.model.opset
+    slack = site.format.eps if numbers else 0.0  # a parameter may be rounded to the tensor's type
+    low = np.where(np.isinf(x.low), x.low, x.low - slack * np.abs(x.low))
+    high = np.where(np.isinf(x.high), x.high, x.high + slack * np.abs(x.high))
+    try:
+        evaluator = ReferenceEvaluator(site.node.proto(opset), opsets={"": opset})
+        (least,), (most,) = (evaluator.run(None, {site.inputs[0]: bound}) for bound in (low, high))
+    except Exception:  # what the reference implementation lacks costs knowledge, no more
+        return None
+    number = _CURVE * (1 + sum(numbers))
+    return _widened(np.asarray(least), np.asarray(most), site.format, number, x, site.key in _KEEPING_ZERO)
+
+
+_RULES: Mapping[str, IntervalRule] = {
+    **dict.fromkeys(("Identity", "Expand"), lambda site: site.at(0)),
     "Dropout": _dropout,
     "Concat": _concat,
     "Split": _split,
@@ -858,12 +903,7 @@ _MOVING: Mapping[str, Rule] = {
     "Pad": _pad,
     "Transpose": _transpose,
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
-    **dict.fromkeys(
-        ("Tile", "DepthToSpace", "SpaceToDepth", "GatherElements", "GatherND", "Compress"),
-        lambda site: site.at(0).hull(),
-    ),
-}
-_CHOOSING: Mapping[str, Rule] = {
+    **dict.fromkeys(("Tile", "GatherElements", "GatherND", "Compress"), _picked),
     "Relu": lambda site: site.at(0).map(lambda bound: np.maximum(bound, 0)),
     "Max": _extreme(np.maximum),
     "Min": _extreme(np.minimum),
@@ -875,13 +915,7 @@ _CHOOSING: Mapping[str, Rule] = {
     "GlobalMaxPool": _global_pool,
     "ReduceMax": _reduce,
     "ReduceMin": _reduce,
-}
-_SELECTING = {*_MOVING, *_CHOOSING}
-
-RULES: Mapping[str, Rule] = {
-    **_MOVING,
-    **_CHOOSING,
-    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul"), _affine),
+    **dict.fromkeys(WEIGHTED, _affine),
     "BatchNormalization": _batch_norm,
     **dict.fromkeys(("Add", "Sum"), _total),
     "Sub": lambda site: _add(site.operands()[0], _neg(site.operands()[1]), site.format),
@@ -894,6 +928,10 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("LeakyRelu", "PRelu"), _leaky),
     "HardSwish": lambda site: _dip(site.at(0), site.format, *_HARD_SWISH, keeps=True),
     "Gelu": _gelu,
+    "com.microsoft::Gelu": _gelu,
+    "Swish": _swish,
+    "com.microsoft::QuickGelu": _swish,
+    "com.microsoft::ScaledSiLU": _scaled_silu,
     "Softmax": lambda site: _widened(np.zeros(()), np.ones(()), site.format, _CURVE, _UNBOUNDED),
     "AveragePool": _average_pool,
     "GlobalAveragePool": _global_pool,
@@ -901,6 +939,21 @@ RULES: Mapping[str, Rule] = {
     "ReduceSum": _reduce,
     **dict.fromkeys(("Resize", "Upsample"), _resize),
 }
-"""By operator of ONNX's own domain: bounds of its outputs, None for what is not known."""
+
+# Operators that compute no new integers, which may wrap around; what a cast can't hold its own rule drops.
+_SELECTING = {*OPS.having(Trait.SELECTS), ("", "Cast")}
+_KEEPING_ZERO = OPS.having(Trait.KEEPS_ZERO)
+
+
+def _default(op: Op) -> IntervalRule | None:
+    if op.operands != 1:
+        return None
+    if op.kind is Kind.MOVE and Trait.SELECTS in op.traits:
+        return _picked if Trait.SAME_ELEMENTS in op.traits else _picked_or_zero
+    return _increasing if Trait.MONOTONE in op.traits else None
+
+
+RULES = Facet(keyed(_RULES), _default, lambda op: "those of its type alone: no rule")
+"""By operator: bounds of its outputs, None for what is not known."""
 
 __all__ = ["LIMIT", "RULES", "Interval", "intervals"]

@@ -20,6 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from onnxfuse import external_data, protos
 from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.ops.table import OPS, Kind, Trait
 
 PROTOBUF_LIMIT = 2**31 - 1
 DEEPEST_CALL = 64  # of functions in functions
@@ -27,13 +28,7 @@ MOST_NODES = 10**6  # after the expansion of functions
 OLDEST_OPSET = 7  # the oldest whose operators ONNX Runtime guarantees
 # Operators whose weights must be finite. Elsewhere (a mask added before Softmax, a bound of Clip) an
 # infinity is meant.
-PARAMETERS = frozenset(
-    {
-        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Mul", "Div", "Gather", "PRelu"),
-        *("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization"),
-        *("RMSNormalization", "LSTM", "GRU", "RNN"),
-    }
-)
+PARAMETERS = OPS.weighted() - OPS.having(Trait.AFFINE).of_kind(Kind.ELEMENTWISE)
 
 
 def read_file(path: Path) -> bytes:

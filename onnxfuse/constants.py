@@ -24,24 +24,17 @@ from onnxfuse.export import weightless
 from onnxfuse.graph import Model
 from onnxfuse.ir import Constant, Node, Tensor
 from onnxfuse.linear import is_main_domain, optional_input, weight_type
+from onnxfuse.ops.table import OPS, Kind, Trait
 from onnxfuse.runtime import Runtime
 from onnxfuse.shapes import TensorInfo, info_of
 
 GROWTH = 1 << 20
 
-_RANDOM = {
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-    "Multinomial",
-    "Bernoulli",
-    "Dropout",
-}
+_RANDOM = OPS.of_kind(Kind.RANDOM).names | {"Dropout"}  # which draws numbers in training
 # Weights in a compact form: evaluating them would undo the compression.
-_COMPACT = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+_COMPACT = OPS.of_kind(Kind.QUANTIZE).names
 # Operators whose result has at most as many bytes as their first input, whatever shape it takes.
-_NOT_LARGER = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice", "Compress"}
+_NOT_LARGER = OPS.having(Trait.SAME_ELEMENTS).names | {"Slice", "Compress"}
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 Multiply-accumulates (MACs) are counted by rules, one for each operator that multiplies by weights or
 contracts two tensors; element-wise operators, normalisations, pooling and data movement count as 0, as is
-usual. Where a rule needs a size that is not known, or an operator has no rule and could hide work (another
-domain, a local function, a loop of unknown length), the count is None and says why: a number that leaves
-something out would be worse. An `If` counts as its heavier branch.
+usual. Where a rule needs a size that is not known, or an operator has no rule and could hide work (one that
+multiplies, one that is in no table, a local function, a loop of unknown length), the count is None and says
+why: a number that leaves something out would be worse. An `If` counts as its heavier branch.
 
 Latency is not predictable from MACs (a 5x5 convolution has fewer than two 3x3 and can be slower), so it is
 measured: all models interleaved in one run, in an order drawn anew each round, because on a busy machine two
@@ -28,7 +28,10 @@ from onnxfuse.errors import InputError
 from onnxfuse.external_data import BITS, byte_size
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node
-from onnxfuse.protos import DEFAULT_DOMAINS, bodies, light_graph
+from onnxfuse.ops.facet import Facet, keyed
+from onnxfuse.ops.table import OPS, Key, Kind, Op
+from onnxfuse.ops.view import ProtoView
+from onnxfuse.protos import DEFAULT_DOMAINS, bodies, light_graph, operator_key
 from onnxfuse.shapes import TensorInfo, info_of
 
 if TYPE_CHECKING:
@@ -58,55 +61,55 @@ class _UnknownError(Exception):
     """A MAC count that cannot be made; the message says why."""
 
 
-@dataclass(frozen=True)
-class _Op:
-    """A node as the rules see it: its attributes and the shapes of its tensors."""
+class CostNode(ProtoView):
+    """A node as the rules see it: what it says, and the shapes of its tensors."""
 
-    node: onnx.NodeProto
-    lookup: Callable[[str], tuple[int, ...]]
-
-    def attribute(self, name: str, default: Any = None) -> Any:
-        found = next((a for a in self.node.attribute if a.name == name), None)
-        return default if found is None else onnx.helper.get_attribute_value(found)
-
-    def has(self, index: int) -> bool:
-        return index < len(self.node.input) and bool(self.node.input[index])
+    def __init__(self, proto: onnx.NodeProto, lookup: Callable[[str], tuple[int, ...]]) -> None:
+        self.proto = proto
+        self.lookup = lookup
 
     def input(self, index: int) -> tuple[int, ...]:
-        return self.lookup(self.node.input[index])
+        return self.lookup(self.inputs[index])
 
     def output(self) -> tuple[int, ...]:
-        return self.lookup(next(name for name in self.node.output if name))
+        return self.lookup(next(name for name in self.proto.output if name))
 
 
-Rule = Callable[[_Op], int]
+CostRule = Callable[[CostNode], int]
 
 
-def _conv(weight: int) -> Rule:
+def _conv(weight: int) -> CostRule:
     """Every output element takes (C_in / groups) * prod(kernel) products; the weight is (out, in / groups,
     *kernel)."""
     return lambda op: math.prod(op.output()) * math.prod(op.input(weight)[1:])
 
 
-def _conv_transpose(op: _Op) -> int:
+def _conv_transpose(op: CostNode) -> int:
     """Every input element meets (C_out / groups) * prod(kernel) weights; the weight is (in, out / groups,
     *kernel)."""
     return math.prod(op.input(0)) * math.prod(op.input(1)[1:])
 
 
-def _matmul(left: int) -> Rule:
+def _matmul(left: int) -> CostRule:
     """Every output element is a sum over the last axis of the left factor."""
     return lambda op: math.prod(op.output()) * op.input(left)[-1]
 
 
-def _gemm(op: _Op) -> int:
+def _fused_matmul(op: CostNode) -> int:
+    if op.attribute("transBatchA", 0) or op.attribute("transBatchB", 0):
+        raise _UnknownError("a FusedMatMul of transposed batches has no rule")
+    shape = op.input(0)
+    return math.prod(op.output()) * shape[-2 if len(shape) > 1 and op.attribute("transA", 0) else -1]
+
+
+def _gemm(op: CostNode) -> int:
     return math.prod(op.output()) * op.input(0)[0 if op.attribute("transA", 0) else 1]
 
 
-def _einsum(op: _Op) -> int:
+def _einsum(op: CostNode) -> int:
     """One product for every combination of indices; with more than two factors this is the naive order's
     count."""
-    equation = op.attribute("equation").decode().replace(" ", "")
+    equation = op.attribute("equation").replace(" ", "")
     sizes: dict[str, int] = {}
     for index, term in enumerate(equation.split("->")[0].split(",")):
         shape = op.input(index)
@@ -118,10 +121,10 @@ def _einsum(op: _Op) -> int:
             letters = list(term)
         for letter, size in zip(letters, shape, strict=True):
             sizes[letter] = max(sizes.get(letter, 1), size)
-    return math.prod(sizes.values()) * max(1, len(op.node.input) - 1)
+    return math.prod(sizes.values()) * max(1, len(op.inputs) - 1)
 
 
-def _recurrent(op: _Op) -> int:
+def _recurrent(op: CostNode) -> int:
     """Per step, sample and direction: all gates' input and recurrent matrices, (G*H, I) and (G*H, H)."""
     x, w, r = op.input(0), op.input(1), op.input(2)
     return (
@@ -129,7 +132,7 @@ def _recurrent(op: _Op) -> int:
     )  # layout 0 is (steps, batch, I), layout 1 (batch, steps, I)
 
 
-def _attention(op: _Op) -> int:
+def _attention(op: CostNode) -> int:
     """ONNX Attention: scores Q K^T, then probabilities times V; q_num_heads is needed where heads are not an
     axis."""
     q, k, v = op.input(0), op.input(1), op.input(2)
@@ -144,7 +147,12 @@ def _attention(op: _Op) -> int:
     return batch * heads * rows * k[-2] * (width + value_width)
 
 
-RULES: Mapping[str, Rule] = {
+def _nothing(op: CostNode) -> int:
+    """Operators that multiply no tensors."""
+    return 0
+
+
+_RULES: Mapping[str, CostRule] = {
     "Conv": _conv(1),
     "ConvInteger": _conv(1),
     "QLinearConv": _conv(3),
@@ -155,14 +163,35 @@ RULES: Mapping[str, Rule] = {
     "MatMulInteger": _matmul(0),
     "QLinearMatMul": _matmul(0),
     "Einsum": _einsum,
+    "com.microsoft::FusedConv": _conv(1),
+    "com.microsoft::FusedGemm": _gemm,
+    "com.microsoft::FusedMatMul": _fused_matmul,
     "LSTM": _recurrent,
     "GRU": _recurrent,
     "RNN": _recurrent,
     "Attention": _attention,
 }
-"""MACs of one run of an operator of the default domain; operators that are not here count as 0."""
+_WORK = (Kind.LINEAR, Kind.RECURRENT, Kind.ATTENTION, Kind.CONTROL)
 
-_LOOPS = ("Loop", "Scan", "SequenceMap")
+
+def _default(op: Op) -> CostRule | None:
+    return None if op.kind in _WORK else _nothing
+
+
+def _missing(op: Op) -> str:
+    return "counted by its bodies" if op.kind is Kind.CONTROL else "unknown: no rule"
+
+
+RULES = Facet(keyed(_RULES), _default, _missing)
+"""By operator: MACs of one run."""
+
+
+def is_free(key: Key) -> bool:
+    """Whether an operator counts as 0, whatever the shapes."""
+    return RULES.get(key) is _nothing
+
+
+_LOOPS = OPS.of_kind(Kind.CONTROL).names - {"If"}  # which runs one of its bodies, once
 _INDEX_TYPES = (
     onnx.TensorProto.INT64,
     onnx.TensorProto.UINT64,
@@ -246,11 +275,11 @@ def node_macs(nodes: Iterable[Node], shapes: Shapes, opset: int) -> int | None:
 
 def proto_macs(node: onnx.NodeProto, shapes: Shapes) -> int | None:
     """`node_macs` of one node."""
-    rule = RULES.get(node.op_type) if node.domain in DEFAULT_DOMAINS else None
-    if any(True for _ in bodies(node)) or (rule is None and node.domain not in DEFAULT_DOMAINS):
+    rule = RULES.get(operator_key(node.domain, node.op_type))
+    if rule is None or any(True for _ in bodies(node)):
         return None
     try:
-        return rule(_Op(node, lambda name: _known_shape(name, shapes))) if rule else 0
+        return rule(CostNode(node, lambda name: _known_shape(name, shapes)))
     except _UnknownError:
         return None
 
@@ -290,18 +319,21 @@ class _Counter:
         label = f"{node.op_type} '{node.name or next(iter(node.output), '')}'"
         if (node.domain, node.op_type) in self.functions:
             raise _UnknownError(f"{label} is a local function, which has no rule")
-        if node.domain not in DEFAULT_DOMAINS and not node.domain.startswith("ai.onnx."):
+        rule = RULES.get(operator_key(node.domain, node.op_type))
+        foreign = node.domain not in DEFAULT_DOMAINS
+        if rule is None and foreign and not node.domain.startswith("ai.onnx."):
             raise _UnknownError(f"{label} of domain '{node.domain}' has no rule")
         branches = [self._graph(body, {**shapes, **_declared(body)}) for body in bodies(node)]
         if branches:
             if node.op_type in _LOOPS and any(branches):
                 raise _UnknownError(f"{label} runs its body an unknown number of times")
             return max(branches)
-        rule = RULES.get(node.op_type)
-        if rule is None or node.domain not in DEFAULT_DOMAINS:
-            return 0
+        if rule is None:
+            if foreign:
+                return 0
+            raise _UnknownError(f"{label} has no rule")
         try:
-            return rule(_Op(node, lambda name: _known_shape(name, shapes)))
+            return rule(CostNode(node, lambda name: _known_shape(name, shapes)))
         except _UnknownError as unknown:
             raise _UnknownError(f"{label}: {unknown}") from None
 

@@ -56,7 +56,7 @@ def find_sites(model: Model, scheme: Scheme, blocks: int = 1) -> list[Site]:
 def _layer_obstacle(model: Model, layer: Layer, scheme: Scheme) -> str | None:
     if layer.ops[0].dtype.kind != "f":
         return f"its weights are {layer.ops[0].dtype}"
-    other = next((psi for psi in layer.activations if psi and psi.op not in IDEMPOTENT), None)
+    other = next((psi for psi in layer.activations if psi and psi.key not in IDEMPOTENT), None)
     if scheme == "net2net" and other is not None:
         return f"{other.op} applied twice is not {other.op} applied once, as net2net needs; r2r can"
     return None

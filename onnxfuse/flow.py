@@ -13,7 +13,7 @@ rule that makes its outputs' flows from its inputs'; and what a tensor's flow sa
 - *tokens* (..., F): features on the last axis. Everything may happen in between, mixing of tokens included,
   for the fit is per token; `aligned` says that the leading axes are still u's, else shapes have to tell.
 
-Rules are data: `RULES` maps an operator to its rule. A rule returns flows, or the reason why the operator
+Rules are data: `RULES` has the rules by operator. A rule returns flows, or the reason why the operator
 cannot be inside a region. An operator without a rule ends every region; nothing is guessed.
 """
 
@@ -31,13 +31,15 @@ from onnx.reference import ReferenceEvaluator
 from onnxfuse.geometry import Axis, unite, window
 from onnxfuse.graph import Model
 from onnxfuse.ir import Constant, Node, Tensor
-from onnxfuse.protos import DEFAULT_DOMAINS
+from onnxfuse.ops.facet import Facet, keyed
+from onnxfuse.ops.table import OPS, Kind, Op, Trait
+from onnxfuse.ops.view import ModelNodeView
 from onnxfuse.shapes import Dim, TensorInfo
 
 Shape = tuple[Dim, ...]
 Layout = tuple[str | int | None, ...]
-DOMAINS = (None, *DEFAULT_DOMAINS, "com.microsoft")
 UNBOUNDED = 2**31 - 1  # a Slice end of this size or more means "to the end"
+_COUNTING, _DRAWING = OPS.of_kind(Kind.SHAPE), OPS.of_kind(Kind.RANDOM)
 FOLDED_ELEMENTS = 2**16  # plumbing values are small; anything larger is not worth evaluating here
 
 
@@ -110,13 +112,13 @@ class Facts:
 
     def __post_init__(self) -> None:
         for node in self.model.nodes:
-            if node.bodies or node.op.startswith(("Random", "Multinomial", "Bernoulli")):
+            if node.bodies or node.key in _DRAWING:
                 continue
             inputs = [t for t in node.inputs if t.name]
             if all(self.is_constant(t) for t in inputs):
                 self.constants.update(node.outputs)
                 self.data_free.update(node.outputs)
-            elif node.op in ("Shape", "Size") or all(self.is_data_free(t) for t in inputs):
+            elif node.key in _COUNTING or all(self.is_data_free(t) for t in inputs):
                 self.data_free.update(node.outputs)
 
     def is_constant(self, tensor: Tensor) -> bool:
@@ -169,7 +171,7 @@ class Facts:
 
 
 @dataclass
-class Site:
+class RegionNode(ModelNodeView):
     """One node as a rule sees it: for each input, a flow if it depends on u through the region, else None.
 
     `bit` is the bit in `Flow.linears` that this node gets if it proves to be a linear operator.
@@ -184,9 +186,6 @@ class Site:
     def opset(self) -> int:
         return self.facts.model.opset
 
-    def attribute(self, name: str, default: Any = None) -> Any:
-        return self.node.attrs.get(name, default)
-
     def flow(self, index: int = 0) -> Flow | None:
         """Flow of a data input; None for one that carries shapes only."""
         found = self.flows[index] if index < len(self.flows) else None
@@ -195,11 +194,6 @@ class Site:
     def data(self) -> list[Flow]:
         """Flows of all data inputs."""
         return [f for f in map(self.flow, range(len(self.flows))) if f is not None]
-
-    def tensor(self, index: int) -> Tensor | None:
-        """Input `index`, None if absent."""
-        inputs = self.node.inputs
-        return inputs[index] if index < len(inputs) and inputs[index].name else None
 
     def others(self) -> Iterator[tuple[int, Tensor]]:
         """Inputs that carry none of the region's data."""
@@ -224,16 +218,12 @@ class Site:
         ints = tuple(d for d in shape if isinstance(d, int))
         return ints if len(ints) == len(shape) else None
 
-    def integers(self, index: int, attribute: str) -> list[int] | None:
-        """A list of integers that is an attribute in old opsets and a constant input in newer ones."""
-        if attribute in self.node.attrs:
-            value = self.node.attrs[attribute]
-            return [value] if isinstance(value, int) else list(value)
-        tensor = self.tensor(index)
+    def listed(self, slot: int, what: str) -> list[int] | None:
+        tensor = self.tensor(slot)
         value = None if tensor is None else self.facts.value(tensor)
         return None if value is None else [int(v) for v in np.asarray(value).reshape(-1)]
 
-    def axis(self, name: str, default: int, rank: int | None) -> int | None:
+    def axis_of(self, name: str, default: int, rank: int | None) -> int | None:
         """An axis attribute counted from the front; None if it is negative and the rank unknown."""
         axis = int(self.attribute(name, default))
         if axis >= 0:
@@ -242,7 +232,7 @@ class Site:
 
 
 Result = Flow | str | list[Flow | None]
-Rule = Callable[[Site], Result]
+RegionRule = Callable[[RegionNode], Result]
 
 
 def sample(flow: Flow, reason: str, *, rank: int | None, curved: bool = False, tail: bool = False) -> Flow:
@@ -306,24 +296,18 @@ def _meet(a: Flow, b: Flow) -> Flow | str:
 
 # Element-wise operators ---------------------------------------------------------------------------
 
-AFFINE = {"Identity", "Dropout", "Neg", "Cast", "CastLike", "Add", "Sub", "Sum", "Mean"}
-SCALING = {"Mul", "Div"}
-SUMS = {"Add", "Sub", "Sum", "Mean"}
-CURVED = {
-    *("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "Clip", "Shrink"),
-    *("Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish", "Tanh", "Softplus", "Softsign", "Erf"),
-    *("Gelu", "FastGelu", "QuickGelu", "BiasGelu"),
-    *("Abs", "Sign", "Exp", "Log", "Sqrt", "Reciprocal", "Pow", "Max", "Min", "Floor", "Ceil", "Round"),
-    *("Sin", "Cos", "Where", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "IsNaN", "IsInf"),
-    *("And", "Or", "Not"),
-}
-MASKING = {"Add", "Sub", "Mul", "Where", "Min", "Max"}
-TRANSPARENT = {"Identity", "Dropout"}
+_POINTWISE = OPS.of_kind(Kind.ACTIVATION, Kind.ELEMENTWISE)
+AFFINE = _POINTWISE.having(Trait.AFFINE)
+SCALING = _POINTWISE.having(Trait.SCALES)
+CURVED = _POINTWISE - AFFINE - SCALING
+TRANSPARENT = _POINTWISE.having(Trait.SAME_ELEMENTS)
+_SUMS = AFFINE - AFFINE.unary()
+_MASKING = {"Add", "Sub", "Mul", "Where", "Min", "Max"}  # by which masks of attention scores come in
 
 
-def _pointwise(site: Site) -> Result:
+def _pointwise(site: RegionNode) -> Result:
     """Operators that work element by element, with constants and with other tensors of the region."""
-    op = site.node.op
+    op, key = site.op, site.key
     if op == "Dropout" and not _inference(site):
         return "Dropout in training mode"
     flows = site.data()
@@ -332,16 +316,16 @@ def _pointwise(site: Site) -> Result:
         return met
     operands = list(site.others())
     for index, tensor in operands:
-        if site.foreign(index, tensor) and not (met.scores and op in MASKING):
+        if site.foreign(index, tensor) and not (met.scores and op in _MASKING):
             return f"'{tensor.name}' enters from outside"
         fitted = _broadcast(site, met, tensor)
         if isinstance(fitted, str):
             return fitted
         met = fitted
     alone = len(flows) == 1
-    scaled = op in SCALING and alone and (op == "Mul" or site.flow(0) is not None)
-    affine = op in AFFINE or scaled
-    branched = op in SUMS and len({f.linears for f in flows}) > 1
+    scaled = key in SCALING and alone and (op == "Mul" or site.flow(0) is not None)
+    affine = key in AFFINE or scaled
+    branched = key in _SUMS and len({f.linears for f in flows}) > 1
     return replace(
         met,
         tail=affine and (branched or all(f.tail for f in flows)),
@@ -350,13 +334,13 @@ def _pointwise(site: Site) -> Result:
     )
 
 
-def _inference(site: Site) -> bool:
+def _inference(site: RegionNode) -> bool:
     tensor = site.tensor(2)
     value = False if tensor is None else site.facts.value(tensor)
     return value is not None and not bool(np.any(value))
 
 
-def _broadcast(site: Site, flow: Flow, operand: Tensor) -> Flow | str:
+def _broadcast(site: RegionNode, flow: Flow, operand: Tensor) -> Flow | str:
     """The flow after an element-wise operator with an operand that carries none of its data."""
     shape = site.facts.shape(operand)
     if flow.view is View.TOKEN:
@@ -387,7 +371,7 @@ def _broadcast(site: Site, flow: Flow, operand: Tensor) -> Flow | str:
     return replace(flow, features=features)
 
 
-def _static_of(site: Site, flow: Flow, axis: int) -> int | None:
+def _static_of(site: RegionNode, flow: Flow, axis: int) -> int | None:
     """Static size of an axis of the site's data input that has the flow's rank."""
     for index, tensor in enumerate(site.node.inputs):
         found = site.flow(index)
@@ -399,11 +383,11 @@ def _static_of(site: Site, flow: Flow, axis: int) -> int | None:
 # Linear operators ---------------------------------------------------------------------------------
 
 
-def _linear(site: Site, flow: Flow, **changes: Any) -> Flow:
+def _linear(site: RegionNode, flow: Flow, **changes: Any) -> Flow:
     return replace(flow, linears=flow.linears | site.bit, tail=True, **changes)
 
 
-def _conv(site: Site) -> Result:
+def _conv(site: RegionNode) -> Result:
     flow, weight = site.flow(), site.constant_shape(1)
     if flow is None or weight is None:
         return "its weights are not constant"
@@ -416,7 +400,7 @@ def _conv(site: Site) -> Result:
     return windowed if isinstance(windowed, str) else _linear(site, windowed, features=weight[0])
 
 
-def _windowed(site: Site, flow: Flow, kernel: Sequence[int]) -> Flow | str:
+def _windowed(site: RegionNode, flow: Flow, kernel: Sequence[int]) -> Flow | str:
     """The flow after a Conv or pooling: one more window on every spatial axis."""
     if flow.layout[:2] != ("N", "C") or len(flow.layout) != len(kernel) + 2:
         return "its input is not laid out as (N, C, spatial...) of the tensor that enters"
@@ -445,7 +429,7 @@ def _windowed(site: Site, flow: Flow, kernel: Sequence[int]) -> Flow | str:
     return replace(flow, axes=tuple(axes))
 
 
-def _matmul(site: Site) -> Result:
+def _matmul(site: RegionNode) -> Result:
     left, right = site.flow(0), site.flow(1)
     if left is not None and right is not None:
         return _product(left, right)
@@ -474,7 +458,7 @@ def _product(left: Flow, right: Flow) -> Result:
     return sample(union, "a product of two tensors mixes positions", rank=left.rank)
 
 
-def _mixing(site: Site, flow: Flow) -> Result:
+def _mixing(site: RegionNode, flow: Flow) -> Result:
     """A constant matrix from the left mixes tokens or positions."""
     weight = site.constant_shape(0)
     if weight is None:
@@ -486,7 +470,7 @@ def _mixing(site: Site, flow: Flow) -> Result:
     return sample(flow, "a constant matrix mixes positions", rank=flow.rank)
 
 
-def _gemm(site: Site) -> Result:
+def _gemm(site: RegionNode) -> Result:
     flow, weight = site.flow(), site.constant_shape(1)
     if flow is None or weight is None or len(weight) != 2:
         return "its weights are not constant"
@@ -497,7 +481,7 @@ def _gemm(site: Site) -> Result:
     return _linear(site, flow, features=weight[0] if site.attribute("transB", 0) else weight[1])
 
 
-def _einsum(site: Site) -> Result:
+def _einsum(site: RegionNode) -> Result:
     """Einsum as per-token models use it: with a weight it is linear, of two tensors it is a product."""
     flows = site.data()
     if any(f.view is not View.TOKEN for f in flows):
@@ -509,7 +493,7 @@ def _einsum(site: Site) -> Result:
     return _linear(site, flows[0], features=None, rank=None, aligned=False)
 
 
-def _attention(site: Site) -> Result:
+def _attention(site: RegionNode) -> Result:
     """ONNX Attention: queries, keys and values from the region, a mask from anywhere, no cache."""
     if any(site.flow(i) is None for i in range(3)) or any(site.tensor(i) is not None for i in (4, 5)):
         return "attention with keys, values or a cache from outside"
@@ -522,12 +506,16 @@ def _attention(site: Site) -> Result:
 # Pooling, normalisation, reduction ----------------------------------------------------------------
 
 
-def _pool(site: Site) -> Result:
+_AVERAGING = OPS.of_kind(Kind.POOL, Kind.REDUCE).having(Trait.AFFINE)
+_SOFTMAX = OPS.of_kind(Kind.SOFTMAX)
+
+
+def _pool(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     if flow.view is View.TOKEN:
         return "a pooling among per-token operators"
-    curved = site.node.op != "AveragePool"
+    curved = site.key not in _AVERAGING
     if flow.view is View.SAMPLE:
         return sample(flow, flow.lost, rank=flow.rank, curved=curved)
     windowed = _windowed(site, flow, list(site.attribute("kernel_shape", ())))
@@ -536,17 +524,17 @@ def _pool(site: Site) -> Result:
     return replace(windowed, tail=False, curved=flow.curved or curved)
 
 
-def _global(site: Site) -> Result:
+def _global(site: RegionNode) -> Result:
     """Operators that take in the whole image: no window, but a sample all the same."""
     flow = site.flow()
     assert flow is not None
     if flow.view is View.TOKEN:
         return f"{site.node.op} among per-token operators"
-    curved = site.node.op != "GlobalAveragePool"
+    curved = site.key not in _AVERAGING
     return sample(flow, f"{site.node.op} takes in the whole image", rank=flow.rank, curved=curved)
 
 
-def _batch_normalization(site: Site) -> Result:
+def _batch_normalization(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     if site.attribute("training_mode", 0):
@@ -556,14 +544,14 @@ def _batch_normalization(site: Site) -> Result:
     return flow
 
 
-def _over_axis(site: Site) -> Result:
+def _over_axis(site: RegionNode) -> Result:
     """Softmax and LayerNormalization: one axis, or all from it on, seen together."""
     flow = site.flow()
     assert flow is not None
     op = site.node.op
-    coerced = op.endswith("Softmax") and site.opset < 13
+    coerced = site.key in _SOFTMAX and site.opset < 13
     default = 1 if coerced else -1
-    axis = site.axis("axis", default, flow.rank)
+    axis = site.axis_of("axis", default, flow.rank)
     if flow.view is View.TOKEN:
         return replace(flow, curved=True, tail=False)
     if axis is None or axis == 0:
@@ -575,7 +563,7 @@ def _over_axis(site: Site) -> Result:
     return sample(flow, f"{op} takes in the whole image", rank=flow.rank, curved=True)
 
 
-def _across_channels(site: Site) -> Result:
+def _across_channels(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     if flow.view is View.MAP and flow.layout[1] != "C":
@@ -583,11 +571,11 @@ def _across_channels(site: Site) -> Result:
     return replace(flow, curved=True, tail=False)
 
 
-def _reduce(site: Site) -> Result:
+def _reduce(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     op = site.node.op
-    curved = op not in ("ReduceMean", "ReduceSum")
+    curved = site.key not in _AVERAGING
     axes = site.integers(1, "axes")
     if flow.view is View.TOKEN:
         last = axes is not None and (axes == [-1] or (flow.rank is not None and axes == [flow.rank - 1]))
@@ -618,7 +606,7 @@ def _reduce(site: Site) -> Result:
 # Axes moved, cut and joined -----------------------------------------------------------------------
 
 
-def _transpose(site: Site) -> Result:
+def _transpose(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     perm = site.attribute("perm")
@@ -632,7 +620,7 @@ def _transpose(site: Site) -> Result:
     return replace(flow, layout=tuple(flow.layout[p] for p in perm))
 
 
-def _reshape(site: Site) -> Result:
+def _reshape(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     source = site.facts.shape(site.node.inputs[0])
@@ -689,10 +677,10 @@ def _moved_units(flow: Flow, source: Shape | None, result: Shape | None) -> Layo
     return ("N", *(next(spare, None) if d == 1 else next(labels) for d in result[1:]))
 
 
-def _flatten(site: Site) -> Result:
+def _flatten(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
-    axis = site.axis("axis", 1, flow.rank)
+    axis = site.axis_of("axis", 1, flow.rank)
     if flow.view is View.TOKEN:
         same = flow.rank == 2 and axis == 1
         return replace(flow, rank=2, aligned=flow.aligned and same, features=flow.features if same else None)
@@ -701,7 +689,7 @@ def _flatten(site: Site) -> Result:
     return sample(flow, "a Flatten folds the spatial axes", rank=2, tail=flow.tail)
 
 
-def _squeeze(site: Site) -> Result:
+def _squeeze(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     axes = site.integers(1, "axes")
@@ -719,7 +707,7 @@ def _squeeze(site: Site) -> Result:
     return sample(flow, "a Squeeze drops a spatial axis", rank=rank, tail=flow.tail)
 
 
-def _is_unit(site: Site, flow: Flow, axis: int) -> bool:
+def _is_unit(site: RegionNode, flow: Flow, axis: int) -> bool:
     """Whether an axis of a map, other than batch and channels, has size 1 in every run."""
     label = flow.layout[axis]
     return label is None or (label != "C" and site.facts.static_size(site.node.inputs[0], axis) == 1)
@@ -729,7 +717,7 @@ def _less(rank: int | None, axes: list[int] | None) -> int | None:
     return None if rank is None or axes is None else rank - len(axes)
 
 
-def _unsqueeze(site: Site) -> Result:
+def _unsqueeze(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     axes = site.integers(1, "axes")
@@ -751,10 +739,10 @@ def _unsqueeze(site: Site) -> Result:
     return replace(flow, layout=tuple(None if a in new else next(old) for a in range(rank)), rank=rank)
 
 
-def _concat(site: Site) -> Result:
+def _concat(site: RegionNode) -> Result:
     flows = site.data()
     first = flows[0]
-    axis = site.axis("axis", 1, first.rank)
+    axis = site.axis_of("axis", 1, first.rank)
     for index, tensor in site.others():
         if site.foreign(index, tensor):
             return f"'{tensor.name}' enters from outside"
@@ -777,7 +765,7 @@ def _concat(site: Site) -> Result:
     return sample(met, "a Concat along a spatial axis", rank=met.rank)
 
 
-def _width(site: Site, index: int, axis: int | None) -> int | None:
+def _width(site: RegionNode, index: int, axis: int | None) -> int | None:
     """Size along a Concat's axis of one operand."""
     flow = site.flow(index)
     if flow is not None and flow.features is not None and axis is not None:
@@ -790,10 +778,10 @@ def _width(site: Site, index: int, axis: int | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _split(site: Site) -> Result:
+def _split(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
-    axis = site.axis("axis", 0, flow.rank)
+    axis = site.axis_of("axis", 0, flow.rank)
     count = len(site.node.outputs)
     sizes: Sequence[int | None] = [None] * count
     given = site.integers(1, "split")
@@ -814,7 +802,7 @@ def _split(site: Site) -> Result:
     return [sample(flow, "a Split along a spatial axis", rank=flow.rank) for _ in sizes]
 
 
-def _slice(site: Site) -> Result:
+def _slice(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     if flow.view is View.TOKEN:
@@ -832,13 +820,13 @@ def _slice(site: Site) -> Result:
     return replace(flow, tail=False)
 
 
-def _last_size(site: Site) -> int | None:
+def _last_size(site: RegionNode) -> int | None:
     shape = site.facts.shape(site.node.outputs[0])
     last = shape[-1] if shape else None
     return last if isinstance(last, int) else None
 
 
-def _cut(site: Site, flow: Flow, axis: int, start: int, end: int, step: int) -> Flow | str:
+def _cut(site: RegionNode, flow: Flow, axis: int, start: int, end: int, step: int) -> Flow | str:
     """The flow after a slice of one axis."""
     size = site.facts.static_size(site.node.inputs[0], axis)
     label = flow.layout[axis] if flow.view is View.MAP else ("N" if axis == 0 else None)
@@ -865,7 +853,7 @@ def _cut(site: Site, flow: Flow, axis: int, start: int, end: int, step: int) -> 
     return replace(flow, axes=tuple(axes))
 
 
-def _pad(site: Site) -> Result:
+def _pad(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     pads = site.integers(1, "pads")
@@ -905,11 +893,11 @@ def _padded(flow: Flow, axis: int, begin: int, end: int) -> Flow | str:
     return replace(flow, axes=tuple(axes))
 
 
-def _gather(site: Site) -> Result:
+def _gather(site: RegionNode) -> Result:
     flow = site.flow()
     if flow is None:
         return "an embedding: its data are indices"
-    axis = site.axis("axis", 0, flow.rank)
+    axis = site.axis_of("axis", 0, flow.rank)
     tensor = site.tensor(1)
     indices = None if tensor is None else site.facts.value(tensor)
     if flow.view is View.TOKEN:
@@ -922,7 +910,7 @@ def _gather(site: Site) -> Result:
     return sample(flow, "a Gather picks positions", rank=rank)
 
 
-def _expand(site: Site) -> Result:
+def _expand(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
     source, result = site.facts.shape(site.node.inputs[0]), site.facts.shape(site.node.outputs[0])
@@ -934,7 +922,7 @@ def _expand(site: Site) -> Result:
     return f"{site.node.op} whose batch axis is not certain"
 
 
-def _resized(site: Site) -> Result:
+def _resized(site: RegionNode) -> Result:
     return f"{site.node.op} enlarges the image: no convolution with a stride can stand for it"
 
 
@@ -942,12 +930,16 @@ def _resized(site: Site) -> Result:
 class Entry:
     """A rule, and whether the region's data may come in by every input or by the first alone."""
 
-    rule: Rule
+    rule: RegionRule
     every_input: bool = False
 
 
-RULES: dict[str, Entry] = {
-    **dict.fromkeys(sorted(AFFINE | SCALING | CURVED), Entry(_pointwise, every_input=True)),
+_DEFAULTS = {
+    **dict.fromkeys((Kind.ACTIVATION, Kind.ELEMENTWISE), Entry(_pointwise, every_input=True)),
+    Kind.REDUCE: Entry(_reduce),
+    Kind.SOFTMAX: Entry(_over_axis),
+}
+_RULES = {
     "Conv": Entry(_conv),
     "MatMul": Entry(_matmul, every_input=True),
     "Gemm": Entry(_gemm),
@@ -957,14 +949,10 @@ RULES: dict[str, Entry] = {
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), Entry(_global)),
     **dict.fromkeys(("InstanceNormalization", "GroupNormalization"), Entry(_global)),
     "BatchNormalization": Entry(_batch_normalization),
-    **dict.fromkeys(("Softmax", "LogSoftmax", "LpNormalization"), Entry(_over_axis)),
-    **dict.fromkeys(("LayerNormalization", "RMSNormalization"), Entry(_over_axis)),
+    **dict.fromkeys(("LpNormalization", "LayerNormalization", "RMSNormalization"), Entry(_over_axis)),
+    "com.microsoft::LayerNormalization": Entry(_over_axis),
     "SimplifiedLayerNormalization": Entry(_over_axis),
     "LRN": Entry(_across_channels),
-    **{
-        f"Reduce{kind}": Entry(_reduce)
-        for kind in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")
-    },
     "Transpose": Entry(_transpose),
     "Reshape": Entry(_reshape),
     "Flatten": Entry(_flatten),
@@ -978,17 +966,27 @@ RULES: dict[str, Entry] = {
     "Expand": Entry(_expand),
     **dict.fromkeys(("ConvTranspose", "Resize", "Upsample", "DepthToSpace", "MaxUnpool"), Entry(_resized)),
 }
-MEETING = {"Attention", *MASKING}  # where data from outside may meet the region's
+_MEETING = {"Attention", *_MASKING}  # where data from outside may meet the region's
 
 
-def apply(site: Site) -> list[Flow | None] | str:
+def _missing(op: Op) -> str:
+    if op.kind in (Kind.SHAPE, Kind.FILL, Kind.RANDOM):
+        return "stays outside: holds none of a region's data"
+    return "ends a region: no rule"
+
+
+RULES = Facet(keyed(_RULES), lambda op: _DEFAULTS.get(op.kind), _missing)
+"""By operator: how its outputs' flows come from its inputs'."""
+
+
+def apply(site: RegionNode) -> list[Flow | None] | str:
     """Flows of a node's outputs, or the reason why the node can't be inside a region."""
     node = site.node
-    entry = RULES.get(node.op) if node.domain in DOMAINS else None
+    entry = RULES.get(node.key)
     if entry is None:
         return f"no rule for operator {node.domain + '::' if node.domain else ''}{node.op}"
     for index, tensor in site.others():
-        if node.op not in MEETING and site.foreign(index, tensor):
+        if node.op not in _MEETING and site.foreign(index, tensor):
             return f"'{tensor.name}' enters from outside"
     if not entry.every_input and any(site.flow(i) is not None for i in range(1, len(site.flows))):
         return "its parameters depend on the data"

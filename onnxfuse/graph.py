@@ -351,7 +351,7 @@ class Model:
             found = checks.nonfinite(tensor.values)
         else:
             found = checks.find_nonfinite(stored.values_proto, stored.folder)
-        if found == "NaN" or (found and any(n.op in checks.PARAMETERS for n in users)):
+        if found == "NaN" or (found and any(n.key in checks.PARAMETERS for n in users)):
             raise InputError(f"weight '{name}' has {'a NaN' if found == 'NaN' else 'an infinite'} value")
 
     # Editing

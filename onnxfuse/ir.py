@@ -211,6 +211,11 @@ class Node(gs.Node):
         return next((form for form in CONSTANT_FORMS if form in self.attrs), None)
 
     @property
+    def key(self) -> tuple[str, str]:
+        """Domain ("" for ONNX's own) and name of its operator, the key of rules and of `ops.table`."""
+        return protos.operator_key(self.domain, self.op)
+
+    @property
     def label(self) -> str:
         """How messages name it: by its name, or else its first output."""
         return f"'{self.name or (self.outputs[0].name if self.outputs else '')}' ({self.op})"

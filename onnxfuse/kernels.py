@@ -17,7 +17,7 @@ def find_kernels(model: Model) -> dict[Tensor, list[str]]:
     """The kernel of each convolution of the main graph, with the names of all that share it."""
     found: dict[Tensor, list[str]] = {}
     for node in model.nodes:
-        if node.op in CONVOLUTIONS and is_main_domain(node):
+        if node.op in CONVOLUTIONS.names and is_main_domain(node):
             found.setdefault(node.inputs[1], []).append(label(node))
     return found
 
@@ -32,7 +32,7 @@ def obstacle(model: Model, weight: Tensor, size: int, shapes: Shapes) -> str | N
     if model.captured(weight) or model.is_output(weight):
         return f"'{weight.name}' is used outside of the main graph, too"
     for node in model.consumers(weight):
-        if node.op not in CONVOLUTIONS or node.inputs.count(weight) > 1 or node.inputs[1] is not weight:
+        if node.op not in CONVOLUTIONS.names or node.inputs.count(weight) > 1 or node.inputs[1] is not weight:
             return f"{node.label} uses '{weight.name}', too"
         if _pads(model, node, shapes) is None:
             return f"the pads of {node.label} depend on sizes that aren't fixed"

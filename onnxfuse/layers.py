@@ -20,21 +20,17 @@ from onnxfuse.graph import Model
 from onnxfuse.ir import Node, Tensor, Variable
 from onnxfuse.linear import LinearOp, is_main_domain, linear_op
 from onnxfuse.linear_building import add_linear, laid_out
+from onnxfuse.ops.table import OPS, Kind, Trait
 from onnxfuse.shared_weights import SharedWeight, shared_weights
 
-MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
+MULTIPLYING = OPS.of_kind(Kind.LINEAR, Kind.RECURRENT)
 """Operators that sum up over products with weights."""
 
-IDEMPOTENT = ("Relu", "Clip", "ThresholdedRelu", "Abs")
+IDEMPOTENT = OPS.of_kind(Kind.ACTIVATION).having(Trait.IDEMPOTENT)
 """Activations that change nothing where they have been applied already."""
 
-_ACTIVATIONS = frozenset(
-    (
-        *IDEMPOTENT,
-        *("LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish", "Tanh"),
-        *("Softplus", "Softsign", "Gelu", "Erf", "Shrink"),
-    )
-)
+# One with weights, a slope for each channel, would need others for a layer of another width.
+_ACTIVATIONS = OPS.of_kind(Kind.ACTIVATION) - OPS.weighted()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +69,7 @@ def _end(model: Model, tensor: Tensor) -> tuple[Tensor, Node | None]:
         node = users[0] if len(users) == 1 else None
         if node is None or not is_main_domain(node) or node.inputs[0] is not tensor:
             break
-        if node.op in _ACTIVATIONS and all(model.is_weight(t) for t in node.inputs[1:] if t.name):
+        if node.key in _ACTIVATIONS and all(model.is_weight(t) for t in node.inputs[1:] if t.name):
             return node.outputs[0], node
         if node.op != "BatchNormalization" or training_mode(node):
             break
@@ -85,7 +81,7 @@ def followed(model: Model) -> set[Tensor]:
     """The tensors behind which an operator with weights still comes."""
     found: set[Tensor] = set()
     for node in reversed(model.nodes):
-        if node.op in MULTIPLYING or not found.isdisjoint(node.outputs):
+        if node.key in MULTIPLYING or not found.isdisjoint(node.outputs):
             found.update(node.inputs, map(model.tensor, node.captured))
     return found
 

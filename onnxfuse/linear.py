@@ -29,7 +29,7 @@ from onnxfuse.graph import Model
 from onnxfuse.ir import Constant, Node, Tensor, Variable
 from onnxfuse.shapes import TensorInfo
 
-Kind = Literal["conv", "conv_transpose", "dense", "token"]
+LinearKind = Literal["conv", "conv_transpose", "dense", "token"]
 Shapes = Mapping[str, TensorInfo]
 
 _FLOATING = ("float16", "float32", "float64", "bfloat16")
@@ -49,7 +49,7 @@ class LinearOp:
     model: Model = field(repr=False)
     node: Node
     bias_node: Node | None
-    kind: Kind
+    kind: LinearKind
     in_features: int
     out_features: int
     groups: int = 1
@@ -391,13 +391,19 @@ def _matmul(model: Model, node: Node, shape: tuple[int, ...], shapes: Shapes) ->
     if len(shape) != 2:
         return f"the weight of MatMul has rank {len(shape)}"
     rank = _rank(node.inputs[0], shapes)
-    kind: Kind = "dense" if rank == 2 else "token"
+    kind: LinearKind = "dense" if rank == 2 else "token"
     return LinearOp(
         model=model, node=node, bias_node=None, kind=kind, in_features=shape[0], out_features=shape[1]
     )
 
 
 _OPERATORS = {"Conv": _conv, "ConvTranspose": _conv, "Gemm": _gemm, "MatMul": _matmul}
+
+WEIGHTED = frozenset(_OPERATORS)
+"""Names of the operators, in ONNX's own domain, that `linear_op` can describe."""
+
+LINEAR = WEIGHTED - {"ConvTranspose"}
+"""Those that it describes without being asked for transposed ones."""
 
 
 def _with_bias_add(model: Model, op: LinearOp, shapes: Shapes) -> LinearOp:

@@ -18,7 +18,7 @@ from onnxfuse.linear import is_main_domain, optional_input, weight_type
 from onnxfuse.shapes import TensorInfo
 
 Shapes = Mapping[str, TensorInfo]
-Rule = Callable[[Model, Node, Shapes], Tensor | None]
+NoOpRule = Callable[[Model, Node, Shapes], Tensor | None]
 
 
 def handed_on(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
@@ -158,7 +158,7 @@ def _pool(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
     return node.inputs[0] if {*kernel, *strides} <= {1} and not any(pads) else None
 
 
-def _neutral(value: float, sides: tuple[int, ...]) -> Rule:
+def _neutral(value: float, sides: tuple[int, ...]) -> NoOpRule:
     """x op k where every element of the constant k is `value`; k may be operand number `sides`."""
 
     def rule(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
@@ -187,7 +187,7 @@ def _grows(tensor: Tensor, constant: tuple[int, ...], shapes: Shapes) -> bool:
     return any(c not in (1, d) for c, d in zip(constant, tail, strict=True))
 
 
-_RULES: dict[str, Rule] = {
+_RULES: dict[str, NoOpRule] = {
     "Identity": _always,
     "Dropout": _dropout,
     "Cast": _cast,

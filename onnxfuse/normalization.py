@@ -11,24 +11,20 @@ from collections.abc import Iterable, Iterator
 
 from onnx import NodeProto
 
-from onnxfuse.flow import AFFINE, CURVED, SCALING
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node, Tensor
-from onnxfuse.protos import bodies
+from onnxfuse.ops.table import OPS, Key, Kind, Trait
+from onnxfuse.protos import bodies, operator_key
 
-NORMALIZATIONS = frozenset(
-    {
-        *("BatchNormalization", "InstanceNormalization", "GroupNormalization"),
-        *("LayerNormalization", "RMSNormalization"),
-    }
-)
-CONVOLUTIONS = ("Conv", "ConvTranspose")
+# Those without weights (LRN, an output scaled to length 1) stand in networks that have no other, too.
+NORMALIZATIONS = OPS.of_kind(Kind.NORMALIZATION).weighted()
+CONVOLUTIONS = OPS.having(Trait.CONVOLVES)
 
 DEEP = 3
 """Convolutions one behind the other from which a network without normalization is taken for a folded one."""
 
-_ELEMENTWISE = AFFINE | SCALING | CURVED
-_REARRANGING = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+_REARRANGING = OPS.of_kind(Kind.MOVE).having(Trait.SAME_ELEMENTS)
+_TRANSPARENT = OPS.of_kind(Kind.ACTIVATION, Kind.ELEMENTWISE) | _REARRANGING
 
 
 def lacks_normalization(model: Model) -> bool:
@@ -41,7 +37,7 @@ def lacks_normalization(model: Model) -> bool:
         return False
     inner = [node for outer in model.nodes for body in outer.bodies for node in body.node]
     inner += [node for function in model.source.functions for node in function.node]
-    return NORMALIZATIONS.isdisjoint(_operators(inner)) and _conv_depth(model) >= DEEP
+    return not any(key in NORMALIZATIONS for key in _operators(inner)) and _conv_depth(model) >= DEEP
 
 
 def normalized_by(model: Model, tensor: Tensor) -> str | None:
@@ -55,20 +51,20 @@ def normalized_by(model: Model, tensor: Tensor) -> str | None:
         for user in model.consumers(current):
             if _is_normalization(user):
                 return user.op
-            if user.op in _ELEMENTWISE | _REARRANGING and _computed(model, user) == [current]:
+            if user.key in _TRANSPARENT and _computed(model, user) == [current]:
                 waiting += user.outputs
     return None
 
 
 def _computed(model: Model, node: Node) -> list[Tensor]:
     """The inputs that are not constants; of a rearrangement the first, the others being sizes."""
-    if node.op in _REARRANGING:
+    if node.key in _REARRANGING:
         return node.inputs[:1]
     return [t for t in node.inputs if t.name and not model.is_weight(t)]
 
 
 def _is_normalization(node: Node) -> bool:
-    return node.op in NORMALIZATIONS or _subtracts_mean(node)
+    return node.key in NORMALIZATIONS or _subtracts_mean(node)
 
 
 def _subtracts_mean(node: Node) -> bool:
@@ -79,9 +75,9 @@ def _subtracts_mean(node: Node) -> bool:
     return mean.op == "ReduceMean" and mean.inputs[0] is node.inputs[0]
 
 
-def _operators(nodes: Iterable[NodeProto]) -> Iterator[str]:
+def _operators(nodes: Iterable[NodeProto]) -> Iterator[Key]:
     for node in nodes:
-        yield node.op_type
+        yield operator_key(node.domain, node.op_type)
         for body in bodies(node):
             yield from _operators(body.node)
 
@@ -92,7 +88,7 @@ def _conv_depth(model: Model) -> int:
     for node in model.nodes:
         names = [*(tensor.name for tensor in node.inputs), *node.captured]
         deepest = max((depth.get(name, 0) for name in names), default=0)
-        convolves = node.op in CONVOLUTIONS and model.is_weight(node.inputs[1])
+        convolves = node.key in CONVOLUTIONS and model.is_weight(node.inputs[1])
         for tensor in node.outputs:
             depth[tensor.name] = deepest + convolves
     return max(depth.values(), default=0)

@@ -86,6 +86,11 @@ def schema_kind(op: str, domain: str, opset: int, key: str) -> int | None:
     return None if attribute is None else int(attribute.type)  # type: ignore[call-overload]
 
 
+def operator_key(domain: str | None, name: str) -> tuple[str, str]:
+    """An operator's domain, "" for ONNX's own under whichever of its names, and its name."""
+    return "" if domain is None or domain in DEFAULT_DOMAINS else domain, name
+
+
 def bodies(node: NodeProto) -> Iterator[GraphProto]:
     """The subgraphs in a node's attributes."""
     for attribute in node.attribute:

@@ -37,13 +37,12 @@ from onnx import helper, numpy_helper
 from onnxfuse.errors import OnnxfuseError
 from onnxfuse.findings import Skip
 from onnxfuse.flow import (
-    DOMAINS,
     TRANSPARENT,
     Facts,
     Flow,
     Layout,
+    RegionNode,
     Shape,
-    Site,
     View,
     apply,
     map_flow,
@@ -52,13 +51,16 @@ from onnxfuse.flow import (
 from onnxfuse.geometry import Geometry
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node, Tensor
+from onnxfuse.linear import LINEAR, is_main_domain
+from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.shapes import TensorInfo
 
 if TYPE_CHECKING:
     from onnxfuse.runtime import Feed, Runtime
 
-Kind = Literal["conv", "dense", "flatten", "token"]
-LINEAR = ("Conv", "Gemm", "MatMul", "Einsum")
+RegionKind = Literal["conv", "dense", "flatten", "token"]
+_CONTRACTING = LINEAR | {"Einsum"}
+_COUNTING = OPS.of_kind(Kind.SHAPE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class Region:
     nodes: tuple[Node, ...]
     u: str
     v: str
-    kind: Kind
+    kind: RegionKind
     in_features: int
     out_features: int
     geometry: Geometry | None
@@ -231,7 +233,7 @@ class _Search:
 
     def is_linear(self, node: Node) -> bool:
         """Whether it multiplies data by constant weights."""
-        if node.op not in LINEAR or node.domain not in DOMAINS or len(node.inputs) < 2:
+        if node.op not in _CONTRACTING or not is_main_domain(node) or len(node.inputs) < 2:
             return False
         return self.facts.is_constant(node.inputs[1]) and not self.facts.is_data_free(node.inputs[0])
 
@@ -257,12 +259,12 @@ class _Search:
             yield from (t for t in node.outputs if t.name and not self.facts.is_data_free(t))
 
     def data_readers(self, tensor: Tensor) -> list[int]:
-        return [i for i in self.readers(tensor) if self.nodes[i].op not in ("Shape", "Size")]
+        return [i for i in self.readers(tensor) if self.nodes[i].key not in _COUNTING]
 
     def entrance(self, tensor: Tensor) -> Tensor:
         """The tensor itself, or the one before Identity and Dropout."""
         producer = self.model.producer(tensor)
-        while producer is not None and producer.op in TRANSPARENT and tensor is producer.outputs[0]:
+        while producer is not None and producer.key in TRANSPARENT and tensor is producer.outputs[0]:
             tensor = producer.inputs[0]
             producer = self.model.producer(tensor)
         return tensor
@@ -362,7 +364,9 @@ class _Growth:
             return int(shape[axis] or 0) or None
         for index in self.search.readers(self.u):
             node = self.search.nodes[index]
-            weight = Site(self.facts, node, []).constant_shape(1) if self.search.is_linear(node) else None
+            weight = (
+                RegionNode(self.facts, node, []).constant_shape(1) if self.search.is_linear(node) else None
+            )
             if weight is None or node.inputs[0] is not self.u:
                 continue
             if node.op == "Conv" and self.view is View.MAP:
@@ -411,7 +415,7 @@ class _Growth:
         flows = [self.flows.get(t) if t.name else None for t in node.inputs]
         if not any(f is not None and f.view is not View.SHAPE for f in flows):
             return "" if not parts else "it uses the shape of an inner tensor as data"
-        result = apply(Site(self.facts, node, flows, bit=1 << self.bits))
+        result = apply(RegionNode(self.facts, node, flows, bit=1 << self.bits))
         if isinstance(result, str):
             return result
         for tensor, flow in zip(node.outputs, result, strict=False):
@@ -459,7 +463,7 @@ class _Growth:
             return
         tensor, flow = used[0]
         if not part.linears:
-            only_transparent = all(self.search.nodes[i].op in TRANSPARENT for i in part.nodes)
+            only_transparent = all(self.search.nodes[i].key in TRANSPARENT for i in part.nodes)
             part.gated = part.gated or not only_transparent
             return
         count = part.linears.bit_count()
@@ -509,7 +513,7 @@ class _Growth:
             sides=self.sides(nodes),
         )
 
-    def kind(self, v: Tensor, flow: Flow) -> Kind | _Reason:
+    def kind(self, v: Tensor, flow: Flow) -> RegionKind | _Reason:
         start = self.flows[self.u]
         if flow.view is View.MAP:
             if _restored(flow.layout, start.layout) != start.layout:

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from onnxfuse.cost import Cost, Latency
     from onnxfuse.difference import Structure
     from onnxfuse.filesize import FileSize
-    from onnxfuse.findings import Json, Skip, StepReport
+    from onnxfuse.findings import Json, Skip
     from onnxfuse.graph import Model
     from onnxfuse.growth import GrowthSite
     from onnxfuse.likeness import Likeness
+    from onnxfuse.pass_manager import StepReport
     from onnxfuse.report.record import MetricChange, Retraining, Samples
     from onnxfuse.shapes import TensorInfo
     from onnxfuse.significance import PairedDifference

@@ -24,13 +24,13 @@ from onnxfuse.fitting.search import Found, Level, farthest
 from onnxfuse.goals import Goals
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node
-from onnxfuse.linear import LinearOp, linear_op
+from onnxfuse.linear import LINEAR, LinearOp, linear_op
 from onnxfuse.pass_manager import Context, PassResult
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed
 from onnxfuse.shapes import TensorInfo
 from onnxfuse.shared_weights import SharedWeight, shared_weights
-from onnxfuse.walk import LINEAR, RefitSite, Solved, refit_change, refit_sites, walk
+from onnxfuse.walk import RefitSite, Solved, refit_change, refit_sites, walk
 
 MEMORY = 1 << 30
 """Bytes of covariances that are kept at a time; a single reader may take more."""

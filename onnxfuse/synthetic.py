@@ -16,6 +16,7 @@ import numpy as np
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node, Tensor
+from onnxfuse.ops.table import OPS, Trait
 from onnxfuse.runtime import Feed, Runtime, format_shape
 from onnxfuse.samples import Reading, batch_axes
 from onnxfuse.shapes import TensorInfo
@@ -26,18 +27,7 @@ _SPATIAL, _SEQUENCE = 64, 16
 _OTHER_SIZES = (64, 32, 16, 224, 128, 256, 512, 640, 1)
 
 # Operators whose output holds the very integers of their inputs, so that a bound on it is a bound on them.
-_PASSING = {
-    "Cast",
-    "Concat",
-    "Expand",
-    "Flatten",
-    "Identity",
-    "Reshape",
-    "Slice",
-    "Squeeze",
-    "Transpose",
-    "Unsqueeze",
-}
+_PASSING = OPS.having(Trait.CARRIES_WEIGHTS)
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 Symbol = str | tuple[str, int]  # a dynamic dimension: its name, or the input and axis where it stands
@@ -189,7 +179,7 @@ def _index_bound(model: Model, tensor: Tensor) -> int | None:
             bound = rule(model, node, current, shapes) if rule else None
             if bound is not None:
                 bounds.append(bound)
-            elif node.op in _PASSING:
+            elif node.key in _PASSING:
                 fresh = [out for out in node.outputs if out not in seen]
                 seen.update(fresh)
                 stack.extend(fresh)

@@ -26,6 +26,7 @@ from onnxfuse.graph import Model
 from onnxfuse.pass_manager import Context
 from onnxfuse.progress import NoProgress
 from onnxfuse.runtime import Feed, Runtime
+from onnxfuse.verification import differences
 
 Measure = Literal["error", "kl"]
 Job = TypeVar("Job")
@@ -129,7 +130,7 @@ def output_change(
         samples: number of samples in each batch.
         measure: "error": squared relative error (`verify.output_error`); "kl": divergence of classes.
     """
-    found = verification.differences(zip(before, after, samples, strict=True))
+    found = differences(zip(before, after, samples, strict=True))
     if any(output.problem for output in found):
         return math.inf
     if measure == "error":

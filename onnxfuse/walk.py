@@ -35,7 +35,7 @@ from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.findings import Change, Prediction, Skip
 from onnxfuse.graph import Model
 from onnxfuse.ir import Constant, Node, Tensor
-from onnxfuse.linear import LinearOp, linear_op, write_weights
+from onnxfuse.linear import LINEAR, LinearOp, linear_op, write_weights
 from onnxfuse.marks import kept
 from onnxfuse.moments import Moments, add_patches
 from onnxfuse.numerics.affine import Affine
@@ -70,7 +70,6 @@ MOST_COLUMNS = 6144
 SETTLED = 1e-10
 """Relative error of float noise: weights that leave no more stay."""
 
-LINEAR = ("Conv", "Gemm", "MatMul")
 
 How = Literal["fresh", "refit", "bias", "keep"]
 

@@ -21,12 +21,11 @@ from onnxfuse.channels import ChannelGroups, Group
 from onnxfuse.channels.dims import Dim, leaves, length
 from onnxfuse.channels.importance import Ranking
 from onnxfuse.channels.site import Number
-from onnxfuse.cost import RULES, proto_macs
+from onnxfuse.cost import is_free, proto_macs
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node
 from onnxfuse.linear import weight_type
-from onnxfuse.protos import DEFAULT_DOMAINS
 from onnxfuse.shapes import TensorInfo
 
 Widths = dict[Group, int]
@@ -160,9 +159,7 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
 
         return Term(tuple(touched), value)
 
-    return Total(
-        [term(n) for n in model.nodes if n.op in RULES or n.bodies or n.domain not in DEFAULT_DOMAINS], groups
-    )
+    return Total([term(n) for n in model.nodes if n.bodies or not is_free(n.key)], groups)
 
 
 def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:

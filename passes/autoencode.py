@@ -34,13 +34,13 @@ from onnxfuse.fitting.search import Found
 from onnxfuse.goals import Goals, Share
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node, Variable
-from onnxfuse.linear import LinearOp, linear_op
+from onnxfuse.linear import LINEAR, LinearOp, linear_op
 from onnxfuse.linear_building import add_linear
 from onnxfuse.numerics.affine import Affine
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.regions import site_name
 from onnxfuse.rewriting import Mask, finished, first_feed, nothing, settled, unmeasurable, walked
-from onnxfuse.walk import LINEAR, MOST_COLUMNS, Solved, check_mask
+from onnxfuse.walk import MOST_COLUMNS, Solved, check_mask
 
 if TYPE_CHECKING:
     from onnxfuse.pytorch.autoencoder import Autoencoder

@@ -38,7 +38,7 @@ from onnxfuse.samples import batch_axes
 from onnxfuse.verification import first_rows
 
 NAME = "batchnorm"
-NAMED = (*CONVOLUTIONS, "Gemm")
+NAMED = CONVOLUTIONS.names | {"Gemm"}
 
 EPSILON = float(np.float32(1e-5))
 """PyTorch's default, as the attribute stores it."""
@@ -104,7 +104,7 @@ class Batchnorm(Pass):
 
     def _is_chosen(self, name: str, op: str) -> bool:
         if self.options.only is None:
-            return op in CONVOLUTIONS
+            return op in CONVOLUTIONS.names
         return op in NAMED and fnmatchcase(name, self.options.only)
 
     def _idle(self, skipped: Sequence[Skip]) -> str:

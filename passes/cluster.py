@@ -25,6 +25,7 @@ from pydantic import Field
 from onnxfuse.findings import Json
 from onnxfuse.fitting.search import Found
 from onnxfuse.graph import Model
+from onnxfuse.linear import LINEAR
 from onnxfuse.marks import VALUES, ZEROS, keep, kept
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.quantisation import kmeans, nearest
@@ -42,7 +43,7 @@ from onnxfuse.rewriting import (
     within_bound,
 )
 from onnxfuse.shared_weights import SharedWeight
-from onnxfuse.walk import LINEAR, check_mask
+from onnxfuse.walk import check_mask
 
 LEVELS = tuple(2**bits for bits in range(8, 0, -1))
 """Numbers of values that are tried where only the error bound says how few."""

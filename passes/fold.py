@@ -28,6 +28,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnxfuse.affine import (
+    AFFINE_OPERATORS,
     CARRIERS,
     ChannelAffine,
     affine_input,
@@ -41,6 +42,7 @@ from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model
 from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import (
+    LINEAR,
     LinearOp,
     is_main_domain,
     is_shared,
@@ -52,6 +54,7 @@ from onnxfuse.linear import (
     write_weights,
 )
 from onnxfuse.noops import OPERATORS, handed_on, permutation
+from onnxfuse.ops.table import OPS, Kind, Trait
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
 from onnxfuse.shapes import TensorInfo
 
@@ -358,13 +361,13 @@ def join_transposes(folding: Folding, node: Node) -> Outcome:
     return Edit(names, "two Transposes joined", make)
 
 
-_SAME_ORDER = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+_SAME_ORDER = OPS.of_kind(Kind.MOVE).having(Trait.SAME_ORDER)
 
 
 def join_reshapes(folding: Folding, node: Node) -> Outcome:
     """A Reshape need not care for what shape its input had, unless it copies sizes from it."""
     before = folding.model.producer(node.inputs[0])
-    if before is None or before.op not in _SAME_ORDER or not is_main_domain(before):
+    if before is None or before.key not in _SAME_ORDER:
         return None
     target = integers(folding.model, optional_input(node, 1))
     if target is None or 0 in target or folding.only_user(node.inputs[0]) is not node:
@@ -658,9 +661,9 @@ def constant_if(folding: Folding, node: Node) -> Outcome:
 
 
 RULES: dict[str, tuple[Rule, ...]] = dict.fromkeys(OPERATORS, (remove_no_op,))
-for _name in ("BatchNormalization", "Mul", "Div", "Add", "Sub", "Neg"):
+for _name in AFFINE_OPERATORS:
     RULES[_name] = (*RULES.get(_name, ()), fold_affine)
-for _name in ("Conv", "Gemm", "MatMul"):
+for _name in LINEAR:
     RULES[_name] = (join_linear,)
 RULES["Transpose"] += (join_transposes,)
 RULES["Reshape"] += (join_reshapes,)

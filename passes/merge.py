@@ -45,7 +45,7 @@ from onnxfuse.fitting.search import Found, farthest
 from onnxfuse.goals import Share, gone_of_all, left
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node
-from onnxfuse.linear import LinearOp, can_share_bias, linear_op, share_weights
+from onnxfuse.linear import LINEAR, LinearOp, can_share_bias, linear_op, share_weights
 from onnxfuse.marks import GRADIENT_KEY, kept
 from onnxfuse.numerics.weight_sharing import Mode, gradient_shares, one_weight
 from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
@@ -64,7 +64,7 @@ from onnxfuse.shapes import TensorInfo
 from onnxfuse.shared_weights import producer
 from onnxfuse.similarity import Criterion, distance
 from onnxfuse.trials import Trials
-from onnxfuse.walk import LINEAR, check_mask
+from onnxfuse.walk import check_mask
 
 MOST_TRIALS = 2000
 """Pairs of layers that are tried at most: each is one run of the network over some samples."""

@@ -139,6 +139,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "HardSigmoid steep": ("y = HardSigmoid<alpha=3.1, beta=-2.3>(c)", {}, {}),
     "Sqrt and Log": ("a = Abs(c) p = Add(a, k) s = Sqrt(a) l = Log(p) y = Add(s, l)", {"k": vector(0.1)}, {}),
     "Gelu": ("y = Gelu(c)", {}, {"opset": 20}),
+    "Swish of one operator": ("y = Swish(c)", {}, {"opset": 24}),
+    "Swish, steep": ("y = Swish<alpha=2.5>(c)", {}, {"opset": 24}),
+    "Sinh": ("y = Sinh(c)", {}, {}),
+    "Asin": ("h = Clip(c, half, one) y = Asin(h)", {"half": np.float32(-0.5), "one": np.float32(1)}, {}),
+    "Trilu": ("y = Trilu(c)", {}, {}),
+    "ReverseSequence": (
+        "y = ReverseSequence<batch_axis=0, time_axis=1>(c, s)",
+        {"s": ints(1, 3)},
+        {},
+    ),
+    "SpaceToDepth": ("y = SpaceToDepth<blocksize=2>(c)", {}, {}),
     "Gelu by tanh": ('y = Gelu<approximate="tanh">(c)', {}, {"opset": 20}),
     "Swish": ("s = Sigmoid(c) y = Mul(s, c)", {}, {}),
     "gate": ("s = Sigmoid(c) n = Neg(c) y = Mul(n, s)", {}, {}),
@@ -305,6 +316,13 @@ POINTWISE = {
     "Celu": "Celu<alpha=0.4>",
     "LeakyRelu": "LeakyRelu<alpha=0.2>",
     "falling LeakyRelu": "LeakyRelu<alpha=-0.3>",
+    "ThresholdedRelu": "ThresholdedRelu<alpha=0.5>",
+    "Asinh": "Asinh",
+    "Atan": "Atan",
+    "Ceil": "Ceil",
+    "Floor": "Floor",
+    "Round": "Round",
+    "Sign": "Sign",
 }
 
 

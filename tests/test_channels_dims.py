@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnxfuse.channels.dims import (
     ClashError,
     Dim,
-    Kind,
+    DimKind,
     crossed,
     describe,
     equal,
@@ -36,10 +36,10 @@ from onnxfuse.channels.dims import (
 def cells(dim: Dim) -> list[frozenset[tuple[int, int]]]:
     """For each position the channels (leaf, index) it stands and falls with, from the definition alone."""
     dim = find(dim)
-    if kind(dim) is Kind.LEAF:
+    if kind(dim) is DimKind.LEAF:
         return [frozenset([(id(dim), i)]) for i in range(dim.size)]
     own = [cells(part) for part in parts(dim)]
-    if kind(dim) is Kind.SUM:
+    if kind(dim) is DimKind.SUM:
         return list(itertools.chain.from_iterable(own))
     return [frozenset().union(*combination) for combination in itertools.product(*own)]
 
@@ -272,10 +272,10 @@ def test_repeated_channels_come_out_where_they_are_asked_for(
 def rebuilt(dim: Dim, copies: dict[Dim, Dim]) -> Dim:
     """The expression over other leaves; one that has become a single index must not disappear."""
     dim = find(dim)
-    if kind(dim) is Kind.LEAF:
+    if kind(dim) is DimKind.LEAF:
         return copies[dim]
     own = [rebuilt(part, copies) for part in parts(dim)]
-    if kind(dim) is Kind.SUM:
+    if kind(dim) is DimKind.SUM:
         return sum_of(own)
     for part in own:
         for leaf in leaves(part):

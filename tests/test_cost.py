@@ -157,13 +157,13 @@ def test_work_in_a_loop_is_refused_and_a_loop_without_work_is_not() -> None:
 
 def test_what_has_no_rule_is_refused_by_name() -> None:
     text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
-    m (float[4,8] x) => (float[4,8] y) { y = com.microsoft.FusedGemm(x, x) }"""
+    m (float[4,8] x) => (float[4,8] y) { y = com.microsoft.TransposeMatMul(x, x) }"""
     proto = onnx.parser.parse_model(text)
     proto.graph.node[0].name = "odd"
     model = Model.load(proto)
     found = count(model, model.shapes())
     assert found.macs is None
-    assert found.macs_reason == "FusedGemm 'odd' of domain 'com.microsoft' has no rule"
+    assert found.macs_reason == "TransposeMatMul 'odd' of domain 'com.microsoft' has no rule"
 
 
 # --- parameters ---------------------------------------------------------------------------------------------

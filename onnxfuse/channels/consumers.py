@@ -25,12 +25,13 @@ from onnxfuse.graph import Model
 from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import LinearOp, is_shared, linear_op, weight_type, write_weights
 from onnxfuse.marks import kept
+from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.shapes import TensorInfo
 
 MOST_COLUMNS = 4608
 """More columns than these are taken to be uncorrelated: a Gram matrix of that size takes 170 MB."""
 
-_RECURRENT = ("LSTM", "GRU", "RNN")
+_RECURRENT = OPS.of_kind(Kind.RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _consumer(model: Model, group: Group, sink: Sink, shapes: Mapping[str, Tenso
     node = model.producer(model.tensor(sink.node))
     assert node is not None
     places = group.places(sink.dim)
-    op = linear_op(model, node, shapes) if sink.slot == 0 and node.op in ("Conv", "Gemm", "MatMul") else ""
+    op = linear_op(model, node, shapes) if sink.slot == 0 else ""
     if isinstance(op, LinearOp) and op.kind == "conv" and op.pads is not None:
         taps = math.prod(op.kernel)
         columns = (places[:, :, None] * taps + np.arange(taps)).reshape(len(places), -1)
@@ -190,7 +191,7 @@ def _consumer(model: Model, group: Group, sink: Sink, shapes: Mapping[str, Tenso
         )
     stored = _stored(model, node, sink)
     tensor, axis = sink.tensor, sink.axis
-    if node.op in _RECURRENT and sink.slot == 2:
+    if node.key in _RECURRENT and sink.slot == 2:
         # What the recurrence sums up over is its own output of the step before.
         stored = sink.tensor, sink.axis
         tensor, axis = node.outputs[0].name, len(_shape(shapes, node.outputs[0].name)) - 1

@@ -33,7 +33,7 @@ Kept = Mapping["Dim", np.ndarray]
 NOTHING_TAKEN: Kept = {}
 
 
-class Kind(enum.Enum):
+class DimKind(enum.Enum):
     """What an axis is made of."""
 
     LEAF = "leaf"
@@ -73,7 +73,7 @@ class Dim:
         self.position = position
         self.channel = channel
         self._link: Dim | None = None
-        self._kind = Kind.LEAF
+        self._kind = DimKind.LEAF
         self._parts: tuple[Dim, ...] = ()
 
 
@@ -87,7 +87,7 @@ def find(dim: Dim) -> Dim:
     return top
 
 
-def kind(dim: Dim) -> Kind:
+def kind(dim: Dim) -> DimKind:
     """What the axis is made of."""
     return find(dim)._kind
 
@@ -113,7 +113,7 @@ def leaves(dim: Dim) -> list[Dim]:
     stack = [find(dim)]
     while stack:
         top = stack.pop()
-        if top._kind is Kind.LEAF:
+        if top._kind is DimKind.LEAF:
             found[top] = None
         else:
             stack.extend(reversed(parts(top)))
@@ -148,7 +148,7 @@ def mark_channel(dim: Dim) -> None:
 def sum_of(dims: Sequence[Dim]) -> Dim:
     """The axes one after the other; those without any positions don't count."""
     dims = [d for d in dims if d.size]
-    return _composite(Kind.SUM, dims, sum(d.size for d in dims))
+    return _composite(DimKind.SUM, dims, sum(d.size for d in dims))
 
 
 def product_of(dims: Sequence[Dim]) -> Dim:
@@ -160,10 +160,10 @@ def product_of(dims: Sequence[Dim]) -> Dim:
             freeze(dim, "an axis of size 1 is merged with others")
     if not visible:
         return Dim(1, frozen="a single index")
-    return _composite(Kind.PRODUCT, visible, math.prod(d.size for d in visible))
+    return _composite(DimKind.PRODUCT, visible, math.prod(d.size for d in visible))
 
 
-def _composite(kind_: Kind, dims: Sequence[Dim], size: int) -> Dim:
+def _composite(kind_: DimKind, dims: Sequence[Dim], size: int) -> Dim:
     if len(dims) == 1:
         return find(dims[0])
     result = Dim(size)
@@ -171,7 +171,7 @@ def _composite(kind_: Kind, dims: Sequence[Dim], size: int) -> Dim:
     return result
 
 
-def _divide(leaf: Dim, kind_: Kind, sizes: Sequence[int]) -> list[Dim]:
+def _divide(leaf: Dim, kind_: DimKind, sizes: Sequence[int]) -> list[Dim]:
     """A leaf becomes a sum or product of leaves like itself."""
     pieces = [
         Dim(s, frozen=leaf.frozen, dynamic=leaf.dynamic, position=leaf.position, channel=leaf.channel)
@@ -192,9 +192,9 @@ def segment(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         raise ClashError(f"{dim.size} positions can't be split into {_listed(sizes)}")
     if len(sizes) == 1:
         return [dim]
-    if dim._kind is Kind.LEAF:
-        return _divide(dim, Kind.SUM, sizes)
-    if dim._kind is Kind.PRODUCT:
+    if dim._kind is DimKind.LEAF:
+        return _divide(dim, DimKind.SUM, sizes)
+    if dim._kind is DimKind.PRODUCT:
         return _segment_product(dim, sizes)
     queue = parts(dim)[::-1]
     result = []
@@ -233,9 +233,9 @@ def factor(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         return [Dim(1, frozen="a single index") if s == 1 else next(visible) for s in sizes]
     if len(sizes) == 1:
         return [dim]
-    if dim._kind is Kind.LEAF:
-        return _divide(dim, Kind.PRODUCT, sizes)
-    if dim._kind is Kind.SUM:
+    if dim._kind is DimKind.LEAF:
+        return _divide(dim, DimKind.PRODUCT, sizes)
+    if dim._kind is DimKind.SUM:
         return _factor_sum(dim, sizes)
     queue = parts(dim)[::-1]
     result = []
@@ -291,14 +291,14 @@ def unify(first: Dim, second: Dim) -> None:
         return
     if a.size != b.size:
         raise ClashError(f"axes of {a.size} and {b.size} meet")
-    if b._kind is Kind.LEAF:
+    if b._kind is DimKind.LEAF:
         a, b = b, a
-    if a._kind is Kind.LEAF:
+    if a._kind is DimKind.LEAF:
         _bind(a, b)
         return
-    if a._kind is Kind.PRODUCT and b._kind is Kind.SUM:
+    if a._kind is DimKind.PRODUCT and b._kind is DimKind.SUM:
         a, b = b, a
-    divide = segment if a._kind is Kind.SUM else factor
+    divide = segment if a._kind is DimKind.SUM else factor
     ours = parts(a)
     theirs = divide(b, [part.size for part in ours])
     for x, y in zip(ours, theirs, strict=True):
@@ -309,7 +309,7 @@ def unify(first: Dim, second: Dim) -> None:
 
 
 def _bind(leaf: Dim, dim: Dim) -> None:
-    if dim._kind is Kind.LEAF:
+    if dim._kind is DimKind.LEAF:
         dim.position = dim.position and leaf.position
     elif leaf in leaves(dim):
         raise ClashError("an axis is part of itself")
@@ -325,7 +325,7 @@ def equal(first: Dim, second: Dim) -> bool:
     a, b = find(first), find(second)
     if a is b:
         return True
-    if a._kind is not b._kind or a._kind is Kind.LEAF or a.size != b.size:
+    if a._kind is not b._kind or a._kind is DimKind.LEAF or a.size != b.size:
         return False
     ours, theirs = parts(a), parts(b)
     return len(ours) == len(theirs) and all(map(equal, ours, theirs))
@@ -338,11 +338,11 @@ def crossed(dim: Dim) -> list[Dim]:
     stack = [find(dim)]
     while stack:
         top = stack.pop()
-        if top._kind is Kind.LEAF:
+        if top._kind is DimKind.LEAF:
             continue
         pieces = parts(top)
         stack.extend(pieces)
-        if top._kind is Kind.PRODUCT:
+        if top._kind is DimKind.PRODUCT:
             seen: set[Dim] = set()
             for piece in pieces:
                 own = leaves(piece)
@@ -357,20 +357,20 @@ def crossed(dim: Dim) -> list[Dim]:
 def length(dim: Dim, kept: Mapping[Dim, Sized]) -> int:
     """Number of positions on the axis when of the leaves in `kept` these channels are taken."""
     dim = find(dim)
-    if dim._kind is Kind.LEAF:
+    if dim._kind is DimKind.LEAF:
         return len(kept[dim]) if dim in kept else dim.size
     sizes = [length(part, kept) for part in parts(dim)]
-    return sum(sizes) if dim._kind is Kind.SUM else math.prod(sizes)
+    return sum(sizes) if dim._kind is DimKind.SUM else math.prod(sizes)
 
 
 def indices(dim: Dim, kept: Kept) -> np.ndarray:
     """Old positions on the axis in their new order, int64, when of the leaves in `kept` these channels are
     taken; all of the others."""
     dim = find(dim)
-    if dim._kind is Kind.LEAF:
+    if dim._kind is DimKind.LEAF:
         return np.asarray(kept[dim], np.int64) if dim in kept else np.arange(dim.size)
     pieces = parts(dim)
-    if dim._kind is Kind.SUM:
+    if dim._kind is DimKind.SUM:
         offsets = np.cumsum([0, *(part.size for part in pieces[:-1])])
         moved = [indices(part, kept) + offset for part, offset in zip(pieces, offsets, strict=True)]
         return np.concatenate(moved)
@@ -383,10 +383,10 @@ def indices(dim: Dim, kept: Kept) -> np.ndarray:
 def multiplicity(dim: Dim, leaf: Dim) -> int:
     """On how many positions of the axis each channel of a leaf lies."""
     dim, leaf = find(dim), find(leaf)
-    if dim._kind is Kind.LEAF:
+    if dim._kind is DimKind.LEAF:
         return int(dim is leaf)
     own = [multiplicity(part, leaf) for part in parts(dim)]
-    if dim._kind is Kind.SUM:
+    if dim._kind is DimKind.SUM:
         return sum(own)
     return sum(m * dim.size // part.size for m, part in zip(own, parts(dim), strict=True))
 
@@ -407,11 +407,11 @@ def places(dim: Dim, leaf: Dim, kept: Kept = NOTHING_TAKEN) -> np.ndarray:
 def _labels(dim: Dim, leaf: Dim, kept: Kept) -> np.ndarray:
     """For each position the leaf's index there, or -1."""
     dim = find(dim)
-    if dim._kind is Kind.LEAF:
+    if dim._kind is DimKind.LEAF:
         size = length(dim, kept)
         return np.arange(size) if dim is leaf else np.full(size, -1)
     labels = [_labels(part, leaf, kept) for part in parts(dim)]
-    if dim._kind is Kind.SUM:
+    if dim._kind is DimKind.SUM:
         return np.concatenate(labels)
     found = np.full(1, -1)
     for own in labels:
@@ -422,10 +422,10 @@ def _labels(dim: Dim, leaf: Dim, kept: Kept) -> np.ndarray:
 def describe(dim: Dim, members: Sequence[Dim] = ()) -> str:
     """The structure in one line, the leaves among `members` in brackets: `[12] x 64`."""
     dim = find(dim)
-    if dim._kind is Kind.LEAF:
+    if dim._kind is DimKind.LEAF:
         return f"[{dim.size}]" if dim in members else str(dim.size)
     texts = []
     for part in parts(dim):
         text = describe(part, members)
-        texts.append(f"({text})" if part._kind is Kind.SUM else text)
-    return (" + " if dim._kind is Kind.SUM else " x ").join(texts)
+        texts.append(f"({text})" if part._kind is DimKind.SUM else text)
+    return (" + " if dim._kind is DimKind.SUM else " x ").join(texts)

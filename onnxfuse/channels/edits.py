@@ -20,7 +20,7 @@ import numpy as np
 from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Dim
 from onnxfuse.channels.groups import Choice
-from onnxfuse.channels.lengths import dims_of
+from onnxfuse.channels.lengths import COPYING, dims_of
 from onnxfuse.channels.site import TO_THE_END, EvenSplit, Number, Pin, System
 from onnxfuse.constants import label
 from onnxfuse.graph import Model
@@ -199,7 +199,7 @@ def _with_entries(
     known = system.numbers.get(tensor.name)
     computed = not model.is_weight(tensor) and known is not None and not known.fixed
     producer = model.producer(tensor) if computed else None
-    if producer is not None and producer.op in ("Cast", "Identity"):
+    if producer is not None and producer.key in COPYING:
         inner = _with_entries(model, system, producer.inputs[0], entries, None, by)
         return model.add_node(producer.op, [inner], [tensor.name], producer.attrs, by=by).outputs[0]
     if producer is not None and producer.op == "Concat":

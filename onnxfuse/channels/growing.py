@@ -146,7 +146,7 @@ def _fixed(system: System, touch: Touch, scheme: Scheme) -> str | None:
         return f"'{touch.weight}', which reads the channels, is stored as {dtype}"
     if "producer" in touch.roles and scheme != "netmorph":
         return f"'{touch.weight}' both computes and reads the channels; netmorph can widen them"
-    other = next((node for node in _users(system, tensor) if node.op not in MULTIPLYING), None)
+    other = next((node for node in _users(system, tensor) if node.key not in MULTIPLYING), None)
     return None if other is None else f"{other.label} changes '{touch.weight}' before it reads the channels"
 
 

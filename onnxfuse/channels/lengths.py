@@ -24,6 +24,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxfuse.channels.dims import Dim
 from onnxfuse.ir import Constant, Node
+from onnxfuse.ops.table import OPS, Kind, Trait
 
 LARGEST = 4096
 """Elements of a tensor worth evaluating."""
@@ -31,23 +32,16 @@ LARGEST = 4096
 _STORED = 256  # elements of a stored integer tensor that may be such a list
 _SCALAR_TYPES = "fiub"
 
-MOVING = frozenset(
-    (
-        *("Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose", "Split"),
-        *("Identity", "Expand", "Tile"),
-    )
-)
+_EVALUATED = OPS.having(Trait.SIZES)
+
+MOVING = (_EVALUATED.of_kind(Kind.MOVE) | _EVALUATED.having(Trait.SAME_ELEMENTS)).names
 """Operators that only move elements of their data: all inputs of Concat, the first of others."""
 
-_ELEMENTWISE = frozenset(
-    (
-        *("Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Floor", "Ceil", "Round", "Sqrt", "Reciprocal"),
-        *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Min", "Max"),
-        *("Cast", "Where", "Pow", "Exp", "Log", "Sign", "Clip"),
-    )
-)
-_REDUCING = frozenset(("ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin"))
-_MAKING = frozenset(("ConstantOfShape", "Range"))
+COPYING = _EVALUATED.of_kind(Kind.ELEMENTWISE).having(Trait.CARRIES_WEIGHTS)
+"""Operators that hand a list on as it is, perhaps in another type."""
+
+_ELEMENTWISE = _EVALUATED.of_kind(Kind.ELEMENTWISE, Kind.ACTIVATION).names - MOVING
+_MAKING = _EVALUATED.of_kind(Kind.FILL).names
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,7 @@ def product_of(shape: Numbers) -> Numbers:
 def evaluate(node: Node, inputs: Sequence[Numbers | None], opset: int) -> list[Numbers] | None:
     """What the node computes, where all its inputs are known and it is an operator for such tensors; None for
     others. An absent optional input is given as None."""
-    if node.op not in MOVING | _ELEMENTWISE | _REDUCING | _MAKING:
+    if node.key not in _EVALUATED:
         return None
     data = len(inputs) if node.op in _ELEMENTWISE or node.op == "Concat" else 0 if node.op in _MAKING else 1
     if any(n is not None and not n.fixed for n in inputs[data:]):

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 
 from onnxfuse.channels.dims import Dim, factor, product_of
 from onnxfuse.channels.rules_elementwise import broadcast
-from onnxfuse.channels.site import Axes, Pin, Rule, Site, StopRuleError
+from onnxfuse.channels.site import Axes, ChannelNode, ChannelRule, Pin, StopRuleError
+from onnxfuse.ops.table import Key
 
 
-def _attention(site: Site) -> list[Axes | None]:
+def _attention(site: ChannelNode) -> list[Axes | None]:
     queries, keys, values = (_heads(site, slot) for slot in range(3))
     batch, heads, rows, size = queries
     _, key_heads, columns, key_size = keys
@@ -33,7 +34,7 @@ def _attention(site: Site) -> list[Axes | None]:
         site.sums(slot, len(site.axes(slot)) - 1, part=size)
     if "scale" not in site.node.attrs:
         scale = 1 / math.sqrt(size.size)
-        site.system.pins.append(Pin(site.key, frozenset((size,)), attribute="scale", value=scale))
+        site.system.pins.append(Pin(site.output, frozenset((size,)), attribute="scale", value=scale))
     scores: Axes = (batch, heads, rows, columns)
     if site.has(3):
         broadcast(site, [scores, site.axes(3)])
@@ -47,7 +48,7 @@ def _attention(site: Site) -> list[Axes | None]:
     return [result, *kept, scores]
 
 
-def _heads(site: Site, slot: int) -> tuple[Dim, Dim, Dim, Dim]:
+def _heads(site: ChannelNode, slot: int) -> tuple[Dim, Dim, Dim, Dim]:
     """Batch, heads, places and size of a head of an input, which has them apart or heads and size merged."""
     axes = site.axes(slot)
     if len(axes) == 4:
@@ -57,4 +58,4 @@ def _heads(site: Site, slot: int) -> tuple[Dim, Dim, Dim, Dim]:
     return axes[0], heads, axes[1], size
 
 
-RULES: Mapping[tuple[str, str], Rule] = {("", "Attention"): _attention}
+RULES: Mapping[Key, ChannelRule] = {("", "Attention"): _attention}

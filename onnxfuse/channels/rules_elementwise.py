@@ -6,24 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from onnxfuse.affine import training_mode
 from onnxfuse.channels.dims import Dim
-from onnxfuse.channels.site import Axes, Rule, Site, StopRuleError
-
-_FIRST_ONLY = (
-    *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "CastLike", "Ceil"),
-    *("Celu", "Clip", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish"),
-    *("Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round"),
-    *("Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan"),
-    *("Tanh", "ThresholdedRelu"),
-)
-_BROADCASTING = (
-    *("Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater"),
-    *("GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow"),
-    *("Sub", "Sum", "Where", "Xor"),
-)
-_MICROSOFT = {"Gelu": 1, "FastGelu": 2, "QuickGelu": 1, "BiasGelu": 2}  # and how many inputs are data
+from onnxfuse.channels.site import Axes, ChannelNode, ChannelRule, StopRuleError
+from onnxfuse.ops.table import OPS, Key, Kind
 
 
-def broadcast(site: Site, operands: Sequence[Axes]) -> Axes:
+def broadcast(site: ChannelNode, operands: Sequence[Axes]) -> Axes:
     """The axes of tensors that meet element by element: aligned at the end, those of size 1 repeated."""
     rank = max(map(len, operands), default=0)
     result: list[Dim] = []
@@ -36,23 +23,17 @@ def broadcast(site: Site, operands: Sequence[Axes]) -> Axes:
     return tuple(result)
 
 
-def _first(site: Site) -> list[Axes | None]:
-    return [site.axes(0)]
-
-
-def _all(site: Site) -> list[Axes | None]:
-    operands = [site.axes(slot) for slot in site.data()]
+def _elementwise(site: ChannelNode) -> list[Axes | None]:
+    row = OPS.get(*site.key)
+    assert row is not None
+    count = row.operands
+    operands = [site.axes(slot) for slot in site.data() if count is None or slot < count]
     if site.opset < 7 and len(set(map(len, operands))) > 1:
         raise StopRuleError("broadcasting by the rules of an old operator set")
     return [broadcast(site, operands)]
 
 
-def _microsoft(site: Site) -> list[Axes | None]:
-    slots = [slot for slot in site.data() if slot < _MICROSOFT[site.op]]
-    return [broadcast(site, [site.axes(slot) for slot in slots])]
-
-
-def _dropout(site: Site) -> list[Axes | None]:
+def _dropout(site: ChannelNode) -> list[Axes | None]:
     if site.has(2):
         training = site.numbers(2)
         if training is None or not training.fixed or training.value.any():
@@ -60,7 +41,7 @@ def _dropout(site: Site) -> list[Axes | None]:
     return [site.axes(0), site.axes(0)]
 
 
-def _batch_norm(site: Site) -> list[Axes | None]:
+def _batch_norm(site: ChannelNode) -> list[Axes | None]:
     if training_mode(site.node):
         raise StopRuleError("BatchNormalization in training mode mixes its statistics from batches")
     axes = site.axes(0)
@@ -72,7 +53,7 @@ def _batch_norm(site: Site) -> list[Axes | None]:
     return [axes]
 
 
-def _quantized(site: Site) -> list[Axes | None]:
+def _quantized(site: ChannelNode) -> list[Axes | None]:
     """QuantizeLinear and DequantizeLinear, a scale for the whole tensor or for each index of an axis."""
     axes = site.axes(0)
     if site.attribute("block_size", 0):
@@ -83,10 +64,9 @@ def _quantized(site: Site) -> list[Axes | None]:
     return [axes]
 
 
-RULES: Mapping[tuple[str, str], Rule] = {
-    **{("", op): _first for op in _FIRST_ONLY},
-    **{("", op): _all for op in _BROADCASTING},
-    **{("com.microsoft", op): _microsoft for op in _MICROSOFT},
+DEFAULTS: Mapping[Kind, ChannelRule] = dict.fromkeys((Kind.ACTIVATION, Kind.ELEMENTWISE), _elementwise)
+
+RULES: Mapping[Key, ChannelRule] = {
     ("", "Dropout"): _dropout,
     ("", "BatchNormalization"): _batch_norm,
     ("", "QuantizeLinear"): _quantized,

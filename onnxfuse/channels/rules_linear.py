@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from onnxfuse.channels.dims import Dim, factor, product_of, sum_of
 from onnxfuse.channels.rules_elementwise import broadcast
-from onnxfuse.channels.site import Axes, Role, Rule, Site, StopRuleError
+from onnxfuse.channels.site import Axes, ChannelNode, ChannelRule, Role, StopRuleError
+from onnxfuse.ops.table import MICROSOFT, Key
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
-def _conv(site: Site) -> list[Axes | None]:
+def _conv(site: ChannelNode) -> list[Axes | None]:
     x, weight = site.axes(0), site.axes(1)
     groups = int(site.attribute("group", 1))
     site.freeze(x[2:], "a kernel slides over it")
@@ -32,7 +33,14 @@ def _conv(site: Site) -> list[Axes | None]:
     return _convolved(site, out)
 
 
-def _conv_transpose(site: Site) -> list[Axes | None]:
+def _fused_conv(site: ChannelNode) -> list[Axes | None]:
+    """A Conv to whose result another tensor may be added, before an activation."""
+    (out,) = _conv(site)
+    assert out is not None
+    return [broadcast(site, [out, site.axes(3)]) if site.has(3) else out]
+
+
+def _conv_transpose(site: ChannelNode) -> list[Axes | None]:
     x, weight = site.axes(0), site.axes(1)
     groups = int(site.attribute("group", 1))
     site.freeze(x[2:], "a kernel slides over it")
@@ -49,12 +57,12 @@ def _conv_transpose(site: Site) -> list[Axes | None]:
     return _convolved(site, product_of([group, weight[1]]))
 
 
-def _grouped(site: Site, dim: Dim, groups: int) -> Axes:
+def _grouped(site: ChannelNode, dim: Dim, groups: int) -> Axes:
     """The axis as groups x channels in a group."""
     return site.divided(factor, dim, [groups, dim.size // groups])
 
 
-def _sum_in_groups(site: Site, inner: Dim, weight_axis: int) -> None:
+def _sum_in_groups(site: ChannelNode, inner: Dim, weight_axis: int) -> None:
     """The operator sums up over the channels of a group, of which a depthwise one has but one."""
     site.number(_grouped(site, site.axes(0)[1], int(site.attribute("group")))[0], attribute="group")
     if inner.size > 1:
@@ -62,14 +70,14 @@ def _sum_in_groups(site: Site, inner: Dim, weight_axis: int) -> None:
         site.sums(0, 1, part=inner)
 
 
-def _convolved(site: Site, out: Dim) -> list[Axes | None]:
+def _convolved(site: ChannelNode, out: Dim) -> list[Axes | None]:
     if site.has(2):
         site.same(out, site.axes(2)[0])
     batch, _, *places = site.axes(0)
     return [(batch, out, *site.sizes(of=places)[2:])]
 
 
-def _gemm(site: Site) -> list[Axes | None]:
+def _gemm(site: ChannelNode) -> list[Axes | None]:
     a, b = site.axes(0), site.axes(1)
     inner_a = 0 if int(site.attribute("transA", 0)) else 1
     inner_b = 1 if int(site.attribute("transB", 0)) else 0
@@ -80,23 +88,26 @@ def _gemm(site: Site) -> list[Axes | None]:
     return [broadcast(site, [out, site.axes(2)]) if site.has(2) else out]
 
 
-def _matmul(site: Site) -> list[Axes | None]:
+def _matmul(site: ChannelNode) -> list[Axes | None]:
+    """MatMul and FusedMatMul, which can transpose a matrix and leaves a vector as it is."""
     a, b = site.axes(0), site.axes(1)
     if not a or not b:
-        raise StopRuleError("MatMul of a scalar")
-    inner_b = len(b) - 2 if len(b) > 1 else 0
-    site.contract(0, len(a) - 1, 1, inner_b)
+        raise StopRuleError(f"{site.op} of a scalar")
+    if site.attribute("transBatchA", 0) or site.attribute("transBatchB", 0):
+        raise StopRuleError(f"{site.op} of transposed batches")
+    inner_a = len(a) - 2 if len(a) > 1 and site.attribute("transA", 0) else len(a) - 1
+    inner_b = len(b) - 2 if len(b) > 1 and not site.attribute("transB", 0) else len(b) - 1
+    site.contract(0, inner_a, 1, inner_b)
     result: Axes = broadcast(site, [a[:-2], b[:-2]])
-    if len(a) > 1:
-        site.weight(0, len(a) - 2, "producer")
-        result += (a[-2],)
-    if len(b) > 1:
-        site.weight(1, len(b) - 1, "producer")
-        result += (b[-1],)
+    for slot, axes, inner in ((0, a, inner_a), (1, b, inner_b)):
+        if len(axes) > 1:
+            outer = 2 * len(axes) - 3 - inner
+            site.weight(slot, outer, "producer")
+            result += (axes[outer],)
     return [result]
 
 
-def _einsum(site: Site) -> list[Axes | None]:
+def _einsum(site: ChannelNode) -> list[Axes | None]:
     equation = str(site.attribute("equation")).replace(" ", "")
     if "->" not in equation or "." in equation:
         raise StopRuleError(f"the equation '{equation}' is of a form that has no rule")
@@ -123,7 +134,7 @@ def _einsum(site: Site) -> list[Axes | None]:
     return [tuple(dims[letter] for letter in out)]
 
 
-def _recurrent(site: Site) -> list[Axes | None]:
+def _recurrent(site: ChannelNode) -> list[Axes | None]:
     """LSTM, GRU, RNN: the rows of the weights are the gates one after the other, each with all hidden
     channels. The hidden channels that a step reads are those of the step before: summed over with R's last
     axis, so it is there that a removed one is zero."""
@@ -157,11 +168,14 @@ def _recurrent(site: Site) -> list[Axes | None]:
     return [y, state, state]
 
 
-RULES: Mapping[tuple[str, str], Rule] = {
+RULES: Mapping[Key, ChannelRule] = {
     ("", "Conv"): _conv,
     ("", "ConvTranspose"): _conv_transpose,
     ("", "Gemm"): _gemm,
     ("", "MatMul"): _matmul,
     ("", "Einsum"): _einsum,
+    (MICROSOFT, "FusedConv"): _fused_conv,
+    (MICROSOFT, "FusedGemm"): _gemm,
+    (MICROSOFT, "FusedMatMul"): _matmul,
     **{("", op): _recurrent for op in _GATES},
 }

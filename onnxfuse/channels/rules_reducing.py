@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from onnxfuse.channels.dims import factor
-from onnxfuse.channels.site import SINGLE, Axes, Kind, Rule, Site, StopRuleError
+from onnxfuse.channels.site import SINGLE, Axes, ChannelNode, ChannelRule, SinkKind, StopRuleError
+from onnxfuse.ops.table import Key, Kind
 
-_SUMS: Mapping[str, Kind] = {
+_SUMS: Mapping[str, SinkKind] = {
     "ReduceSum": "sum",
     "ReduceL1": "sum",
     "ReduceL2": "sum",
@@ -21,11 +22,9 @@ _SUMS: Mapping[str, Kind] = {
     "ReduceLogSum": "sum",
     "ReduceMean": "mean",
 }
-_EXTREMES = ("ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp")
-_SLIDING = ("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 
 
-def _reduce(site: Site) -> list[Axes | None]:
+def _reduce(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     listed = site.integers(1, "axes")
     if not listed:
@@ -43,7 +42,7 @@ def _reduce(site: Site) -> list[Axes | None]:
     return [tuple(d for i, d in enumerate(axes) if i not in reduced)]
 
 
-def _arg(site: Site) -> list[Axes | None]:
+def _arg(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     axis = site.axis("axis", 0, len(axes))
     site.freeze((axes[axis],), f"{site.op} over it")
@@ -51,7 +50,7 @@ def _arg(site: Site) -> list[Axes | None]:
     return [(*axes[:axis], *kept, *axes[axis + 1 :])]
 
 
-def _softmax(site: Site) -> list[Axes | None]:
+def _softmax(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     if site.opset >= 13:
         over = axes[site.axis("axis", -1, len(axes)) :][:1]
@@ -61,28 +60,24 @@ def _softmax(site: Site) -> list[Axes | None]:
     return [axes]
 
 
-def _along(site: Site) -> list[Axes | None]:
-    """Operators that mix the positions of one axis and leave the tensor's shape."""
+def _along(site: ChannelNode) -> list[Axes | None]:
+    """CumSum, CumProd: they mix the positions of one axis and leave the tensor's shape."""
     axes = site.axes(0)
-    if site.op == "CumSum":
-        listed = site.integers(1, "axis")
-        axis = (listed or [0])[0] % len(axes)
-    else:
-        axis = site.axis("axis", -1, len(axes))
+    axis = (site.integers(1, "axis") or [0])[0] % len(axes)
     site.freeze((axes[axis],), f"{site.op} along it")
     return [axes]
 
 
-def _lp_normalization(site: Site) -> list[Axes | None]:
+def _lp_normalization(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     site.sums(0, site.axis("axis", -1, len(axes)))
     return [axes]
 
 
-def _layer_norm(site: Site) -> list[Axes | None]:
+def _layer_norm(site: ChannelNode) -> list[Axes | None]:
     """LayerNormalization and RMSNormalization: over the last axes, from `axis` on."""
     axes = site.axes(0)
-    kind: Kind = "norm" if site.op == "LayerNormalization" else "rms norm"
+    kind: SinkKind = "norm" if site.op == "LayerNormalization" else "rms norm"
     first = site.axis("axis", -1, len(axes))
     if site.used_output(1) or site.used_output(2):
         site.freeze(axes[first:], "its mean or deviation is used elsewhere")
@@ -97,7 +92,7 @@ def _layer_norm(site: Site) -> list[Axes | None]:
     return [axes, None, None]
 
 
-def _instance_norm(site: Site) -> list[Axes | None]:
+def _instance_norm(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     for axis in range(2, len(axes)):
         site.sums(0, axis, "norm")
@@ -107,7 +102,7 @@ def _instance_norm(site: Site) -> list[Axes | None]:
     return [axes]
 
 
-def _group_norm(site: Site) -> list[Axes | None]:
+def _group_norm(site: ChannelNode) -> list[Axes | None]:
     """Whole groups can go; a channel of a group has a share in the statistics of the others. Scale and bias
     have a value for each group before opset 21, then for each channel."""
     axes = site.axes(0)
@@ -121,20 +116,20 @@ def _group_norm(site: Site) -> list[Axes | None]:
     return [axes]
 
 
-def _local_response(site: Site) -> list[Axes | None]:
+def _local_response(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     site.freeze(axes[1:2], "LRN mixes neighbouring channels")
     return [axes]
 
 
-def _mean_variance(site: Site) -> list[Axes | None]:
+def _mean_variance(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     for axis in site.attribute("axes", [0, 2, 3]):
         site.freeze((axes[int(axis)],), "MeanVarianceNormalization takes statistics over it")
     return [axes]
 
 
-def _pool(site: Site) -> list[Axes | None]:
+def _pool(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     if site.used_output(1):
         raise StopRuleError("MaxPool tells where it found its maxima, counted over all channels")
@@ -143,12 +138,15 @@ def _pool(site: Site) -> list[Axes | None]:
     return [(*axes[:2], *site.sizes(of=places)[2:]), None]
 
 
-RULES: Mapping[tuple[str, str], Rule] = {
-    **{("", op): _reduce for op in (*_SUMS, *_EXTREMES)},
+DEFAULTS: Mapping[Kind, ChannelRule] = {
+    Kind.REDUCE: _reduce,
+    Kind.SOFTMAX: _softmax,
+    Kind.CUMULATIVE: _along,
+    Kind.POOL: _pool,
+}
+
+RULES: Mapping[Key, ChannelRule] = {
     **{("", op): _arg for op in ("ArgMax", "ArgMin")},
-    **{("", op): _softmax for op in ("Softmax", "LogSoftmax", "Hardmax")},
-    **{("", op): _along for op in ("CumSum",)},
-    **{("", op): _pool for op in _SLIDING},
     **{(domain, "LayerNormalization"): _layer_norm for domain in ("", "com.microsoft")},
     ("", "RMSNormalization"): _layer_norm,
     ("", "SimplifiedLayerNormalization"): _layer_norm,

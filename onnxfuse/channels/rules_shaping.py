@@ -17,7 +17,16 @@ from onnxfuse.channels.dims import (
     sum_of,
 )
 from onnxfuse.channels.lengths import dims_of
-from onnxfuse.channels.site import SINGLE, TO_THE_END, Axes, EvenSplit, Rule, Site, StopRuleError
+from onnxfuse.channels.site import (
+    SINGLE,
+    TO_THE_END,
+    Axes,
+    ChannelNode,
+    ChannelRule,
+    EvenSplit,
+    StopRuleError,
+)
+from onnxfuse.ops.table import Key
 
 
 def _settled(dim: Dim) -> bool:
@@ -25,7 +34,7 @@ def _settled(dim: Dim) -> bool:
     return all(leaf.frozen for leaf in leaves(dim))
 
 
-def _like(site: Site, size: int, dims: Sequence[Dim]) -> Dim:
+def _like(site: ChannelNode, size: int, dims: Sequence[Dim]) -> Dim:
     """A frozen axis made from frozen ones."""
     every = [leaf for dim in dims for leaf in leaves(dim)]
     telling = sorted(every, key=lambda leaf: (leaf.position, leaf.size == 1))  # stable: the first that tells
@@ -38,9 +47,9 @@ def _like(site: Site, size: int, dims: Sequence[Dim]) -> Dim:
 # Reshaping ----------------------------------------------------------------------------------------
 
 
-def arranged(site: Site, dims: Sequence[Dim], sizes: Sequence[Dim]) -> Axes:
+def arranged(site: ChannelNode, dims: Sequence[Dim], sizes: Sequence[Dim]) -> Axes:
     """The axes of a tensor with the same elements in the same order: where a run of axes has as many elements
-    as a run of new ones, these are its factors. `sizes` are the new axes as `Site.sizes` gives them."""
+    as a run of new ones, these are its factors. `sizes` are the new axes as `site.sizes` gives them."""
     result: list[Dim] = []
     ins, outs = list(dims), list(sizes)
     while outs:
@@ -68,7 +77,7 @@ def arranged(site: Site, dims: Sequence[Dim], sizes: Sequence[Dim]) -> Axes:
     return tuple(result)
 
 
-def _refactored(site: Site, have: Sequence[Dim], want: Sequence[Dim]) -> Sequence[Dim]:
+def _refactored(site: ChannelNode, have: Sequence[Dim], want: Sequence[Dim]) -> Sequence[Dim]:
     if all(map(_settled, have)):
         return [_like(site, dim.size, have) for dim in want]
     try:
@@ -78,7 +87,7 @@ def _refactored(site: Site, have: Sequence[Dim], want: Sequence[Dim]) -> Sequenc
         return [_like(site, dim.size, have) for dim in want]
 
 
-def _reshape(site: Site) -> list[Axes | None]:
+def _reshape(site: ChannelNode) -> list[Axes | None]:
     axes, sizes = site.axes(0), site.sizes()
     result = arranged(site, axes, sizes)
     if "shape" in site.node.attrs:
@@ -99,14 +108,14 @@ def _reshape(site: Site) -> list[Axes | None]:
     return [result]
 
 
-def _flatten(site: Site) -> list[Axes | None]:
+def _flatten(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     axis = int(site.attribute("axis", 1))
     axis += len(axes) if axis < 0 else 0
     return [(product_of(axes[:axis]), product_of(axes[axis:]))]
 
 
-def _squeeze(site: Site) -> list[Axes | None]:
+def _squeeze(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     listed = site.integers(1, "axes")
     gone = (
@@ -115,7 +124,7 @@ def _squeeze(site: Site) -> list[Axes | None]:
     return [tuple(dim for i, dim in enumerate(axes) if i not in gone)]
 
 
-def _unsqueeze(site: Site) -> list[Axes | None]:
+def _unsqueeze(site: ChannelNode) -> list[Axes | None]:
     axes = list(site.axes(0))
     listed = site.integers(1, "axes") or []
     rank = len(axes) + len(listed)
@@ -123,12 +132,12 @@ def _unsqueeze(site: Site) -> list[Axes | None]:
     return [tuple(site.fresh(1, frozen=SINGLE) if i in new else axes.pop(0) for i in range(rank))]
 
 
-def _transpose(site: Site) -> list[Axes | None]:
+def _transpose(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     return [tuple(axes[int(i)] for i in site.attribute("perm", range(len(axes))[::-1]))]
 
 
-def _depth_to_space(site: Site) -> list[Axes | None]:
+def _depth_to_space(site: ChannelNode) -> list[Axes | None]:
     axes, sizes = site.axes(0), site.sizes()
     block = int(site.attribute("blocksize"))
     channels = axes[1].size // block**2
@@ -140,7 +149,7 @@ def _depth_to_space(site: Site) -> list[Axes | None]:
     return [(axes[0], dim, *sizes[2:])]
 
 
-def _space_to_depth(site: Site) -> list[Axes | None]:
+def _space_to_depth(site: ChannelNode) -> list[Axes | None]:
     axes, sizes = site.axes(0), site.sizes()
     block = int(site.attribute("blocksize"))
     site.freeze(axes[2:], "rows and columns become channels")
@@ -151,7 +160,7 @@ def _space_to_depth(site: Site) -> list[Axes | None]:
 # Joining and dividing -----------------------------------------------------------------------------
 
 
-def _concat(site: Site) -> list[Axes | None]:
+def _concat(site: ChannelNode) -> list[Axes | None]:
     operands = [site.axes(slot) for slot in site.data()]
     rank = len(operands[0])
     axis = site.axis("axis", 1, rank)
@@ -169,7 +178,7 @@ def _concat(site: Site) -> list[Axes | None]:
     return [tuple(result)]
 
 
-def _split(site: Site) -> list[Axes | None]:
+def _split(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     axis = site.axis("axis", 0, len(axes))
     sizes = [site.sizes(i)[axis].size for i in range(len(site.node.outputs))]
@@ -184,11 +193,11 @@ def _split(site: Site) -> list[Axes | None]:
         for entry, dim in enumerate(pieces):
             site.number(dim, slot=1, entry=entry)
     else:
-        site.system.splits.append(EvenSplit(site.key, tuple(pieces)))
+        site.system.splits.append(EvenSplit(site.output, tuple(pieces)))
     return [(*axes[:axis], piece, *axes[axis + 1 :]) for piece in pieces]
 
 
-def _pieces(site: Site, dim: Dim, sizes: Sequence[int]) -> Sequence[Dim]:
+def _pieces(site: ChannelNode, dim: Dim, sizes: Sequence[int]) -> Sequence[Dim]:
     """Parts of an axis, some of them perhaps empty."""
     if _settled(dim):
         return [_like(site, size, [dim]) for size in sizes]
@@ -196,7 +205,7 @@ def _pieces(site: Site, dim: Dim, sizes: Sequence[int]) -> Sequence[Dim]:
     return [next(found) if size else site.fresh(0, frozen="empty") for size in sizes]
 
 
-def _split_to_sequence(site: Site) -> list[Axes | None]:
+def _split_to_sequence(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     axis = site.axis("axis", 0, len(axes))
     size = axes[axis].size
@@ -209,13 +218,13 @@ def _split_to_sequence(site: Site) -> list[Axes | None]:
             site.number(dim, slot=1, entry=entry)
     else:
         pieces = _pieces(site, axes[axis], [min(split[0], size - at) for at in range(0, size, split[0])])
-        site.system.splits.append(EvenSplit(site.key, tuple(pieces)))
+        site.system.splits.append(EvenSplit(site.output, tuple(pieces)))
     made = [(*axes[:axis], piece, *axes[axis + 1 :]) for piece in pieces]
     site.system.sequences[site.node.outputs[0]] = made
     return [None]
 
 
-def _sequence_at(site: Site) -> list[Axes | None]:
+def _sequence_at(site: ChannelNode) -> list[Axes | None]:
     elements = site.system.sequences.get(site.node.inputs[0])
     at = site.integers(1, "position")
     if elements is None or not at:
@@ -223,7 +232,7 @@ def _sequence_at(site: Site) -> list[Axes | None]:
     return [elements[at[0]]]
 
 
-def _slice(site: Site) -> list[Axes | None]:
+def _slice(site: ChannelNode) -> list[Axes | None]:
     axes = list(site.axes(0))
     starts, ends = site.integers(1, "starts"), site.integers(2, "ends")
     if starts is None or ends is None:
@@ -235,7 +244,7 @@ def _slice(site: Site) -> list[Axes | None]:
     return [tuple(axes)]
 
 
-def _slice_or_freeze(site: Site) -> list[Axes | None]:
+def _slice_or_freeze(site: ChannelNode) -> list[Axes | None]:
     """A Slice whose bounds differ from run to run takes from axes that can't be cut any more."""
     try:
         return _slice(site)
@@ -250,7 +259,7 @@ def _slice_or_freeze(site: Site) -> list[Axes | None]:
         return [tuple(sizes[i] if i in sliced else dim for i, dim in enumerate(axes))]
 
 
-def _sliced(site: Site, dim: Dim, start: int, end: int, step: int, entry: int) -> Dim:
+def _sliced(site: ChannelNode, dim: Dim, start: int, end: int, step: int, entry: int) -> Dim:
     size = dim.size
     first, last, stride = slice(start, end, step).indices(size)
     count = len(range(first, last, stride))
@@ -284,7 +293,7 @@ def _sliced(site: Site, dim: Dim, start: int, end: int, step: int, entry: int) -
     return middle
 
 
-def _bound(site: Site, dim: Dim, slot: int, entry: int, sign: int = 1) -> None:
+def _bound(site: ChannelNode, dim: Dim, slot: int, entry: int, sign: int = 1) -> None:
     name = "starts" if slot == 1 else "ends"
     if name in site.node.attrs:
         site.number(dim, attribute=name, entry=entry, sign=sign)
@@ -292,7 +301,7 @@ def _bound(site: Site, dim: Dim, slot: int, entry: int, sign: int = 1) -> None:
         site.number(dim, slot=slot, entry=entry, sign=sign)
 
 
-def _pad(site: Site) -> list[Axes | None]:
+def _pad(site: ChannelNode) -> list[Axes | None]:
     axes = list(site.axes(0))
     name = "pads" if "pads" in site.node.attrs else "paddings"
     pads = site.integers(1, name)
@@ -323,7 +332,7 @@ def _pad(site: Site) -> list[Axes | None]:
 # Repeating and looking up -------------------------------------------------------------------------
 
 
-def _made_of(site: Site, slot: int, entry: int, size: Dim) -> Dim:
+def _made_of(site: ChannelNode, slot: int, entry: int, size: Dim) -> Dim:
     """An axis whose length is an element of an input: that of another axis, or one of its own."""
     known = site.numbers(slot)
     assert known is not None
@@ -338,14 +347,14 @@ def _made_of(site: Site, slot: int, entry: int, size: Dim) -> Dim:
     return own
 
 
-def _constant_of_shape(site: Site) -> list[Axes | None]:
+def _constant_of_shape(site: ChannelNode) -> list[Axes | None]:
     known, sizes = site.numbers(0), site.sizes()
     if known is None or known.value.size != len(sizes):
         return [sizes]
     return [tuple(_made_of(site, 0, entry, size) for entry, size in enumerate(sizes))]
 
 
-def _expand(site: Site) -> list[Axes | None]:
+def _expand(site: ChannelNode) -> list[Axes | None]:
     axes, sizes = site.axes(0), site.sizes()
     known = site.numbers(1)
     if known is None or known.value.size > len(sizes):
@@ -363,7 +372,7 @@ def _expand(site: Site) -> list[Axes | None]:
     return [tuple(result)]
 
 
-def _tile(site: Site) -> list[Axes | None]:
+def _tile(site: ChannelNode) -> list[Axes | None]:
     axes, sizes = site.axes(0), site.sizes()
     known = site.numbers(1)
     if known is None:
@@ -382,7 +391,7 @@ def _tile(site: Site) -> list[Axes | None]:
     return [tuple(result)]
 
 
-def _gather(site: Site) -> list[Axes | None]:
+def _gather(site: ChannelNode) -> list[Axes | None]:
     data, indices = site.axes(0), site.axes(1)
     axis = site.axis("axis", 0, len(data))
     site.freeze((data[axis],), "its indices are looked up")
@@ -392,7 +401,7 @@ def _gather(site: Site) -> list[Axes | None]:
     return [(*data[:axis], *indices, *data[axis + 1 :])]
 
 
-def _trilu(site: Site) -> list[Axes | None]:
+def _trilu(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     site.freeze(axes[-2:], "Trilu depends on places")
     return [axes]
@@ -401,7 +410,7 @@ def _trilu(site: Site) -> list[Axes | None]:
 # Resizing -----------------------------------------------------------------------------------------
 
 
-def _resize(site: Site) -> list[Axes | None]:
+def _resize(site: ChannelNode) -> list[Axes | None]:
     axes, sizes = site.axes(0), site.sizes()
     slot = 3 if site.has(3) else None
     listed = site.attribute("axes")
@@ -422,7 +431,7 @@ def _resize(site: Site) -> list[Axes | None]:
     return [tuple(result)]
 
 
-def _sampled(site: Site) -> list[Axes | None]:
+def _sampled(site: ChannelNode) -> list[Axes | None]:
     """GridSample and RoiAlign: channels stay, places come from another input."""
     axes, sizes = site.axes(0), site.sizes()
     site.freeze(axes[2:], "places of it are looked up")
@@ -433,12 +442,12 @@ def _sampled(site: Site) -> list[Axes | None]:
 # Making -------------------------------------------------------------------------------------------
 
 
-def _new(site: Site) -> list[Axes | None]:
+def _new(site: ChannelNode) -> list[Axes | None]:
     """Operators whose result says nothing about axes; what lengths went into it, its numbers know."""
     return [site.sizes()]
 
 
-RULES: Mapping[tuple[str, str], Rule] = {
+RULES: Mapping[Key, ChannelRule] = {
     ("", "Reshape"): _reshape,
     ("", "Flatten"): _flatten,
     ("", "Squeeze"): _squeeze,

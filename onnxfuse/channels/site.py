@@ -1,10 +1,9 @@
 """What a rule sees of one node, and what it can say about it.
 
 A rule states how the axes of a node's outputs come from those of its inputs: it returns them, made of the
-same `Dim`s. On the way it says which axes are the same (`Site.same`), over which the operator sums up
-(`Site.contract`, `Site.sums`), which numbers stand for lengths (`Site.number`), and what can't be taken at
-all (`Site.freeze`). Axes that it takes from `Site.sizes` are places that the operator slides over or makes
-up, nothing to take.
+same `Dim`s. On the way it says which axes are the same (`ChannelNode.same`), over which the operator sums up
+(`contract`, `sums`), which numbers stand for lengths (`number`), and what can't be taken at all (`freeze`).
+Axes that it takes from `sizes` are places that the operator slides over or makes up, nothing to take.
 
 What is recorded here refers to tensors and nodes by name, so it holds for every copy of the model.
 """
@@ -13,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from onnxfuse.channels.dims import ClashError, Dim, freeze, is_dynamic, leaves, mark_channel, unify
 from onnxfuse.channels.lengths import Numbers, Tag, of_constant, worth_reading
 from onnxfuse.constants import label
 from onnxfuse.graph import Model
-from onnxfuse.ir import Constant, Node, Tensor
+from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import weight_type
+from onnxfuse.ops.view import ModelNodeView
 from onnxfuse.shapes import TensorInfo
 
 Axes = tuple[Dim, ...]
-Rule = Callable[["Site"], "list[Axes | None]"]
-Kind = Literal["sum", "mean", "norm", "rms norm"]
+ChannelRule = Callable[["ChannelNode"], "list[Axes | None]"]
+SinkKind = Literal["sum", "mean", "norm", "rms norm"]
 Role = Literal["producer", "consumer", "along"]
 SINGLE = "a single index"
 TO_THE_END = 2**31 - 1  # a Slice bound of this size or more lies behind every axis
@@ -56,7 +56,7 @@ class Sink:
     rank: int
     dim: Dim
     part: Dim
-    kind: Kind = "sum"
+    kind: SinkKind = "sum"
 
 
 @dataclass(frozen=True)
@@ -205,13 +205,13 @@ class System:
         return tensor in self.roots or self.model.is_weight(tensor)
 
 
-class Site:
+class ChannelNode(ModelNodeView):
     """One node, as its rule sees it."""
 
     def __init__(self, system: System, node: Node) -> None:
         self.system = system
         self.node = node
-        self.key = next((t.name for t in node.outputs if t.name), node.name)
+        self.output = next((t.name for t in node.outputs if t.name), node.name)
         self.declared: set[tuple[int, int]] = set()  # (slot, element) of numbers that the rule cares for
 
     # Looking
@@ -219,14 +219,6 @@ class Site:
     @property
     def opset(self) -> int:
         return self.system.model.opset
-
-    @property
-    def op(self) -> str:
-        return self.node.op
-
-    def has(self, slot: int) -> bool:
-        """Whether the node has that input."""
-        return slot < len(self.node.inputs) and bool(self.node.inputs[slot].name)
 
     def axes(self, slot: int = 0) -> Axes:
         """Axes of an input. Stops the rule if they are unknown."""
@@ -252,32 +244,18 @@ class Site:
         """Whether an input depends on stored tensors alone."""
         return self.has(slot) and self.system.is_constant(self.node.inputs[slot])
 
-    def attribute(self, name: str, default: Any = None) -> Any:
-        value = self.node.attrs.get(name, default)
-        return value.values if isinstance(value, Constant) else value
-
-    def axis(self, name: str, default: int, rank: int) -> int:
-        """An axis attribute, counted from the front."""
-        return int(self.attribute(name, default)) % max(rank, 1)
-
     def numbers(self, slot: int) -> Numbers | None:
         """The value of an input that lists numbers, with its tags; None if it is unknown."""
         if not self.has(slot):
             return None
         return self.system.numbers_of(self.node.inputs[slot])
 
-    def integers(self, slot: int, attribute: str) -> list[int] | None:
-        """A list of numbers that older opsets have as an attribute and newer ones as an input, or None where
-        there is neither. Stops the rule if it is not the same in every run; it may still be computed from
-        lengths, for which `number` is there."""
-        if attribute in self.node.attrs:
-            value = self.attribute(attribute)
-            return [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
-        if not self.has(slot):
-            return None
+    def listed(self, slot: int, what: str) -> list[int]:
+        """The value of an input that lists integers. Stops the rule if it is not the same in every run; it
+        may still be computed from lengths, for which `number` is there."""
         known = self.numbers(slot)
         if known is None or any(map(is_dynamic, known.depends())):
-            raise StopRuleError(f"its {attribute} are computed")
+            raise StopRuleError(f"its {what} are computed")
         return [int(v) for v in known.value.reshape(-1)]
 
     def sizes(self, index: int = 0, *, of: Sequence[Dim] | None = None) -> Axes:
@@ -328,7 +306,7 @@ class Site:
             reason = f"{clash} ({self.node.label})"
             return tuple(self.fresh(size, position=True, frozen=reason) for size in sizes)
 
-    def sums(self, slot: int, axis: int, kind: Kind = "sum", part: Dim | None = None) -> None:
+    def sums(self, slot: int, axis: int, kind: SinkKind = "sum", part: Dim | None = None) -> None:
         """The operator sums up over this axis of an input, or only over this factor of it."""
         tensor = self.node.inputs[slot]
         dim = self.axes(slot)[axis]
@@ -336,7 +314,7 @@ class Site:
         if info is None or info.dtype is None or info.dtype.kind in "iub":
             self.freeze((dim,), "a sum that is not in floating point")
         rank = len(self.axes(slot))
-        self.system.sinks.append(Sink(self.key, slot, axis, tensor.name, rank, dim, part or dim, kind))
+        self.system.sinks.append(Sink(self.output, slot, axis, tensor.name, rank, dim, part or dim, kind))
 
     def contract(self, slot: int, axis: int, other: int, other_axis: int) -> None:
         """The operator multiplies two inputs along these axes and sums up."""
@@ -379,4 +357,6 @@ class Site:
             self.declared.add((slot, entry))
             known = self.numbers(slot)
             tag = None if known is None else known.tags.reshape(-1)[entry]
-        self.system.written.append(Number(Place(self.key, attribute, slot, entry), dim, sign, tag, inferable))
+        self.system.written.append(
+            Number(Place(self.output, attribute, slot, entry), dim, sign, tag, inferable)
+        )

@@ -26,9 +26,9 @@ from onnxfuse.channels.site import TO_THE_END
 from onnxfuse.constants import label
 from onnxfuse.graph import Feed, Model
 from onnxfuse.ir import Node, Tensor
-from onnxfuse.linear import is_main_domain
+from onnxfuse.ops.table import OPS, Trait
 
-_SUMS = ("Add", "Sum")
+_SUMS = OPS.having(Trait.ADDS)
 _STEPPING = 10  # the opset from which on Slice has steps
 
 
@@ -123,7 +123,7 @@ def _skips(groups: ChannelGroups, name: str) -> Iterator[_Skip]:
             for _, t in inputs
             if t not in carried and not groups.system.is_constant(t) and _lies(groups, t, leaves)
         ]
-        if slots and others and node.op in _SUMS and is_main_domain(node):
+        if slots and others and node.key in _SUMS:
             yield _Skip(node, slots, others[0])
         elif slots or label(node) in sources:
             carried.update(t for t in node.outputs if _lies(groups, t, leaves))
@@ -159,7 +159,7 @@ def _axes(groups: ChannelGroups, tensor: Tensor) -> Sequence[Dim]:
 
 def _pieces(dim: Dim) -> list[Dim]:
     """What lies one after the other on an axis."""
-    return algebra.parts(dim) if algebra.kind(dim) is algebra.Kind.SUM else [algebra.find(dim)]
+    return algebra.parts(dim) if algebra.kind(dim) is algebra.DimKind.SUM else [algebra.find(dim)]
 
 
 def _lies(groups: ChannelGroups, tensor: Tensor, leaves: set[Dim]) -> bool:

@@ -16,12 +16,15 @@ from onnxfuse import inference
 from onnxfuse.channels import lengths
 from onnxfuse.channels.dims import Dim, crossed, equal, freeze, is_dynamic, leaves
 from onnxfuse.channels.rules import RULES
-from onnxfuse.channels.site import SINGLE, Axes, Number, Pin, Site, StopRuleError, System
+from onnxfuse.channels.site import SINGLE, Axes, ChannelNode, Number, Pin, StopRuleError, System
 from onnxfuse.constants import proven_shapes
 from onnxfuse.graph import Feed, Model
 from onnxfuse.ir import Node, Tensor
 from onnxfuse.linear import is_main_domain
+from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.shapes import TensorInfo, fill, merge
+
+_COUNTING = OPS.of_kind(Kind.SHAPE)
 
 USED_AS_NUMBER = "its length is a number in a computation"
 
@@ -79,9 +82,9 @@ def _sizes(model: Model, feed: Feed | None) -> tuple[dict[str, TensorInfo], dict
 
 def _apply(system: System, node: Node) -> None:
     """Play one node through: its numbers if it computes some, and its axes."""
-    site = Site(system, node)
+    site = ChannelNode(system, node)
     computed = _evaluated(site)
-    rule = RULES.get(("" if is_main_domain(node) else node.domain, node.op))
+    rule = RULES.get(node.key)
     result: list[Axes | None] = []
     reason = "" if rule is not None else f"{node.op} has no rule"
     if rule is not None:
@@ -118,7 +121,7 @@ def _note_roots(system: System, node: Node) -> None:
         system.roots.update(dict.fromkeys(node.outputs, roots))
 
 
-def _evaluated(site: Site) -> list[lengths.Numbers]:
+def _evaluated(site: ChannelNode) -> list[lengths.Numbers]:
     """The numbers that the node computes, also put down for those who read them; none of other nodes."""
     computed = _numbers_of(site) if is_main_domain(site.node) and not site.node.bodies else None
     for tensor, own in zip(site.node.outputs, computed or (), strict=False):
@@ -126,9 +129,9 @@ def _evaluated(site: Site) -> list[lengths.Numbers]:
     return computed or []
 
 
-def _numbers_of(site: Site) -> list[lengths.Numbers] | None:
+def _numbers_of(site: ChannelNode) -> list[lengths.Numbers] | None:
     system, node = site.system, site.node
-    if node.op in ("Shape", "Size"):
+    if node.key in _COUNTING:
         listed = system.numbers_of(node.inputs[0])
         axes = system.axes_of(node.inputs[0])
         if axes is None:
@@ -146,7 +149,7 @@ def _numbers_of(site: Site) -> list[lengths.Numbers] | None:
     return lengths.evaluate(node, known, system.model.opset)
 
 
-def _checked(site: Site, result: list[Axes | None]) -> list[Axes | None]:
+def _checked(site: ChannelNode, result: list[Axes | None]) -> list[Axes | None]:
     """The rule's result, if it agrees with the shapes that are known; what contradicts them is frozen."""
     for tensor, axes in zip(site.node.outputs, result, strict=False):
         info = site.system.shapes.get(tensor.name)
@@ -160,7 +163,7 @@ def _checked(site: Site, result: list[Axes | None]) -> list[Axes | None]:
     return result
 
 
-def _stop(site: Site, reason: str) -> None:
+def _stop(site: ChannelNode, reason: str) -> None:
     """Nothing that the node touches can be taken."""
     model = site.system.model
     for tensor in (*site.node.inputs, *map(model.tensor, site.node.captured)):
@@ -177,7 +180,7 @@ def _freeze_tensor(system: System, tensor: Tensor, reason: str, as_number: str) 
             freeze(dim, reason)
 
 
-def _pin_used_lengths(site: Site) -> None:
+def _pin_used_lengths(site: ChannelNode) -> None:
     """Lengths that the node uses for anything but what its rule has declared: they keep their values."""
     for slot, tensor in enumerate(site.node.inputs):
         known = site.system.numbers_of(tensor)
@@ -189,7 +192,7 @@ def _pin_used_lengths(site: Site) -> None:
         if used and (any(declared) or any(map(is_dynamic, known.depends()))):
             site.freeze(used, USED_AS_NUMBER)
         elif used:
-            site.system.pins.append(Pin(site.key, used, slot))
+            site.system.pins.append(Pin(site.output, used, slot))
 
 
 # What can't be cut --------------------------------------------------------------------------------
@@ -266,7 +269,7 @@ def _replaceable(system: System, tensor: Tensor, entry: int) -> bool:
     known = system.numbers_of(tensor)
     if known is None or known.fixed:
         return known is not None
-    if producer is not None and producer.op in ("Cast", "Identity"):
+    if producer is not None and producer.key in lengths.COPYING:
         return _replaceable(system, producer.inputs[0], entry)
     if producer is not None and producer.op == "Concat" and known.value.ndim == 1:
         for piece in producer.inputs:

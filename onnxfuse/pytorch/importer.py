@@ -29,7 +29,7 @@ from onnxfuse.marks import GRADIENT_KEY
 from onnxfuse.pytorch.rules import TABLE
 from onnxfuse.pytorch.values import MOST_ON_HOST, Call, Host, Operator, Value, is_fixed, object_array
 from onnxfuse.pytorch.weights import (
-    OPS,
+    CALLED,
     Keys,
     Weight,
     check_ties,
@@ -45,7 +45,7 @@ from onnxfuse.pytorch.weights import (
 
 def operators() -> set[str]:
     """The operators that can be imported: "Conv", "com.acme::Op"."""
-    return {*TABLE, "Constant"}
+    return {*(f"{domain}::{name}" if domain else name for domain, name in TABLE), "Constant"}
 
 
 def to_torch(
@@ -103,7 +103,7 @@ def _without_functions(model: Model) -> Model:
 def _complete(module: nn.Module, source: nn.Module) -> None:
     """Makes up for what torch.fx leaves undone when it copies what the graph uses: weights that nothing uses,
     and constants that are not part of the state."""
-    constants = module.get_submodule(OPS) if OPS in module._modules else nn.Module()
+    constants = module.get_submodule(CALLED) if CALLED in module._modules else nn.Module()
     constants._non_persistent_buffers_set.update(constants._buffers)
     there = {key for key, _ in (*module.named_parameters(), *module.named_buffers())}
     for key, tensor in (*source.named_parameters(), *source.named_buffers()):
@@ -148,7 +148,7 @@ class Scope:
     def __init__(self, path: tuple[tuple[str, str], ...]) -> None:
         self.graph = fx.Graph()
         self.modules = nn.Module()
-        self.modules.add_module(OPS, nn.Module())
+        self.modules.add_module(CALLED, nn.Module())
         self.path = path
         self._values: dict[str, Value] = {}
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -212,8 +212,8 @@ class Scope:
     def module(self, module: nn.Module, operator: Operator, args: tuple[Any, ...]) -> fx.Node:
         """A call of a module, registered under the name of its node."""
         name = self._calls.claim((operator.outputs[0] or "call").replace(".", "_"))
-        self.modules.get_submodule(OPS).add_module(name, module)
-        return self.graph.call_module(f"{OPS}.{name}", args)
+        self.modules.get_submodule(CALLED).add_module(name, module)
+        return self.graph.call_module(f"{CALLED}.{name}", args)
 
     def body(self, key: str, operator: Operator) -> tuple[fx.GraphModule, list[Any]]:
         """A body as a module, and the arguments to call it with: what it captures."""
@@ -284,7 +284,7 @@ class Scope:
 
     def run(self, operator: Operator, infos: dict[str, shapes.TensorInfo]) -> None:
         """Imports one node."""
-        rule = TABLE.get(operator.kind)
+        rule = TABLE.get(operator.key)
         inputs = [self.look_up(name) if name else None for name in operator.inputs]
         share = operator.metadata.get(GRADIENT_KEY) if self.root.shared_gradients else None
         if share is not None and len(inputs) > 1 and inputs[1] is not None:
@@ -401,7 +401,7 @@ class _Root(Scope):
 
     def buffer(self, name: str, tensor: torch.Tensor) -> str:
         """Registers a tensor that is no state of the model; its key."""
-        key = f"{OPS}.{self._calls.claim(name.replace('.', '_'))}"
+        key = f"{CALLED}.{self._calls.claim(name.replace('.', '_'))}"
         _put(self.modules, key, tensor)
         return key
 

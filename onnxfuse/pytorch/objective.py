@@ -35,6 +35,7 @@ from onnxfuse.calibration import Batch
 from onnxfuse.errors import InputError, NotApplicableError, unknown_name
 from onnxfuse.graph import Model
 from onnxfuse.ir import Node
+from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.pytorch.sampling import Pool, Shuffled
 from onnxfuse.pytorch.weights import to_tensor
 from onnxfuse.runtime import Feed, Runtime, Session, format_shape
@@ -45,7 +46,7 @@ Outputs = Mapping[str, Tensor]
 
 _MEASURED = 4  # batches on which a teacher's variance is measured
 # What ends in one of these holds no class scores.
-_ACTIVATIONS = {"Clip", "Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Softplus", "Tanh"}
+_ACTIVATIONS = OPS.of_kind(Kind.ACTIVATION)
 _PROBABILITY = 1e-3  # how far from 1 the probabilities of a sample may add up to
 
 
@@ -500,7 +501,7 @@ def _ends_in_softmax(model: Model, output: str, scores: Scores) -> bool:
 
 def _is_activated(model: Model, output: str) -> bool:
     node = model.producer(model.tensor(output))
-    return node is not None and node.op in _ACTIVATIONS
+    return node is not None and node.key in _ACTIVATIONS
 
 
 # --- labels -------------------------------------------------------------------------------------------------

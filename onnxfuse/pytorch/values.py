@@ -24,6 +24,8 @@ import torch
 from torch import fx
 
 from onnxfuse.errors import NotApplicableError
+from onnxfuse.ops.table import Key
+from onnxfuse.protos import operator_key
 
 if TYPE_CHECKING:
     from onnxfuse.pytorch.importer import Scope
@@ -76,8 +78,13 @@ class Operator:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def key(self) -> Key:
+        """The key of its rule."""
+        return operator_key(self.domain, self.op)
+
+    @property
     def kind(self) -> str:
-        """The key of its rule: "Conv", "com.acme::Op"."""
+        """How messages name the operator: "Conv", "com.acme::Op"."""
         return f"{self.domain}::{self.op}" if self.domain else self.op
 
 

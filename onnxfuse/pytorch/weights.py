@@ -10,6 +10,7 @@ one element in a weight slot of some operator (`rules`), as long as they don't l
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import re
 import warnings
@@ -26,38 +27,23 @@ from torch import fx, nn
 from onnxfuse.errors import ModelWarning
 from onnxfuse.graph import Model
 from onnxfuse.ir import Constant, Node
+from onnxfuse.ops.table import OPS, Key, Kind, Trait, parse_key
 from onnxfuse.pytorch.rules import TABLE
 from onnxfuse.pytorch.values import Operator
 
-OPS = "_ops"
+CALLED = "_ops"
 """The submodule with what a GraphModule calls (bodies, BatchNorms) and constants that are no weights. Nothing
 in it is part of the state_dict."""
 
 MASKED = 1e4
 """An additive mask holds values of this size or beyond; weights don't."""
 
-# Operators that hand a weight on: a transposed embedding is still the embedding.
-_CARRIERS = {
-    "Identity",
-    "Transpose",
-    "Reshape",
-    "Flatten",
-    "Squeeze",
-    "Unsqueeze",
-    "Expand",
-    "Tile",
-    "Cast",
-    "CastLike",
-    "Slice",
-    "Split",
-    "Concat",
-    "Pad",
-}
+_CARRIERS = OPS.having(Trait.CARRIES_WEIGHTS)  # a transposed embedding is still the embedding
 # Operators that look at the shape or type of an input and not at its values.
-_UNREAD = {("Shape", 0), ("Size", 0), ("CastLike", 1)}
-_STATISTICS = {("BatchNormalization", 3), ("BatchNormalization", 4)}
+_UNREAD = {*((key, 0) for key in OPS.of_kind(Kind.SHAPE)), (("", "CastLike"), 1)}
+_STATISTICS = {(("", "BatchNormalization"), slot) for slot in (3, 4)}
 # One matrix may embed tokens and project onto them: layers that are tied on purpose.
-_MATRIX = {("Gather", 0), ("MatMul", 0), ("MatMul", 1), ("Gemm", 0), ("Gemm", 1)}
+_MATRIX = {(("", op), slot) for op, slot in (("Gather", 0), *itertools.product(("MatMul", "Gemm"), (0, 1)))}
 
 
 @dataclass(frozen=True)
@@ -67,6 +53,11 @@ class Use:
     op: str
     slot: int
     label: str
+
+    @property
+    def key(self) -> Key:
+        """The operator's key in the tables."""
+        return parse_key(self.op)
 
 
 @dataclass(eq=False)
@@ -112,10 +103,10 @@ def is_trainable(weight: Weight) -> bool:
     """The default predicate (module docstring)."""
     if not weight.is_float or weight.size <= 1:
         return False
-    slots = [use for use in weight.uses if use.op in TABLE and use.slot in TABLE[use.op].weights]
-    if not slots or any((use.op, use.slot) in _STATISTICS for use in weight.uses):
+    slots = [use for use in weight.uses if use.key in TABLE and use.slot in TABLE[use.key].weights]
+    if not slots or any((use.key, use.slot) in _STATISTICS for use in weight.uses):
         return False
-    return not all(TABLE[use.op].elementwise for use in slots) or not _is_mask(weight.load())
+    return not all(TABLE[use.key].elementwise for use in slots) or not _is_mask(weight.load())
 
 
 def _is_mask(array: np.ndarray) -> bool:
@@ -132,7 +123,7 @@ def check_ties(weights: Iterable[Weight]) -> None:
     """Warn of tensors that are shared, but not as ties are: exporters merge constants that happen to be
     equal."""
     for weight in weights:
-        users = {use.label: (use.op, use.slot) for use in weight.uses}
+        users = {use.label: (use.key, use.slot) for use in weight.uses}
         kinds = set(users.values())
         if len(users) < 2 or not weight.is_float or weight.size <= 1:
             continue
@@ -150,8 +141,8 @@ def check_ties(weights: Iterable[Weight]) -> None:
             )
 
 
-def _is_slot(op: str, slot: int) -> bool:
-    return (op in TABLE and slot in TABLE[op].weights) or (op, slot) in _STATISTICS
+def _is_slot(key: Key, slot: int) -> bool:
+    return (key in TABLE and slot in TABLE[key].weights) or (key, slot) in _STATISTICS
 
 
 # --- finding -----------------------------------------------------------------------------------------------
@@ -229,8 +220,8 @@ class _Finder:
     def _use(self, env: dict[str, list[Weight]], node: Operator, scope: tuple[tuple[str, str], ...]) -> None:
         carried: list[Weight] = []
         for slot, name in enumerate(node.inputs):
-            for weight in env.get(name, ()) if (node.kind, slot) not in _UNREAD else ():
-                if node.kind not in _CARRIERS:
+            for weight in env.get(name, ()) if (node.key, slot) not in _UNREAD else ():
+                if node.key not in _CARRIERS:
                     weight.uses.append(Use(node.kind, slot, node.label))
                 elif slot == 0 or node.op == "Concat":
                     carried.append(weight)
@@ -256,7 +247,7 @@ class Keys:
 
     def __init__(self) -> None:
         self._leaves: set[str] = set()
-        self._modules: set[str] = {OPS}
+        self._modules: set[str] = {CALLED}
 
     def claim(self, name: str) -> str:
         """`name` if it can be a path, else one made from it."""
@@ -273,7 +264,7 @@ class Keys:
     def _free(self, key: str) -> bool:
         parts = key.split(".")
         above = {".".join(parts[:end]) for end in range(1, len(parts))}
-        taken = key in self._leaves or key in self._modules or above & self._leaves or parts[0] == OPS
+        taken = key in self._leaves or key in self._modules or above & self._leaves or parts[0] == CALLED
         return not taken and not any(part in _RESERVED or keyword.iskeyword(part) for part in parts)
 
     @staticmethod

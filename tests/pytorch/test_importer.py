@@ -350,7 +350,7 @@ def test_users_can_register_an_operator() -> None:
         torch.testing.assert_close(module(x), x * module.w * 3)
         assert [name for name, _ in module.named_parameters()] == ["w"]
     finally:
-        del TABLE["com.acme::Scale"]
+        del TABLE["com.acme", "Scale"]
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16])

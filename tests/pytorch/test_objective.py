@@ -246,6 +246,13 @@ def test_distillation_of_other_outputs_is_relative(tail: str) -> None:
     assert "relative squared error of output 'y'" in found.about[0]
 
 
+@pytest.mark.parametrize("activation", ["Gelu", "Swish", "Mish", "Selu", "Celu", "ThresholdedRelu"])
+def test_no_class_scores_behind_an_activation(activation: str) -> None:
+    model = mlp(f"y = {activation}(logits)", opset=24 if activation == "Swish" else 20)
+    found = objective(model, {"x": X}, teacher=perturbed(model, "w1", "w2"))
+    assert "relative squared error of output 'y'" in found.about[0]
+
+
 def test_float_labels_make_no_classes_of_an_output() -> None:
     teacher = perturbed(mlp(), "w2")
     found = objective(mlp(), {"x": X, "labels": normal(40, 4)}, teacher=teacher)

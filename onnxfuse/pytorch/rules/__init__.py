@@ -3,7 +3,8 @@
 A rule is a function of a `Call`. It returns what the node's outputs are: one torch.fx node, or a tuple with
 one for each output. `@rule("Relu")` puts it in the table. Beside the function, a rule says
 
-- which inputs are *weight slots*: where a stored float tensor is something to train;
+- which inputs are *weight slots*, where a stored float tensor is something to train: those of the operator's
+  row in `ops.table`;
 - how it computes on *host* values (shapes), where it can: a function of the call and its inputs as object
   arrays, used whenever all of them are known on the host.
 
@@ -20,6 +21,8 @@ from typing import Any
 
 from torch import fx
 
+from onnxfuse.ops.facet import Facet
+from onnxfuse.ops.table import OPS, Key, Op, parse_key
 from onnxfuse.pytorch.values import Call, Host
 
 Result = fx.Node | Host | tuple[fx.Node | Host | None, ...]
@@ -28,7 +31,7 @@ HostFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Rule:
+class TorchRule:
     """How to import one operator (module docstring). `elementwise`: its weight slots may also hold masks."""
 
     function: Function
@@ -37,18 +40,24 @@ class Rule:
     elementwise: bool = False
 
 
-TABLE: dict[str, Rule] = {}
-"""Rules by operator: "Conv", "com.microsoft::Gelu"."""
+TABLE: dict[Key, TorchRule] = {}
+"""Rules by operator."""
+
+
+def _missing(op: Op) -> str:
+    return "read as a stored value" if op.name == "Constant" else "refused: no rule"
 
 
 def rule(
-    *kinds: str, weights: Sequence[int] = (), host: HostFunction | None = None, elementwise: bool = False
+    *kinds: str, host: HostFunction | None = None, elementwise: bool = False
 ) -> Callable[[Function], Function]:
-    """Decorator: the rule of these operators."""
+    """Decorator: the rule of these operators, "Conv" or "com.microsoft::Gelu"; `ops.table` has their rows."""
 
     def add(function: Function) -> Function:
-        for kind in kinds:
-            TABLE[kind] = Rule(function, tuple(weights), host, elementwise)
+        for key in map(parse_key, kinds):
+            row = OPS.get(*key)
+            assert row is not None, key
+            TABLE[key] = TorchRule(function, row.weights, host, elementwise)
         return function
 
     return add
@@ -73,8 +82,11 @@ def register(kind: str, function: Callable[..., Any], *, weights: Sequence[int] 
             return result
         return tuple(call.item(result, index) for index in range(call.outputs))
 
-    TABLE[kind.removeprefix("ai.onnx::")] = Rule(call_function, tuple(weights))
+    TABLE[parse_key(kind)] = TorchRule(call_function, tuple(weights))
 
+
+RULES = Facet(TABLE, lambda op: None, _missing)
+"""The table, with what it means to be missing from it; no kind has a default: functions are too different."""
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

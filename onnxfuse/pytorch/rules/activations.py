@@ -83,7 +83,7 @@ def shrunk(x: Tensor, limit: float, bias: float) -> Tensor:
     return torch.where((x < -limit) | (x > limit), moved, torch.zeros_like(x))
 
 
-@rule("PRelu", weights=(1,))
+@rule("PRelu")
 def prelu(call: Call) -> Value:
     x, slope = call.tensor(0), call.tensor(1)
     shape, rank = call.known_sizes(1), call.rank(0)

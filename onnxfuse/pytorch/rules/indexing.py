@@ -30,7 +30,7 @@ def _gather_host(call: Call, array: Host, indices: Host) -> Value | None:
         call.refuse("an index is out of range")
 
 
-@rule("Gather", weights=(0,), host=_gather_host)
+@rule("Gather", host=_gather_host)
 def gather(call: Call) -> Value:
     x, rank, axis = call.tensor(0), call.rank(0), call.attr("axis", 0)
     places = call.rank(1)
@@ -88,7 +88,7 @@ def counted(indices: Tensor, size: int) -> Tensor:
     return torch.where(indices < 0, indices + size, indices)
 
 
-@rule("GatherElements", weights=(0,))
+@rule("GatherElements")
 def gather_elements(call: Call) -> Value:
     node = call.emit(gathered, call.tensor(0), call.attr("axis", 0), call.tensor(1))
     return Value("", call.dtype(0), call.rank(0), node)
@@ -99,7 +99,7 @@ def gathered(x: Tensor, axis: int, indices: Tensor) -> Tensor:
     return torch.gather(x, axis, counted(indices, x.size(axis)))
 
 
-@rule("GatherND", weights=(0,))
+@rule("GatherND")
 def gather_nd(call: Call) -> fx.Node:
     return call.emit(gathered_nd, call.tensor(0), call.tensor(1), call.attr("batch_dims", 0))
 

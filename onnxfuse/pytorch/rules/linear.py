@@ -17,7 +17,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-@rule("Conv", weights=(1, 2))
+@rule("Conv")
 def conv(call: Call) -> fx.Node:
     frame = convolution(call, 1)
     check_same(call, frame)
@@ -30,7 +30,7 @@ def conv(call: Call) -> fx.Node:
     return call.emit(_CONV[frame.rank], x, call.tensor(1), call.optional(2), **settings)
 
 
-@rule("ConvTranspose", weights=(1, 2))
+@rule("ConvTranspose")
 def conv_transpose(call: Call) -> fx.Node:
     frame = convolution(call, 1)
     extra = tuple(call.attr("output_padding") or [0] * frame.rank)
@@ -111,7 +111,7 @@ def conv_transpose_to(
     return conv_transpose_cropped(x, weight, bias, crop, strides, dilations, group)
 
 
-@rule("Gemm", weights=(0, 1, 2))
+@rule("Gemm")
 def gemm(call: Call) -> fx.Node:
     a, b = call.tensor(0), call.tensor(1)
     alpha, beta = _number(call.attr("alpha", 1.0)), _number(call.attr("beta", 1.0))
@@ -135,6 +135,6 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-@rule("MatMul", weights=(0, 1))
+@rule("MatMul")
 def matmul(call: Call) -> fx.Node:
     return call.emit(torch.matmul, call.tensor(0), call.tensor(1))

@@ -16,13 +16,13 @@ from onnxfuse.pytorch.values import Call
 _DOMAIN = "com.microsoft::"
 
 
-@rule(_DOMAIN + "FastGelu", weights=(1,))
+@rule(_DOMAIN + "FastGelu")
 def fast_gelu(call: Call) -> fx.Node:
     x = call.emit(torch.add, call.tensor(0), call.tensor(1)) if call.has(1) else call.tensor(0)
     return call.emit(F.gelu, x, approximate="tanh")
 
 
-@rule(_DOMAIN + "BiasGelu", weights=(1,))
+@rule(_DOMAIN + "BiasGelu")
 def bias_gelu(call: Call) -> fx.Node:
     return call.emit(F.gelu, call.emit(torch.add, call.tensor(0), call.tensor(1)))
 
@@ -34,14 +34,20 @@ def quick_gelu(call: Call) -> fx.Node:
     return call.emit(torch.mul, x, gate)
 
 
-@rule(_DOMAIN + "SkipLayerNormalization", weights=(2, 3, 4))
+@rule(_DOMAIN + "ScaledSiLU")
+def scaled_silu(call: Call) -> fx.Node:
+    scale = call.tensor(1) if call.has(1) else call.attr("alpha", 1.0)
+    return call.emit(F.silu, call.emit(torch.mul, call.tensor(0), scale))
+
+
+@rule(_DOMAIN + "SkipLayerNormalization")
 def skip_layer_normalization(call: Call) -> Any:
     total, shape = _with_skip(call, 4)
     y = call.emit(F.layer_norm, total, shape, call.tensor(2), call.optional(3), call.attr("epsilon", 1e-12))
     return y, None, None, total
 
 
-@rule(_DOMAIN + "SkipSimplifiedLayerNormalization", weights=(2, 3))
+@rule(_DOMAIN + "SkipSimplifiedLayerNormalization")
 def skip_simplified_layer_normalization(call: Call) -> Any:
     total, shape = _with_skip(call, 3)
     y = call.emit(F.rms_norm, total, shape, call.tensor(2), call.attr("epsilon", 1e-12))
@@ -59,7 +65,7 @@ def _with_skip(call: Call, bias: int) -> tuple[fx.Node, tuple[int, ...]]:
     return call.emit(torch.add, total, call.tensor(bias)) if call.has(bias) else total, shape
 
 
-@rule(_DOMAIN + "FusedMatMul", weights=(0, 1))
+@rule(_DOMAIN + "FusedMatMul")
 def fused_matmul(call: Call) -> fx.Node:
     if call.attr("transBatchA", 0) or call.attr("transBatchB", 0):
         call.refuse("transposed batches are not supported")
@@ -73,7 +79,7 @@ def fused_matmul(call: Call) -> fx.Node:
     return product if alpha == 1 else call.emit(torch.mul, product, alpha)
 
 
-@rule(_DOMAIN + "FusedConv", weights=(1, 2))
+@rule(_DOMAIN + "FusedConv")
 def fused_conv(call: Call) -> fx.Node:
     y = conv(call)
     if call.has(3):
@@ -81,7 +87,7 @@ def fused_conv(call: Call) -> fx.Node:
     return _activated(call, y, call.attr("activation_params") or [])
 
 
-@rule(_DOMAIN + "FusedGemm", weights=(0, 1, 2))
+@rule(_DOMAIN + "FusedGemm")
 def fused_gemm(call: Call) -> fx.Node:
     given = [call.attr(name) for name in ("activation_alpha", "activation_beta")]
     return _activated(call, gemm(call), [number for number in given if number is not None])

@@ -49,7 +49,7 @@ class BatchNorm(nn.Module):
         return f"epsilon={self.epsilon}, momentum={self.momentum}"
 
 
-@rule("BatchNormalization", weights=(1, 2))
+@rule("BatchNormalization")
 def batch_normalization(call: Call) -> Any:
     momentum = 1 - call.attr("momentum", 0.9)
     running = call.value(3).stored and call.value(4).stored
@@ -77,13 +77,13 @@ def updated_statistics(
     return mean + momentum * (batch_mean - mean), var + momentum * (batch_var - var)
 
 
-@rule("InstanceNormalization", weights=(1, 2))
+@rule("InstanceNormalization")
 def instance_normalization(call: Call) -> fx.Node:
     epsilon = call.attr("epsilon", 1e-5)
     return call.emit(F.instance_norm, call.tensor(0), weight=call.tensor(1), bias=call.tensor(2), eps=epsilon)
 
 
-@rule("LayerNormalization", weights=(1, 2))
+@rule("LayerNormalization")
 def layer_normalization(call: Call) -> Any:
     return normalize_layer(call, call.optional(2))
 
@@ -130,14 +130,14 @@ def layer_statistics(
     return mean, torch.rsqrt(var + epsilon)
 
 
-@rule("GroupNormalization", weights=(1, 2))
+@rule("GroupNormalization")
 def group_normalization(call: Call) -> fx.Node:
     # The form of operator sets 18 to 20, with weights by group, is one that onnx has withdrawn.
     groups, epsilon = call.attr("num_groups"), call.attr("epsilon", 1e-5)
     return call.emit(F.group_norm, call.tensor(0), groups, call.tensor(1), call.tensor(2), epsilon)
 
 
-@rule("RMSNormalization", weights=(1,))
+@rule("RMSNormalization")
 def rms_normalization(call: Call) -> fx.Node:
     axis, epsilon = call.attr("axis", -1), call.attr("epsilon", 1e-5)
     shape = _plain_shape(call, axis)

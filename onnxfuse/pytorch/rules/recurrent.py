@@ -43,7 +43,7 @@ Activation = tuple[str, float, float]
 # --- rules -------------------------------------------------------------------------------------------------
 
 
-@rule("LSTM", weights=(1, 2, 3, 7))
+@rule("LSTM")
 def lstm_rule(call: Call) -> Any:
     activations = _activations(call, ["Sigmoid", "Tanh", "Tanh"])
     plain = activations is None and not (call.has(4) or call.has(7) or call.attr("input_forget", 0))
@@ -61,7 +61,7 @@ def lstm_rule(call: Call) -> Any:
     return tuple(call.item(result, index) for index in range(call.outputs))
 
 
-@rule("GRU", weights=(1, 2, 3))
+@rule("GRU")
 def gru_rule(call: Call) -> Any:
     activations = _activations(call, ["Sigmoid", "Tanh"])
     after = bool(call.attr("linear_before_reset", 0))
@@ -79,7 +79,7 @@ def gru_rule(call: Call) -> Any:
     return tuple(call.item(result, index) for index in range(call.outputs))
 
 
-@rule("RNN", weights=(1, 2, 3))
+@rule("RNN")
 def rnn_rule(call: Call) -> Any:
     activations = _activations(call, ["Tanh"])
     names = {name for name, _, _ in activations or [("Tanh", 0.0, 0.0)]}

@@ -44,7 +44,7 @@ def dft(x: Tensor, length: int | None, axis: int, inverse: bool, onesided: bool)
     return torch.view_as_real((torch.fft.ifft if inverse else torch.fft.fft)(signal, length, axis))
 
 
-@rule("STFT", weights=(2,))
+@rule("STFT")
 def stft_rule(call: Call) -> fx.Node:
     window = call.optional(2)
     length = _size(call, 3) if call.has(3) else None

@@ -1,0 +1,67 @@
+"""The operators that onnxfuse knows, and what each of its analyses knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from onnxfuse.ops.table import OPS, Key, Op, Trait
+
+FACETS = ("channels", "regions", "bounds", "macs", "torch")
+"""Who may know something of an operator: coupled channels, regions that fuse, bounds of values, counts of
+multiply-accumulates, the bridge to PyTorch."""
+
+
+@dataclass(frozen=True)
+class OperatorInfo:
+    """One operator.
+
+    Attributes:
+        name: as ONNX spells it.
+        domain: "" for ONNX's own.
+        kind: its family, by name.
+        traits: their names.
+        operands: how many of the first inputs carry data, None for all.
+        weights: the inputs for trained weights.
+        facets: for each of `FACETS` "rule", "default" (what kind or traits give), or why there is neither.
+    """
+
+    name: str
+    domain: str
+    kind: str
+    traits: tuple[str, ...]
+    operands: int | None
+    weights: tuple[int, ...]
+    facets: Mapping[str, str]
+
+
+def operators() -> list[OperatorInfo]:
+    """All rows of the table of operators, in its order, with what there is for each."""
+    coverage = _coverage()
+    return [_info(key, op, {facet: coverage[facet](key) for facet in FACETS}) for key, op in OPS.items()]
+
+
+def _info(key: Key, op: Op, facets: Mapping[str, str]) -> OperatorInfo:
+    traits = tuple(str(trait.name).lower() for trait in Trait if trait in op.traits and trait.value)
+    return OperatorInfo(op.name, key[0], op.kind.name.lower(), traits, op.operands, op.weights, facets)
+
+
+def _coverage() -> Mapping[str, Callable[[Key], str]]:
+    from onnxfuse import bounds, cost, flow
+    from onnxfuse.channels import rules
+
+    return {
+        "channels": rules.RULES.coverage,
+        "regions": flow.RULES.coverage,
+        "bounds": bounds.RULES.coverage,
+        "macs": cost.RULES.coverage,
+        "torch": _torch_coverage(),
+    }
+
+
+def _torch_coverage() -> Callable[[Key], str]:
+    try:
+        from onnxfuse.pytorch.rules import RULES
+    except ImportError:
+        return lambda key: "torch is not installed"
+    return RULES.coverage
