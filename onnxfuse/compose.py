@@ -18,9 +18,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ConvShape:
-    """What a Conv does besides its numbers: per spatial axis kernel, stride, dilation, pads (begin...,
-    end...).
-    """
+    """A Conv's attributes: per spatial axis kernel, stride, dilation and pads (begin..., end...); groups."""
 
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
@@ -49,6 +47,10 @@ def border_reason(first: ConvShape, second: ConvShape, bias: np.ndarray) -> str 
     the first one covers inputs up to -s1 - p1 + d1(k1-1), which must be negative; the one after the last
     covers, in the worst case over input sizes n, inputs from n + p1' - d1(k1-1) on (p1' the end pad), which
     must not be below n.
+
+    Args:
+        first, second: the convolutions.
+        bias: of the first one, (C1,).
     """
     axes = first.axes
     for axis in range(axes):
@@ -102,8 +104,7 @@ def compose_conv(
     weight2: np.ndarray,
     bias2: np.ndarray,
 ) -> tuple[ConvShape, np.ndarray, np.ndarray]:
-    """Two convolutions as one. weight1 (C1, C0/g1, *k1), weight2 (C2, C1/g2, *k2); returns shape, weight,
-    bias.
+    """Shape, weight and bias of the one convolution that two in a row are.
 
     Per axis, with stride s, dilation d, begin pad p:
         h[q] = sum_t W1[t] x[q s1 + t d1 - p1],    y[r] = sum_u W2[u] h[r s2 + u d2 - p2]
@@ -113,6 +114,13 @@ def compose_conv(
     that of the one convolution for every n, because floor((floor(a / s1) + m) / s2) = floor((a + m s1) /
     (s1 s2)). Groups: every group of either lies inside one of gcd(g1, g2) blocks of channels, so the result
     has that many.
+
+    Args:
+        first, second: the convolutions; `border_reason` must have no objection.
+        weight1: (C1, C0/g1, *k1).
+        bias1: (C1,).
+        weight2: (C2, C1/g2, *k2).
+        bias2: (C2,).
     """
     shape = compose_shape(first, second)
     w1 = _regroup(weight1, first.groups, shape.groups)
@@ -132,7 +140,7 @@ def compose_conv(
 def _placed(
     tap: tuple[int, ...], first: ConvShape, second: ConvShape, composed: ConvShape
 ) -> tuple[slice, ...]:
-    """Where the first kernel lands in the composed one when it is read through `tap` of the second."""
+    """The part of the composed kernel that the first one fills, read through `tap` of the second."""
     slices = []
     for axis, index in enumerate(tap):
         lattice = composed.dilations[axis]
@@ -151,6 +159,3 @@ def _regroup(weight: np.ndarray, groups: int, blocks: int) -> np.ndarray:
     index = np.arange(per)
     full[:, index, :, index] = split.swapaxes(0, 1)
     return full.reshape(blocks, per * rows, per * inner, *kernel)
-
-
-__all__ = ["ConvShape", "border_reason", "compose_conv", "compose_dense", "compose_shape"]

@@ -30,7 +30,7 @@ differ by more, sizes never agree.
 
 **Any kernel size** (`Axis.pads_for`). A fitted window k' of the same stride has the same output size for
 every n if and only if its slack is the same (floor((n + a) / s) for all n determines a): b' + e' = a + k'.
-The split is free; the best one has the window's centre, (k' - 1) / 2 - b', on the centre of the receptive
+The split is free; the best one has the window's center, (k' - 1) / 2 - b', on the center of the receptive
 field, (k - 1) / 2 - b. A half-pixel mismatch (k - k' odd) goes to the smaller begin. Pads may not be
 negative, so a field without padding has no smaller window than itself: that would need a crop as well.
 
@@ -56,7 +56,7 @@ class Axis:
 
     @property
     def slack(self) -> int:
-        """What decides output sizes: pads minus window."""
+        """Pads minus window, which decides output sizes."""
         return self.begin + self.end - self.kernel
 
     def size(self, n: int) -> int:
@@ -75,7 +75,7 @@ class Axis:
     def pads_for(self, kernel: int) -> tuple[int, int] | None:
         """Pads (begin, end) of a window of `kernel` with this path's output size for every input size.
 
-        The window lies inside the receptive field (or around it, where it is larger), as near its centre as
+        The window lies inside the receptive field (or around it, where it is larger), as near its center as
         pads that are not negative allow. None if there are no such pads.
         """
         total = self.slack + kernel
@@ -84,8 +84,8 @@ class Axis:
         lowest, highest = max(ends[0], 0), min(ends[1], total)
         if kernel < 1 or lowest > highest:
             return None
-        centred = (2 * self.begin - spare) // 2
-        begin = min(max(centred, lowest), highest)
+        centered = (2 * self.begin - spare) // 2
+        begin = min(max(centered, lowest), highest)
         return begin, total - begin
 
 
@@ -116,7 +116,7 @@ class Geometry:
         return tuple(a.size(n) for a, n in zip(self.axes, spatial, strict=True))
 
     def pads_for(self, kernel: int | Sequence[int]) -> tuple[int, ...] | None:
-        """ONNX pads of one plain convolution of `kernel`, centred in the receptive field, whose output size
+        """ONNX pads of one plain convolution of `kernel`, centered in the receptive field, whose output size
         is this path's for *every* input size; None if that needs a negative pad.
 
         Its strides are `strides`, its dilations 1. An integer is the same kernel on every axis.

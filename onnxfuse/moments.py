@@ -85,7 +85,7 @@ class Moments:
         if not len(x):
             return
         if self._shift is None:
-            self._shift = np.concatenate([_centre(x[: self._rows]), _centre(y[: self._rows])])
+            self._shift = np.concatenate([_middle(x[: self._rows]), _middle(y[: self._rows])])
         if self._buffer is None:
             shifts = self._shift[: self.dx], self._shift[self.dx :]
             self._buffer = _RowBuffer(self._rows, shifts, self._dtype)
@@ -114,7 +114,7 @@ class Moments:
             self._xy += left @ y.reshape(len(y), self.groups, -1).swapaxes(0, 1)
 
     def _settle(self) -> None:
-        """Empty and free the buffer and move the shift to the mean: the sums are then centred."""
+        """Empty and free the buffer and move the shift to the mean: the sums are then centered."""
         if self._buffer is not None:
             self._sum_up(*self._buffer.drain())
         self._buffer = None
@@ -145,7 +145,7 @@ class Moments:
         return xx, xy, weight * delta[self.dx :] ** 2
 
     def stacked(self) -> tuple[Array, Array]:
-        """Centred scatter by group: (groups, dx/groups, dx/groups) and (groups, dx/groups, dy/groups).
+        """Centered scatter by group: (groups, dx/groups, dx/groups) and (groups, dx/groups, dy/groups).
 
         The accumulators themselves: read them before the next `add`, and leave them unchanged.
         """
@@ -154,20 +154,20 @@ class Moments:
 
     @property
     def xx(self) -> Array:
-        """Centred scatter, sum over rows of (x - mean)(x - mean)^T: (dx, dx), or (groups, dx/groups,
+        """Centered scatter, sum over rows of (x - mean)(x - mean)^T: (dx, dx), or (groups, dx/groups,
         dx/groups)."""
         xx, _ = self.stacked()
         return xx[0] if self.groups == 1 else xx
 
     @property
     def xy(self) -> Array:
-        """Centred cross scatter: (dx, dy), or (groups, dx/groups, dy/groups)."""
+        """Centered cross scatter: (dx, dy), or (groups, dx/groups, dy/groups)."""
         _, xy = self.stacked()
         return xy[0] if self.groups == 1 else xy
 
     @property
     def yy(self) -> Array:
-        """Centred sum of squares of each output, (dy,)."""
+        """Centered sum of squares of each output, (dy,)."""
         self._settle()
         return self._yy
 
@@ -346,7 +346,7 @@ def _weighted(
     return x, y, None if (weights == 1).all() else np.sqrt(weights)
 
 
-def _centre(rows: npt.NDArray[Any]) -> Array:
+def _middle(rows: npt.NDArray[Any]) -> Array:
     """A point amid the rows: their mean, but where a column is constant its very value, so that it shifts to
     exact 0."""
     return np.where(

@@ -37,7 +37,12 @@ class PairedDifference:
 def paired_difference(
     before: np.ndarray, after: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> PairedDifference:
-    """Compare two vectors of scores, (samples,) each, the same samples in the same order.
+    """The difference of two vectors of scores, (samples,) each, the same samples in the same order.
+
+    Args:
+        before, after: the scores.
+        seed: of the bootstrap.
+        resamples: how many times samples are drawn.
 
     Raises:
         ValueError: the vectors differ in length, or are empty.

@@ -62,7 +62,7 @@ def needs_equal_rows(criterion: Criterion) -> bool:
 
 
 def distance(a: npt.ArrayLike, b: npt.ArrayLike, criterion: Criterion, seed: int = 0) -> float:
-    """How far apart two matrices are: 0 for a matrix and itself, symmetric, comparable between pairs.
+    """The distance of two matrices: 0 for a matrix and itself, symmetric, comparable between pairs.
 
     Args:
         a, b: (rows, columns).
@@ -139,11 +139,17 @@ def aligned(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
 def centroids(a: npt.ArrayLike, b: npt.ArrayLike, seed: int = 0) -> float:
     """The 2-Wasserstein distance of the k-means centroids of the rows, each as heavy as its share of them.
 
-    At most `CENTROIDS` different rows stand for themselves, and the distance is that of the rows. ValueError
-    as in `distance`.
+    At most `CENTROIDS` different rows stand for themselves, and the distance is that of the rows.
+
+    Args:
+        a, b: (rows, columns).
+        seed: of k-means.
+
+    Raises:
+        ValueError: as in `distance`.
     """
     a, b = _matrices(a, b)
-    (x, mass_x), (y, mass_y) = (_quantised(rows, seed) for rows in (a, b))
+    (x, mass_x), (y, mass_y) = (_quantized(rows, seed) for rows in (a, b))
     costs = scipy.spatial.distance.cdist(x, y, "sqeuclidean")
     highest = float(costs.max())
     if highest == 0:
@@ -163,13 +169,13 @@ def centroids(a: npt.ArrayLike, b: npt.ArrayLike, seed: int = 0) -> float:
 
 
 def alignment(a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.intp]:
-    """The permutation p (rows,) that minimises the sum of |a[i] - b[p[i]]|^2. ValueError as in `distance`."""
+    """The permutation p (rows,) that minimizes the sum of |a[i] - b[p[i]]|^2. ValueError as in `distance`."""
     a, b = _matrices(a, b, equal_rows=True)
     return np.asarray(scipy.optimize.linear_sum_assignment(a @ b.T, maximize=True)[1])
 
 
 def rotation(a: npt.ArrayLike, b: npt.ArrayLike) -> Array:
-    """The orthogonal U (rows, rows) that minimises |A - U B|_F. ValueError as in `distance`."""
+    """The orthogonal U (rows, rows) that minimizes |A - U B|_F. ValueError as in `distance`."""
     a, b = _matrices(a, b, equal_rows=True)
     left, _, right = np.linalg.svd(a @ b.T)
     return left @ right
@@ -205,7 +211,7 @@ def _matrices(a: npt.ArrayLike, b: npt.ArrayLike, *, equal_rows: bool = False) -
 
 
 def _root_mean_square(rows: Array) -> float:
-    """Of the norms of the rows."""
+    """The root mean square of the norms of the rows."""
     return float(np.linalg.norm(rows)) / math.sqrt(len(rows))
 
 
@@ -239,11 +245,11 @@ def _triangle(matrix: Array) -> Array:
 
 def _root_of_covariance(rows: Array) -> Array:
     """X with X^T X the covariance of the rows, of at most as many rows as columns."""
-    centred = (rows - rows.mean(0)) / math.sqrt(len(rows))
-    return _triangle(centred) if len(rows) > rows.shape[1] else centred
+    centered = (rows - rows.mean(0)) / math.sqrt(len(rows))
+    return _triangle(centered) if len(rows) > rows.shape[1] else centered
 
 
-def _quantised(rows: Array, seed: int) -> tuple[Array, Array]:
+def _quantized(rows: Array, seed: int) -> tuple[Array, Array]:
     """Centroids (k, columns) and their masses (k,), whatever the order of the rows."""
     points, counts = np.unique(rows, axis=0, return_counts=True)
     if len(points) <= CENTROIDS:

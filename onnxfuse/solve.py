@@ -79,15 +79,15 @@ def path(moments: Moments, ridges: Sequence[float], prior: npt.ArrayLike | None 
     return [spectrum.solution(ridge) for ridge in ridges]
 
 
-def generalised_cross_validation(
+def generalized_cross_validation(
     moments: Moments, ridges: Sequence[float] = RIDGES, prior: npt.ArrayLike | None = None
 ) -> tuple[float, Affine]:
-    """The ridge with the least generalised cross-validation score, and its solution, when no rows are held
+    """The ridge with the least generalized cross-validation score, and its solution, when no rows are held
     out.
 
     The score is n RSS / (n - f)^2 summed over groups, f being the effective number of parameters 1 + sum(l /
     (l + r)) over the eigenvalues l (Golub, Heath and Wahba 1979). Rows count as independent, which
-    neighbouring patches of one image are not; held-out samples, where there are any, are the better judge.
+    neighboring patches of one image are not; held-out samples, where there are any, are the better judge.
 
     Args:
         moments, prior: as in `solve`.

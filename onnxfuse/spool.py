@@ -29,7 +29,11 @@ class Spool:
         self._places: dict[str, dict[int, tuple[int, np.dtype, tuple[int, ...]]]] = {}
 
     def put(self, name: str, batch: int, array: np.ndarray) -> None:
-        """Keep `array`, which the caller no longer changes.
+        """Keep an array.
+
+        Args:
+            name, batch: under which it is kept.
+            array: the caller no longer changes it.
 
         Raises:
             InputError: the folder for temporary files is full.
@@ -54,7 +58,11 @@ class Spool:
         self._places.setdefault(name, {})[batch] = (offset, array.dtype, array.shape)
 
     def get(self, name: str, batch: int) -> np.ndarray:
-        """The array that was put, KeyError if none was."""
+        """The array that was put.
+
+        Raises:
+            KeyError: none was.
+        """
         found = self._memory.get(name, {}).get(batch)
         if found is not None:
             return found

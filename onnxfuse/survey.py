@@ -41,7 +41,7 @@ RIDGE = 3e-3
 
 @dataclass(frozen=True)
 class Candidate:
-    """A region and the operator that may replace it: its type; of a convolution, kernel and pads."""
+    """A region and the operator that may replace it: its dtype and, of a convolution, kernel and pads."""
 
     region: Region
     dtype: np.dtype
@@ -55,7 +55,7 @@ class Candidate:
 
     @property
     def view(self) -> tuple[object, ...]:
-        """What its inputs depend on: candidates of equal views share their Gram matrix."""
+        """A key to the rows of its inputs: candidates of equal views share their Gram matrix."""
         region = self.region
         strides = region.geometry.strides if region.geometry is not None else ()
         return (region.u, region.kind, self.kernel, self.pads, strides)
@@ -63,7 +63,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fit:
-    """A candidate's local fit: relative errors on fitted and on held-out samples."""
+    """A candidate's local fit, with its relative errors on the fitted and on the held-out samples."""
 
     candidate: Candidate
     affine: Affine
@@ -85,6 +85,13 @@ class _View:
         self.sampler = RowSampler(seed, first.region.u, mask if first.region.kind == "token" else None)
 
     def add(self, batch: Batch, held: bool, found: Feed) -> None:
+        """Take in one batch.
+
+        Args:
+            batch: the batch.
+            held: whether its samples are held out.
+            found: the tensors by name.
+        """
         first = self.candidates[0]
         region, x = first.region, found[first.region.u]
         y = [found[name] for name in self.targets]
@@ -111,6 +118,7 @@ class _View:
         moments.add(inputs, np.concatenate([rows.vectors(t, -1) for t in y], axis=1), rows.weights)
 
     def fits(self, ridge: float) -> list[Fit]:
+        """The fits of all its candidates."""
         fit, held = self.moments
         if not held.n:
             held = fit
@@ -144,7 +152,17 @@ def survey(
     mask: str | None = None,
     progress: Progress | None = None,
 ) -> list[Fit]:
-    """Fit every candidate on its own: inputs and targets from one run over the samples. In the given order.
+    """The local fit of every candidate, in the given order: inputs and targets from one run over the samples.
+
+    Args:
+        model: the candidates' own.
+        candidates: regions, and what may replace each.
+        calibration: the fit samples are fitted, the held-out ones judge.
+        runtime: runs the model.
+        seed: of the sampled positions.
+        ridge: relative, of every fit.
+        mask: graph input that is 0 where a token is padding, None without one.
+        progress: told of every batch.
 
     Raises:
         InputError: bad samples.

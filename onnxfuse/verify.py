@@ -4,9 +4,9 @@ Tolerance is measured, not chosen. Floating-point arithmetic leaves a model's ou
 that depends on the model and on the samples; that amount, the *noise floor*, is how far the first model
 differs from itself when nothing that matters changes:
 
-- ONNX Runtime's graph optimisations off (other kernels, other summation order, folded weights);
+- ONNX Runtime's graph optimizations off (other kernels, other summation order, folded weights);
 - one thread instead of many;
-- every floating-point input moved to a neighbouring float, up or down at random, three times (conditioning).
+- every floating-point input moved to a neighboring float, up or down at random, three times (conditioning).
 
 The floor of an output is the largest of these differences, and never less than the spacing of floats at the
 output's own size. Two numbers are kept, the root mean square over all elements and the peak: the
@@ -381,7 +381,7 @@ class _Floors:
 
 
 def _nudged(feed: Feed, random: np.random.Generator) -> Feed:
-    """Every floating-point input moved to a neighbouring float, up or down at random."""
+    """Every floating-point input moved to a neighboring float, up or down at random."""
 
     def nudge(array: np.ndarray) -> np.ndarray:
         if array.dtype.kind != "f":
@@ -393,7 +393,7 @@ def _nudged(feed: Feed, random: np.random.Generator) -> Feed:
 
 
 def _variants(model: Model, runtime: Runtime, base: Session, **kind: Any) -> list[Run]:
-    """Runs that ought to give what `base`, a session of `model`, gives; `kind` is what that session was made
+    """Runs that ought to give what `base` does, a session of `model`; `kind` are the options that it was made
     with."""
     random = np.random.default_rng(0)
     runs: list[Run] = [runtime.session(model, optimize=False, **kind).run]
@@ -405,8 +405,8 @@ def _variants(model: Model, runtime: Runtime, base: Session, **kind: Any) -> lis
 
 
 def _feeds(model: Model, batches: Iterable[Batch], run: Run) -> Iterator[tuple[Feed, Any, int]]:
-    """Each batch with `run`'s outputs and its rows; the first also cut to `BATCH_SIZES`, where `run` accepts
-    that.
+    """Each batch's feed, the outputs of `run`, and the number of rows; the first batch also cut to
+    `BATCH_SIZES`, where `run` accepts that.
 
     A dimension can be declared dynamic and still be fixed by a Reshape inside; sizes that the first model
     itself refuses prove nothing about the second.
@@ -426,8 +426,13 @@ def _feeds(model: Model, batches: Iterable[Batch], run: Run) -> Iterator[tuple[F
 
 
 def first_rows(model: Model, batch: Batch, size: int) -> Feed | None:
-    """The first `size` rows of a batch along the dynamic batch axes of the inputs; None where that is no
-    cut."""
+    """The first rows of a batch, cut along the dynamic batch axes of the inputs; None where that is no cut.
+
+    Args:
+        model: whose inputs are fed.
+        batch: the batch.
+        size: the number of rows.
+    """
     every = batch_axes(model.inputs)
     axes = {name: axis for name, axis in every.items() if axis is not None}
     rows = {batch.feed[name].shape[axis] for name, axis in axes.items() if batch.feed[name].ndim > axis}
@@ -438,7 +443,13 @@ def first_rows(model: Model, batch: Batch, size: int) -> Feed | None:
 
 
 def few_rows(model: Model, batches: Iterable[Batch], size: int) -> Feed:
-    """The first `size` rows of the first batch, or all of it where that is no cut."""
+    """The first rows of the first batch, or all of it where that is no cut.
+
+    Args:
+        model: whose inputs are fed.
+        batches: at least one.
+        size: the number of rows.
+    """
     batch = next(iter(batches))
     return first_rows(model, batch, size) or batch.feed
 
@@ -451,6 +462,11 @@ def structure_problem(before: Model, after: Model, runtime: Runtime) -> str | No
 
     Inputs and outputs must be the same, in the same order; the ONNX checker must not object to anything it
     did not object to before; ONNX Runtime must load it.
+
+    Args:
+        before: the model that was rewritten.
+        after: the rewritten one.
+        runtime: loads it.
     """
     if problems := interface_problems(before, after, ("the model before", "the result")):
         return problems[0]
@@ -485,7 +501,12 @@ def _checker_complaint(model: Model) -> str | None:
 
 
 def interface_problems(a: Model, b: Model, labels: tuple[str, str]) -> list[str]:
-    """Differences between two models' inputs and outputs by name, type and declared shape, a line each."""
+    """Differences between two models' inputs and outputs by name, type and declared shape, a line each.
+
+    Args:
+        a, b: the models.
+        labels: what the lines call the two.
+    """
     problems: list[str] = []
     for kind, left, right in (("input", a.inputs, b.inputs), ("output", a.outputs, b.outputs)):
         ours, theirs = {info.name: info for info in left}, {info.name: info for info in right}
@@ -501,7 +522,8 @@ def interface_problems(a: Model, b: Model, labels: tuple[str, str]) -> list[str]
 
 
 def _declared_difference(a: TensorInfo, b: TensorInfo) -> tuple[str, str] | None:
-    """What two declarations contradict each other in; an unknown or dynamic size contradicts nothing."""
+    """Types or shapes of two declarations that contradict each other, in words; None where none do. An
+    unknown or dynamic size contradicts nothing."""
     if a.dtype is not None and b.dtype is not None and a.dtype != b.dtype:
         return str(a.dtype), str(b.dtype)
     if a.shape is None or b.shape is None:
@@ -522,10 +544,13 @@ def compare(
     multiple: float = MULTIPLE,
     labels: tuple[str, str] = ("the original", "the result"),
 ) -> Comparison:
-    """Do `a` and `b` compute the same on `batches`, within `multiple` times `a`'s noise floor?
+    """The outputs of two models side by side, each difference in noise floors of the first model.
 
     Args:
+        a, b: the models.
         batches: fed to both, whole; the first one also cut to `BATCH_SIZES`.
+        runtime: runs both.
+        multiple: how many noise floors a difference may reach.
         labels: what the messages call the two.
 
     Raises:
@@ -548,8 +573,19 @@ def compare_run(
     tensors: Sequence[str],
     labels: tuple[str, str] = ("the model", "the module"),
 ) -> Comparison:
-    """Like `compare`, of some tensors of `a` and what else computes them: `run` takes a feed and returns
-    arrays by name."""
+    """Tensors of a model beside something else that computes them, as `compare` has two models' outputs.
+
+    Args:
+        a: the model.
+        run: takes a feed and returns the tensors by name.
+        batches: fed to both, as in `compare`.
+        runtime: runs the model.
+        tensors: names of tensors of `a`.
+        labels: what the messages call the two.
+
+    Raises:
+        InputError, NotApplicableError: as `compare`.
+    """
     kind: dict[str, Any] = {"taps": tuple(tensors), "outputs": ()}
     base = runtime.session(a, **kind)
     return _compared(a, base, kind, run, batches, runtime, MULTIPLE, labels)
@@ -565,7 +601,7 @@ def _compared(
     multiple: float,
     labels: tuple[str, str],
 ) -> Comparison:
-    """What `base`, a session of `a` made with `kind`, and `other` give."""
+    """The outputs of `base`, a session of `a` made with `kind`, beside those of `other`."""
     floors = _Floors(_variants(a, runtime, base, **kind))
     pair = _Pair(labels)
     spreads: dict[str, _Spread] = {}
@@ -661,13 +697,23 @@ def first_divergence(
     multiple: float = MULTIPLE,
     labels: tuple[str, str] = ("the original", "the result"),
 ) -> Divergence | None:
-    """The first tensor of `a`, in topological order, that `b` has too and computes differently; None if none
-    does.
+    """The first tensor, in the topological order of `a`, that both models have and compute differently; None
+    where there is none.
 
     Every tensor is held against its own noise floor. Tensors are tapped a few dozen at a time, in order, up
     to the first that diverges: a later tensor may agree again (a dead channel, a saturated sigmoid), so
     halving the interval would not find it. For explaining a failed comparison, not for making one: names that
     were given a new meaning diverge rightly.
+
+    Args:
+        a, b: the models.
+        batch: fed to both; a few rows of it first.
+        runtime: runs both.
+        multiple: how many noise floors a difference may reach.
+        labels: what the messages call the two.
+
+    Raises:
+        InputError, NotApplicableError: as `compare`.
     """
     theirs = {tensor.name for node in b.nodes for tensor in node.outputs if tensor.name}
     common = {
@@ -693,8 +739,8 @@ def first_divergence(
 
 
 def _attempts(model: Model, batch: Batch) -> Iterator[tuple[Feed, int, int]]:
-    """What to feed, its rows and how many tensors to tap at a time: a few rows, then all of them if those
-    show nothing.
+    """Feeds with their rows and the number of tensors to tap at a time: a few rows, then all of them for
+    where those show nothing.
 
     Inner tensors of a whole batch can be large; the product of rows and taps is what bounds the memory.
     """
@@ -713,8 +759,7 @@ def _differing(
     runtime: Runtime,
     labels: tuple[str, str],
 ) -> list[OutputDifference]:
-    """How `tensors` differ on one batch; noise floors are measured only where there is a difference at
-    all."""
+    """Differences of `tensors` on one batch, those alone that differ at all: noise floors take time."""
     base = runtime.session(a, taps=tensors, outputs=())
     outputs = base.run(feed)
     pair = _Pair(labels)
@@ -738,13 +783,21 @@ def check_predictions(
     runtime: Runtime,
     seed: int,
 ) -> list[PredictionCheck]:
-    """Measure every predicted error: both whole models, tapped, over the fit samples, at the claimed
-    positions.
+    """The predicted errors beside the measured ones: both whole models, tapped, over the fit samples, at the
+    claimed positions.
 
     A prediction holds when |measured - predicted| <= `PREDICTION_TOLERANCE` * predicted + 2 n sqrt(predicted)
     + n^2, where n is the length of the float noise on a row: `MULTIPLE` noise floors of the reference, times
     the square root of the number of channels. (With e the error of a row and n noise on it, |e + n|^2 differs
     from |e|^2 by at most 2 |e| |n| + |n|^2.)
+
+    Args:
+        original: has the references.
+        result: has the tensors.
+        predictions: the claims.
+        calibration: its fit samples are measured on.
+        runtime: runs both.
+        seed: of the sampled positions, that of the claims.
 
     Raises:
         InputError: a prediction names a tensor that is not there.
@@ -771,7 +824,7 @@ def check_predictions(
 
 
 class _Measured:
-    """The error of one prediction's tensor, streamed."""
+    """The error of one prediction's tensor, streamed. `problem` says why there is none."""
 
     def __init__(self, claim: Prediction, seed: int) -> None:
         self.claim = claim

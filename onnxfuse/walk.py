@@ -44,7 +44,7 @@ from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.regions import site_name
 from onnxfuse.runtime import Feed, Runtime, Session
 from onnxfuse.shapes import fill
-from onnxfuse.solve import RIDGES, best_bias, choose_ridge, generalised_cross_validation, per_channel, solve
+from onnxfuse.solve import RIDGES, best_bias, choose_ridge, generalized_cross_validation, per_channel, solve
 from onnxfuse.spool import Spool
 
 REFIT_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
@@ -372,7 +372,13 @@ def channel_axis(op: LinearOp) -> int:
 
 def kept_channels(model: Model, name: str, axis: int) -> tuple[int, ...] | str | None:
     """The channels of the original's tensor that the model's of the same name has left, None for all; or why
-    that is no matter of one axis."""
+    that is no matter of one axis.
+
+    Args:
+        model: the one that was cut.
+        name: of the tensor.
+        axis: of its channels.
+    """
     maps = model.index_maps.get(name, ())
     if maps is None:
         return f"which indices of '{name}' are left differs from run to run"
@@ -445,7 +451,7 @@ def walk(
         rewritten: its sites' weights are replaced.
         sites: in the topological order of `rewritten`.
         calibration: the fit samples give the weights, the held-out ones choose the ridge (where none are held
-            out, generalised cross-validation does).
+            out, generalized cross-validation does).
         runtime: runs both.
         seed: of the sampled positions.
         ridge: for fresh sites; None chooses it on the held-out samples.
@@ -788,5 +794,5 @@ def _choose(fit: Moments, held: Moments, prior: np.ndarray | None) -> tuple[floa
         found = [(ridge, solve(fit, ridge, prior)) for ridge in _FEW_RIDGES]
         return found[-1] if held is fit else min(found, key=lambda pair: held.error(pair[1]))
     if held is fit:
-        return generalised_cross_validation(fit, ridges, prior)
+        return generalized_cross_validation(fit, ridges, prior)
     return choose_ridge(fit, held, ridges, prior)

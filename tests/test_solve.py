@@ -13,7 +13,7 @@ from numpy.random import Generator
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.moments import Moments
 from onnxfuse.numerics.affine import Affine
-from onnxfuse.solve import RIDGES, choose_ridge, generalised_cross_validation, path, per_channel, solve
+from onnxfuse.solve import RIDGES, choose_ridge, generalized_cross_validation, path, per_channel, solve
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_cross_validation_score(
             hat = np.ones((60, 60)) / 60 + xc @ np.linalg.solve(xc.T @ xc + r * np.eye(xc.shape[1]), xc.T)
             rest = target - (0 if start is None else own @ start.T)
             scores[ridge] += (((np.eye(60) - hat) @ rest) ** 2).sum() * 60 / (60 - np.trace(hat)) ** 2
-    ridge, affine = generalised_cross_validation(moments_of(x, y, groups=groups), ridges, prior)
+    ridge, affine = generalized_cross_validation(moments_of(x, y, groups=groups), ridges, prior)
     assert ridge == min(scores, key=scores.__getitem__)
     expected = [
         reference(own, target, ridge, start) for (own, target), start in zip(parts, priors, strict=True)
@@ -242,7 +242,7 @@ def test_cross_validation_score(
 
 def test_cross_validation_does_not_trust_interpolation(rng: Generator) -> None:
     x, y = data(rng, n=20, dx=40, noise=20.0)
-    ridge, _ = generalised_cross_validation(moments_of(x, y), (0.0, 1e-2))
+    ridge, _ = generalized_cross_validation(moments_of(x, y), (0.0, 1e-2))
     assert ridge == 1e-2
 
 

@@ -59,7 +59,7 @@ class Consumer:
 
     Attributes:
         view: the rows it sees; its `columns` are those of all groups of a grouped convolution together.
-        places: int64 (size of the group, columns per channel).
+        places: int64 (size of the group, columns per channel): the columns that each channel lies on.
         op: the operator, where its weights and bias can be written (`linear.write_weights`).
         stored: else the weight that multiplies, and its axis, where there is one.
         node: name of the operator's first output.
@@ -72,9 +72,9 @@ class Consumer:
     stored: tuple[str, int] | None = None
 
     def matrix(self, model: Model) -> np.ndarray | None:
-        """W (outputs, columns), float64; None for the identity."""
+        """The matrix W (outputs, columns), float64; None for the identity."""
         if self.op is not None:
-            return _spread(self.op.weight, self.op.groups)
+            return _block_diagonal(self.op.weight, self.op.groups)
         if self.stored is None:
             return None
         value = model.weight(model.tensor(self.stored[0]))
@@ -104,16 +104,23 @@ class Consumer:
         *,
         by: str,
     ) -> None:
-        """Give the operator of a model that was cut by `choice` these weights (outputs, columns) of the
-        model before, without the columns and outputs that are gone; `shift` (outputs,) is added to its
-        bias, if it has one."""
+        """Give the operator new weights in a model that was cut.
+
+        Args:
+            cut: the model that was cut.
+            weight: (outputs, columns) of the model before; columns and outputs that are gone are left out.
+            shift: (outputs,) of the model before, added to the bias, if there is one.
+            found: the groups of the model before.
+            choice: what it was cut by.
+            by: name of the pass, kept in new nodes.
+        """
         if self.stored is not None:
             name, axis = self.stored
             value = found.system.model.weight(found.system.model.tensor(name))
             assert value is not None
             new = np.moveaxis(weight.reshape(*np.moveaxis(value, axis, -1).shape), -1, axis)
-            places = found.positions(name, choice)
-            cut.set_weight(cut.tensor(name), np.ascontiguousarray(new[np.ix_(*places)]).astype(value.dtype))
+            new = np.ascontiguousarray(new[np.ix_(*found.positions(name, choice))])
+            cut.set_weight(cut.tensor(name), new.astype(value.dtype))
             return
         assert self.op is not None
         node = cut.producer(cut.tensor(self.node))
@@ -128,11 +135,13 @@ class Consumer:
 
 
 def consumers(model: Model, group: Group, shapes: Mapping[str, TensorInfo]) -> list[Consumer]:
-    """All of a group, in the order of its sinks; means and normalisations, which count channels, are none.
+    """The consumers of a group, in the order of its sinks; means and normalizations, which count channels,
+    are none.
 
     Args:
-        model: that the group was found in.
-        shapes: of its tensors.
+        model: the one that the group was found in.
+        group: the group.
+        shapes: of the model's tensors.
     """
     return [_consumer(model, group, sink, shapes) for sink in group.sinks if sink.kind == "sum"]
 
@@ -148,8 +157,8 @@ def rows_of(op: LinearOp, shapes: Mapping[str, TensorInfo]) -> View | None:
     return View(op.x, rank - 1, op.in_features, token=True) if rank else None
 
 
-def _spread(weight: np.ndarray, groups: int) -> np.ndarray:
-    """(out, in / groups * taps) -> (out, in * taps), zero outside of each group."""
+def _block_diagonal(weight: np.ndarray, groups: int) -> np.ndarray:
+    """The whole matrix (out, in * taps) of a grouped one (out, in / groups * taps), zero elsewhere."""
     if groups == 1:
         return weight
     out, columns = weight.shape
@@ -201,7 +210,7 @@ def _patches(op: LinearOp, columns: int) -> View:
 
 
 def _stored(model: Model, node: Node, sink: Sink) -> tuple[str, int] | None:
-    """The stored tensor that multiplies what a sink reads, and its axis of the same channels."""
+    """The stored tensor that a sink's is multiplied by, and its axis of the same channels."""
     for tensor, axis in _factors(node, sink):
         if model.is_weight(tensor) and tensor.name != sink.tensor:
             sizes = weight_type(model, tensor)[1]

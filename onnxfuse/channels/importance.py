@@ -45,14 +45,14 @@ _STEPS = 256  # a group loses at least one in this many channels at a time
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a view's columns are like: means (p,); covariance (p, p), or variances (p,) where the columns are
-    taken to be uncorrelated. float64."""
+    """Moments of a view's columns, float64: means (p,); covariance (p, p), or variances (p,) where the
+    columns are taken to be uncorrelated."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
     def variances(self) -> np.ndarray:
-        """(p,)."""
+        """Variances of the columns (p,)."""
         return self.covariance if self.covariance.ndim == 1 else np.diagonal(self.covariance)
 
     def ridged(self) -> np.ndarray:
@@ -76,10 +76,16 @@ def statistics(
     mask: str | None = None,
     progress: Progress | None = None,
 ) -> dict[View, Statistics]:
-    """What the views see of one run over the samples; one of no tensor is left out.
+    """Statistics of the views, from one run over the samples; a view of no tensor has none.
 
     Args:
+        model: the views' own.
+        views: the rows to look at.
+        batches: the samples.
+        runtime: runs the model; its threads are BLAS's too.
+        seed: of the sampled positions.
         mask: a graph input that is 0 where a token is padding; those rows are left out of token views.
+        progress: told of every batch.
 
     Raises:
         InputError: bad samples.
@@ -157,9 +163,9 @@ class Ranking:
 
     Attributes:
         order: int64 (size,), the first to go first.
-        cost: float64 (size + 1,): what it costs the consumers to lose so many: errors relative to the
+        cost: float64 (size + 1,): the errors of the consumers when so many are lost, relative to the
             variance of each one's output, summed up.
-        idle: how many at the front of `order` carry nothing on the samples.
+        idle: the number of channels at the front of `order` that carry nothing on the samples.
     """
 
     order: np.ndarray
@@ -198,7 +204,7 @@ class _Part:
         self.inverse = np.linalg.inv(given.ridged())
 
     def costs(self, channels: np.ndarray) -> np.ndarray:
-        """Of losing each of these channels next."""
+        """The cost of losing each of these channels next."""
         if self.static is not None:
             return self.static[channels]
         at = self.places[channels]
@@ -207,7 +213,7 @@ class _Part:
         return self.scale * np.einsum("cmo,cmo->c", weights, np.linalg.solve(blocks, weights))
 
     def lose(self, channels: np.ndarray) -> float:
-        """Take these channels out; what it costs."""
+        """The cost of losing these channels, which are taken out."""
         if self.static is not None:
             return float(self.static[channels].sum())
         at = self.places[channels].reshape(-1)
@@ -234,9 +240,13 @@ def rank(
     first: np.ndarray | None = None,
     least: int = 1,
 ) -> Ranking:
-    """Rank the `size` channels of a group by what losing them costs its consumers.
+    """The ranking of a group's channels by what losing them costs its consumers.
 
     Args:
+        model: the group's own.
+        size: the number of channels.
+        consumers: all operators that sum up over them.
+        found: statistics of the consumers' views; a view without any counts by its weights alone.
         first: channels that go before all others.
         least: that many stay in any case; their order is by their cost at that point.
     """
@@ -272,8 +282,13 @@ def rank(
 
 
 def magnitudes(model: Model, group: Group, *, first: np.ndarray) -> Ranking:
-    """Rank a group's channels by the squared size of the weights that make and read them, each tensor's
-    relative to all of its; those of `first` go before all others."""
+    """The ranking of a group's channels by the squares of the weights that make and read them.
+
+    Args:
+        model: the group's own.
+        group: the group. The squares in each of its tensors are taken relative to all of that tensor's.
+        first: channels that go before all others.
+    """
     total = np.zeros(group.size)
     for touch in group.touches:
         if "producer" in touch.roles or "consumer" in touch.roles:
@@ -293,9 +308,16 @@ def magnitudes(model: Model, group: Group, *, first: np.ndarray) -> Ranking:
 def compensation(
     consumer: Consumer, model: Model, found: Statistics, gone: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """New weights (outputs, columns), zero on the columns `gone`, and what the bias gains (outputs,): the
-    best for the consumer's output in mean square. Weights that are only stored, with no bias of their own
-    that could be written, are the best without one. None where the columns are taken to be uncorrelated.
+    """New weights (outputs, columns), and what is added to the bias (outputs,): the best for the consumer's
+    output in mean square. None where the columns are taken to be uncorrelated.
+
+    Weights that are only stored, with no bias of their own that could be written, are the best without one.
+
+    Args:
+        consumer: the operator.
+        model: its model.
+        found: statistics of its view.
+        gone: columns whose new weights are zero.
     """
     matrix = consumer.matrix(model)
     if matrix is None or found.covariance.ndim == 1:

@@ -1,9 +1,9 @@
 """What a group's width costs in milliseconds: the nodes around it, cut to each width, timed on this machine.
 
 Multiply-accumulates don't say it. A kernel computes channels by the vector: on a CPU with vectors of
-sixteen floats, 63 channels can take longer than 64, and 24 as long as 32. So a group's neighbourhood, the
+sixteen floats, 63 channels can take longer than 64, and 24 as long as 32. So a group's neighborhood, the
 nodes that read or make a tensor with its channels, is taken out of the network, cut, and timed, all widths
-interleaved. Neighbourhoods of the same operators and shapes, as the blocks of a network have them, are
+interleaved. Neighborhoods of the same operators and shapes, as the blocks of a network have them, are
 timed once.
 """
 
@@ -26,14 +26,14 @@ from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime import Feed, Runtime
 
 REPEATS, SECONDS = 100, 1.5
-"""Rounds of one neighbourhood at all its widths, and how long they may take together."""
+"""Rounds of one neighborhood at all its widths, and how long they may take together."""
 
 FASTER = 0.985
 """A width counts as faster than a larger one if it takes at most this share of its time."""
 
 
 @dataclass(frozen=True)
-class _Neighbourhood:
+class _Neighborhood:
     """The tensors that enter and leave the nodes around a group."""
 
     inputs: tuple[str, ...]
@@ -50,15 +50,17 @@ def rewarded(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[Group, dict[int, float]]:
-    """For each group the milliseconds at its size and at those candidate widths that are faster than all
-    larger ones.
+    """Milliseconds of each group's neighborhood at its size, and at those widths that are faster than all
+    larger ones. A group whose neighborhood can't be run by itself has no entry.
 
     Args:
-        model: that the groups were found in.
+        model: the one that the groups were found in.
+        found: all its groups.
         candidates: widths, from the group's size downwards.
+        runtime: runs the neighborhoods.
         feed: one sample.
-
-    A group whose neighbourhood can't be run by itself has no entry.
+        seed: of the order in which they are timed.
+        progress: told of every group.
     """
     around = {group: _around(model, found, group) for group in candidates}
     values = TappedModel(model, [name for own in around.values() for name in own.inputs], runtime).run(feed)
@@ -77,7 +79,7 @@ def rewarded(
     return result
 
 
-def _around(model: Model, found: ChannelGroups, group: Group) -> _Neighbourhood:
+def _around(model: Model, found: ChannelGroups, group: Group) -> _Neighborhood:
     members = set(group.leaves)
 
     def concerned(node: Node) -> bool:
@@ -98,11 +100,11 @@ def _around(model: Model, found: ChannelGroups, group: Group) -> _Neighbourhood:
         for t in node.outputs
         if t.name and (model.is_output(t) or any(user not in inside for user in model.consumers(t)))
     ]
-    return _Neighbourhood(tuple(inputs), tuple(outputs))
+    return _Neighborhood(tuple(inputs), tuple(outputs))
 
 
 def _signature(proto: onnx.ModelProto) -> bytes:
-    """What decides about the time of a small model: operators, attributes, shapes, how they hang together."""
+    """A key to the time of a small model: operators, attributes, shapes, how they hang together."""
     names: dict[str, str] = {"": ""}
 
     def number(name: str) -> str:
@@ -110,23 +112,23 @@ def _signature(proto: onnx.ModelProto) -> bytes:
 
     plain = onnx.GraphProto()
     for value in (*proto.graph.input, *proto.graph.output):
-        kept = plain.value_info.add()
-        kept.CopyFrom(value)
-        kept.name = number(value.name)
+        plain_value = plain.value_info.add()
+        plain_value.CopyFrom(value)
+        plain_value.name = number(value.name)
     for tensor in proto.graph.initializer:
         plain.initializer.add(name=number(tensor.name), dims=tensor.dims, data_type=tensor.data_type)
     for node in proto.graph.node:
-        kept_node = plain.node.add(op_type=node.op_type, domain=node.domain)
-        kept_node.input.extend(map(number, node.input))
-        kept_node.output.extend(map(number, node.output))
-        kept_node.attribute.extend(node.attribute)
+        plain_node = plain.node.add(op_type=node.op_type, domain=node.domain)
+        plain_node.input.extend(map(number, node.input))
+        plain_node.output.extend(map(number, node.output))
+        plain_node.attribute.extend(node.attribute)
     return plain.SerializeToString(deterministic=True)
 
 
 def _timed(
     model: Model,
     group: Group,
-    around: _Neighbourhood,
+    around: _Neighborhood,
     widths: Sequence[int],
     values: Feed,
     feed: Feed,

@@ -2,7 +2,7 @@
 
 A convolution is a dense operator on patches. Only the patches at sampled output positions are gathered: a
 full patch Gram for one 3x3 layer with 64 channels costs as much as a whole small network, and a few positions
-per sample say nearly as much, because neighbouring patches repeat each other.
+per sample say nearly as much, because neighboring patches repeat each other.
 
 Equal seeds and keys give equal rows (`RowSampler`), which is how the error that a pass predicted can be
 measured by someone else.
