@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -438,7 +438,8 @@ def _replace(model: Model, candidate: Candidate, affine: Affine, by: str) -> Nod
     label = f"{region.sites[-1]}_fused"
     weight, bias = (np.asarray(own).astype(candidate.dtype) for own in (affine.weight, affine.bias))
     stored = model.add_weight(f"{label}.bias", bias)
-    op, attrs = {"conv": "Conv", "token": "MatMul"}.get(region.kind, "Gemm"), {}
+    op = {"conv": "Conv", "token": "MatMul"}.get(region.kind, "Gemm")
+    attrs: dict[str, Any] = {}
     if region.geometry is not None:
         attrs = {
             "kernel_shape": list(candidate.kernel),
@@ -447,7 +448,7 @@ def _replace(model: Model, candidate: Candidate, affine: Affine, by: str) -> Nod
         }
     elif op == "Gemm":
         attrs = {"transB": 1}
-    kind = {"by": by, "replaces": names}
+    kind: dict[str, Any] = {"by": by, "replaces": names}
     if region.kind == "flatten":
         flat = model.add_node("Flatten", [u], [f"{label}_flat"], {"axis": 1}, f"{label}_flatten", **kind)
         u = flat.outputs[0]

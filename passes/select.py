@@ -263,14 +263,10 @@ class Select(Pass):
             return Found(self._cut(model, wanted, reading, context))
         if options.latency is not None:
             return self._within_latency(model, reading, curves, options.latency, context)
+        share, what, count = options.macs, "MACs", widths.macs
         if options.params is not None:
-            total, share, what = (
-                widths.parameters(model, reading.found, reading.groups),
-                options.params,
-                "parameters",
-            )
-        else:
-            total, share, what = widths.macs(model, reading.found, reading.groups), options.macs, "MACs"
+            share, what, count = options.params, "parameters", widths.parameters
+        total = count(model, reading.found, reading.groups)
         full = total.at({group: group.size for group in reading.groups})
         if share is None:
             return self._within_error(model, reading, curves, total, full, context)

@@ -543,3 +543,12 @@ def test_first_rows_cuts_the_batch_axis_wherever_it_is() -> None:
     np.testing.assert_array_equal(cut["x"], feed["x"][:3])
     np.testing.assert_array_equal(cut["state"], feed["state"][:, :3])
     assert verification.first_rows(model, Batch(feed, None, 0, 5), 5) is None
+
+
+def test_an_error_above_a_bound_is_told() -> None:
+    error = verification.OutputError({"a": 0.1, "b": 0.3}, 4)
+    assert error.over(0.3, "--max-error") is None
+    assert error.over(0.2, "--max-error") == "the relative error of output 'b' is 0.3, above --max-error 0.2"
+    where = error.over(0.2, "", " on held-out samples")
+    assert where == "the relative error of output 'b' on held-out samples is 0.3, above 0.2"
+    assert verification.OutputError({"a": float("nan")}, 4).over(1.0, "") is not None
