@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxfuse.commands.grow import grow
     from onnxfuse.commands.inspect import inspect
     from onnxfuse.commands.loading import load, save
+    from onnxfuse.commands.operators import operators
     from onnxfuse.commands.retrain import retrain
     from onnxfuse.errors import (
         InputError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     )
     from onnxfuse.findings import Change, Prediction, Skip
     from onnxfuse.graph import Model
+    from onnxfuse.ops.coverage import OperatorInfo
     from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
     from onnxfuse.pipeline.catalog import PassInfo, passes
     from onnxfuse.results import (
@@ -65,6 +67,7 @@ _HOMES = {
         "Prediction",
         "Skip",
     ),
+    "ops.coverage": ("OperatorInfo",),
     "pipeline.catalog": ("PassInfo",),
     "results": (
         "DiffResult",
@@ -88,6 +91,7 @@ __all__ = [
     "ModelWarning",
     "NotApplicableError",
     "OnnxfuseError",
+    "OperatorInfo",
     "Pass",
     "PassInfo",
     "PassOptions",
@@ -107,6 +111,7 @@ __all__ = [
     "grow",
     "inspect",
     "load",
+    "operators",
     "passes",
     "retrain",
     "save",

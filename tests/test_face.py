@@ -17,7 +17,7 @@ from onnxfuse.recipe import parse_recipe
 
 FUNCTIONS = {
     *("compress", "grow", "retrain", "inspect", "verify", "diff"),
-    *("load", "save", "to_torch", "from_torch"),
+    *("load", "save", "operators", "to_torch", "from_torch"),
 }
 
 

@@ -18,13 +18,14 @@ from onnxfuse.cli.compress import compress
 from onnxfuse.cli.diff import diff
 from onnxfuse.cli.grow import grow
 from onnxfuse.cli.inspect import inspect
+from onnxfuse.cli.operators import operators
 from onnxfuse.cli.output import PROGRAM, say
 from onnxfuse.cli.passes import passes
 from onnxfuse.cli.retrain import retrain
 from onnxfuse.cli.verify import verify
 from onnxfuse.errors import InputError, OnnxfuseError
 
-COMMANDS = (compress, grow, retrain, inspect, verify, diff, passes)
+COMMANDS = (compress, grow, retrain, inspect, verify, diff, passes, operators)
 """In the order of the help."""
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it

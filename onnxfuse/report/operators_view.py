@@ -15,7 +15,7 @@ from onnxfuse.ops.table import Kind
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from onnxfuse.commands.operators import OperatorInfo
+    from onnxfuse.ops.coverage import OperatorInfo
 
 _OWN = {"rule": "rule", "default": "kind"}
 

@@ -34,7 +34,7 @@ W1 = RANDOM.standard_normal((6, 16)).astype(np.float32)
 W2 = RANDOM.standard_normal((16, 4)).astype(np.float32)
 X = RANDOM.standard_normal((100, 6)).astype(np.float32)
 LABELS = (np.maximum(X @ W1, 0) @ W2).argmax(axis=1)
-COMMANDS = ("compress", "grow", "retrain", "inspect", "verify", "diff", "passes")
+COMMANDS = ("compress", "grow", "retrain", "inspect", "verify", "diff", "passes", "operators")
 
 
 def network() -> onnx.ModelProto:

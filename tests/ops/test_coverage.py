@@ -11,7 +11,8 @@ from rich.console import Console
 
 from onnxfuse import bounds, cost, flow
 from onnxfuse.channels import rules
-from onnxfuse.commands.operators import FACETS, OperatorInfo, operators
+from onnxfuse.commands.operators import operators
+from onnxfuse.ops.coverage import FACETS, OperatorInfo
 from onnxfuse.ops.facet import Facet
 from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.pytorch.rules import RULES as TORCH
