@@ -415,6 +415,12 @@ def _batch_norm(site: IntervalNode) -> Interval | None:
 # ---- element by element ----------------------------------------------------------------------------------
 
 
+_LINEAR_RULES: Mapping[str, IntervalRule] = {
+    **dict.fromkeys(WEIGHTED, _affine),
+    "BatchNormalization": _batch_norm,
+}
+
+
 def _add(a: Interval, b: Interval, form: _Format) -> Interval:
     return _rounded(a.low + b.low, a.high + b.high, form)
 
@@ -616,6 +622,51 @@ def _cast(site: IntervalNode) -> Interval | None:
 def _dropout(site: IntervalNode) -> Interval | None:
     training = site.constant(2)
     return site.at(0) if not site.has(2) or (training is not None and not training.any()) else None
+
+
+def _increasing(site: IntervalNode) -> Interval | None:
+    """A monotone function of one input: what ONNX's reference implementation gives for the bounds."""
+    numbers = [value for value in site.attributes.values() if isinstance(value, (int, float))]
+    if min(numbers, default=0) < 0:
+        return None
+    x, opset = site.at(0), site.model.opset
+    slack = site.format.eps if numbers else 0.0  # a parameter may be rounded to the tensor's type
+    low = np.where(np.isinf(x.low), x.low, x.low - slack * np.abs(x.low))
+    high = np.where(np.isinf(x.high), x.high, x.high + slack * np.abs(x.high))
+    try:
+        evaluator = ReferenceEvaluator(site.node.proto(opset), opsets={"": opset})
+        (least,), (most,) = (evaluator.run(None, {site.inputs[0]: bound}) for bound in (low, high))
+    except Exception:  # what the reference implementation lacks costs knowledge, no more
+        return None
+    number = _CURVE * (1 + sum(numbers))
+    return _widened(np.asarray(least), np.asarray(most), site.format, number, x, site.key in _KEEPING_ZERO)
+
+
+_ELEMENTWISE_RULES: Mapping[str, IntervalRule] = {
+    "Dropout": _dropout,
+    "Relu": lambda site: site.at(0).map(lambda bound: np.maximum(bound, 0)),
+    "Max": _extreme(np.maximum),
+    "Min": _extreme(np.minimum),
+    "Clip": _clip,
+    "Where": _where,
+    "Cast": _cast,
+    **dict.fromkeys(("Add", "Sum"), _total),
+    "Sub": lambda site: _add(site.operands()[0], _neg(site.operands()[1]), site.format),
+    "Mul": _mul,
+    "Div": _div,
+    "Neg": lambda site: _neg(site.at(0)),
+    "Abs": lambda site: _absolute(site.at(0)),
+    "Pow": _pow,
+    **{op: _curve(function) for op, function in _CURVES.items()},
+    **dict.fromkeys(("LeakyRelu", "PRelu"), _leaky),
+    "HardSwish": lambda site: _dip(site.at(0), site.format, *_HARD_SWISH, keeps=True),
+    "Gelu": _gelu,
+    "com.microsoft::Gelu": _gelu,
+    "Swish": _swish,
+    "com.microsoft::QuickGelu": _swish,
+    "com.microsoft::ScaledSiLU": _scaled_silu,
+    "Softmax": lambda site: _widened(np.zeros(()), np.ones(()), site.format, _CURVE, _UNBOUNDED),
+}
 
 
 def _filled(site: IntervalNode) -> Interval:
@@ -875,27 +926,8 @@ def _picked_or_zero(site: IntervalNode) -> Interval:
     return site.at(0).hull().union(_ZERO)
 
 
-def _increasing(site: IntervalNode) -> Interval | None:
-    """A monotone function of one input: what ONNX's reference implementation gives for the bounds."""
-    numbers = [value for value in site.attributes.values() if isinstance(value, (int, float))]
-    if min(numbers, default=0) < 0:
-        return None
-    x, opset = site.at(0), site.model.opset
-    slack = site.format.eps if numbers else 0.0  # a parameter may be rounded to the tensor's type
-    low = np.where(np.isinf(x.low), x.low, x.low - slack * np.abs(x.low))
-    high = np.where(np.isinf(x.high), x.high, x.high + slack * np.abs(x.high))
-    try:
-        evaluator = ReferenceEvaluator(site.node.proto(opset), opsets={"": opset})
-        (least,), (most,) = (evaluator.run(None, {site.inputs[0]: bound}) for bound in (low, high))
-    except Exception:  # what the reference implementation lacks costs knowledge, no more
-        return None
-    number = _CURVE * (1 + sum(numbers))
-    return _widened(np.asarray(least), np.asarray(most), site.format, number, x, site.key in _KEEPING_ZERO)
-
-
-_RULES: Mapping[str, IntervalRule] = {
+_SHAPE_RULES: Mapping[str, IntervalRule] = {
     **dict.fromkeys(("Identity", "Expand"), lambda site: site.at(0)),
-    "Dropout": _dropout,
     "Concat": _concat,
     "Split": _split,
     "Slice": _slice,
@@ -904,41 +936,18 @@ _RULES: Mapping[str, IntervalRule] = {
     "Transpose": _transpose,
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
     **dict.fromkeys(("Tile", "GatherElements", "GatherND", "Compress"), _picked),
-    "Relu": lambda site: site.at(0).map(lambda bound: np.maximum(bound, 0)),
-    "Max": _extreme(np.maximum),
-    "Min": _extreme(np.minimum),
-    "Clip": _clip,
-    "Where": _where,
-    "Cast": _cast,
     "ConstantOfShape": _filled,
     "MaxPool": _max_pool,
     "GlobalMaxPool": _global_pool,
     "ReduceMax": _reduce,
     "ReduceMin": _reduce,
-    **dict.fromkeys(WEIGHTED, _affine),
-    "BatchNormalization": _batch_norm,
-    **dict.fromkeys(("Add", "Sum"), _total),
-    "Sub": lambda site: _add(site.operands()[0], _neg(site.operands()[1]), site.format),
-    "Mul": _mul,
-    "Div": _div,
-    "Neg": lambda site: _neg(site.at(0)),
-    "Abs": lambda site: _absolute(site.at(0)),
-    "Pow": _pow,
-    **{op: _curve(function) for op, function in _CURVES.items()},
-    **dict.fromkeys(("LeakyRelu", "PRelu"), _leaky),
-    "HardSwish": lambda site: _dip(site.at(0), site.format, *_HARD_SWISH, keeps=True),
-    "Gelu": _gelu,
-    "com.microsoft::Gelu": _gelu,
-    "Swish": _swish,
-    "com.microsoft::QuickGelu": _swish,
-    "com.microsoft::ScaledSiLU": _scaled_silu,
-    "Softmax": lambda site: _widened(np.zeros(()), np.ones(()), site.format, _CURVE, _UNBOUNDED),
     "AveragePool": _average_pool,
     "GlobalAveragePool": _global_pool,
     "ReduceMean": _reduce,
     "ReduceSum": _reduce,
     **dict.fromkeys(("Resize", "Upsample"), _resize),
 }
+
 
 # Operators that compute no new integers, which may wrap around; what a cast can't hold its own rule drops.
 _SELECTING = {*OPS.having(Trait.SELECTS), ("", "Cast")}
@@ -953,7 +962,11 @@ def _default(op: Op) -> IntervalRule | None:
     return _increasing if Trait.MONOTONE in op.traits else None
 
 
-RULES = Facet(keyed(_RULES), _default, lambda op: "those of its type alone: no rule")
+RULES = Facet(
+    keyed({**_LINEAR_RULES, **_ELEMENTWISE_RULES, **_SHAPE_RULES}),
+    _default,
+    lambda op: "those of its type alone: no rule",
+)
 """By operator: bounds of its outputs, None for what is not known."""
 
 __all__ = ["LIMIT", "RULES", "Interval", "intervals"]

@@ -235,6 +235,14 @@ Result = Flow | str | list[Flow | None]
 RegionRule = Callable[[RegionNode], Result]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A rule, and whether the region's data may come in by every input or by the first alone."""
+
+    rule: RegionRule
+    every_input: bool = False
+
+
 def sample(flow: Flow, reason: str, *, rank: int | None, curved: bool = False, tail: bool = False) -> Flow:
     """The flow with its geometry lost, for a reason."""
     return replace(
@@ -606,6 +614,28 @@ def _reduce(site: RegionNode) -> Result:
 # Axes moved, cut and joined -----------------------------------------------------------------------
 
 
+_LINEAR_DEFAULTS = {
+    **dict.fromkeys((Kind.ACTIVATION, Kind.ELEMENTWISE), Entry(_pointwise, every_input=True)),
+    Kind.REDUCE: Entry(_reduce),
+    Kind.SOFTMAX: Entry(_over_axis),
+}
+_LINEAR_RULES = {
+    "Conv": Entry(_conv),
+    "MatMul": Entry(_matmul, every_input=True),
+    "Gemm": Entry(_gemm),
+    "Einsum": Entry(_einsum, every_input=True),
+    "Attention": Entry(_attention, every_input=True),
+    **dict.fromkeys(("MaxPool", "AveragePool", "LpPool"), Entry(_pool)),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), Entry(_global)),
+    **dict.fromkeys(("InstanceNormalization", "GroupNormalization"), Entry(_global)),
+    "BatchNormalization": Entry(_batch_normalization),
+    **dict.fromkeys(("LpNormalization", "LayerNormalization", "RMSNormalization"), Entry(_over_axis)),
+    "com.microsoft::LayerNormalization": Entry(_over_axis),
+    "SimplifiedLayerNormalization": Entry(_over_axis),
+    "LRN": Entry(_across_channels),
+}
+
+
 def _transpose(site: RegionNode) -> Result:
     flow = site.flow()
     assert flow is not None
@@ -926,33 +956,7 @@ def _resized(site: RegionNode) -> Result:
     return f"{site.node.op} enlarges the image: no convolution with a stride can stand for it"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A rule, and whether the region's data may come in by every input or by the first alone."""
-
-    rule: RegionRule
-    every_input: bool = False
-
-
-_DEFAULTS = {
-    **dict.fromkeys((Kind.ACTIVATION, Kind.ELEMENTWISE), Entry(_pointwise, every_input=True)),
-    Kind.REDUCE: Entry(_reduce),
-    Kind.SOFTMAX: Entry(_over_axis),
-}
-_RULES = {
-    "Conv": Entry(_conv),
-    "MatMul": Entry(_matmul, every_input=True),
-    "Gemm": Entry(_gemm),
-    "Einsum": Entry(_einsum, every_input=True),
-    "Attention": Entry(_attention, every_input=True),
-    **dict.fromkeys(("MaxPool", "AveragePool", "LpPool"), Entry(_pool)),
-    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), Entry(_global)),
-    **dict.fromkeys(("InstanceNormalization", "GroupNormalization"), Entry(_global)),
-    "BatchNormalization": Entry(_batch_normalization),
-    **dict.fromkeys(("LpNormalization", "LayerNormalization", "RMSNormalization"), Entry(_over_axis)),
-    "com.microsoft::LayerNormalization": Entry(_over_axis),
-    "SimplifiedLayerNormalization": Entry(_over_axis),
-    "LRN": Entry(_across_channels),
+_SHAPE_RULES = {
     "Transpose": Entry(_transpose),
     "Reshape": Entry(_reshape),
     "Flatten": Entry(_flatten),
@@ -975,7 +979,7 @@ def _missing(op: Op) -> str:
     return "ends a region: no rule"
 
 
-RULES = Facet(keyed(_RULES), lambda op: _DEFAULTS.get(op.kind), _missing)
+RULES = Facet(keyed({**_LINEAR_RULES, **_SHAPE_RULES}), lambda op: _LINEAR_DEFAULTS.get(op.kind), _missing)
 """By operator: how its outputs' flows come from its inputs'."""
 
 
