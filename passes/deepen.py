@@ -26,7 +26,7 @@ from pydantic import Field
 
 from onnxfuse import sites
 from onnxfuse.blocks import copy_block
-from onnxfuse.depth import Scheme, Site, find_sites
+from onnxfuse.depth import DeepeningSite, Scheme, find_sites
 from onnxfuse.graph import Model
 from onnxfuse.layers import Layer, add_branches, add_identities, attach, detach, unused_prefix
 from onnxfuse.pass_manager import Change, Context, Contract, Pass, PassOptions, PassResult, Skip
@@ -96,7 +96,7 @@ class Deepen(Pass):
         sites.refuse_named(refused, done, "deepened")
         return PassResult(model, changes, skipped, notes=[] if changes else [sites.idle(NAME, skipped)])
 
-    def _deepen(self, model: Model, site: Site, count: int, random: np.random.Generator) -> str:
+    def _deepen(self, model: Model, site: DeepeningSite, count: int, random: np.random.Generator) -> str:
         """What was done, in words."""
         times = "" if count == 1 else f", {count} times"
         if isinstance(site.place, Layer):
