@@ -16,7 +16,7 @@ Scheme = Literal["r2r", "net2net"]
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class DeepeningSite:
     """Where a network may be deepened: behind a layer, or with a copy of a chain of residual blocks.
 
     Attributes:
@@ -32,7 +32,7 @@ class Site:
     sum: bool
 
 
-def find_sites(model: Model, scheme: Scheme, blocks: int = 1) -> list[Site]:
+def find_sites(model: Model, scheme: Scheme, blocks: int = 1) -> list[DeepeningSite]:
     """Every place where layers may be added, and every residual sum, with what stands in the way."""
     leading = followed(model)
     found = []
@@ -40,7 +40,7 @@ def find_sites(model: Model, scheme: Scheme, blocks: int = 1) -> list[Site]:
         reason = _layer_obstacle(model, layer, scheme)
         if any(end not in leading for end in layer.ends):
             reason = "no operator with weights follows it"
-        found.append(Site(layer.names, None if reason else layer, reason, False))
+        found.append(DeepeningSite(layer.names, None if reason else layer, reason, False))
     every = find_blocks(model)
     for node in every:
         chain = _chain(model, every, node, blocks)
@@ -49,7 +49,7 @@ def find_sites(model: Model, scheme: Scheme, blocks: int = 1) -> list[Site]:
         elif node.outputs[0] not in leading:
             chain = "no operator with weights follows it"
         reason, place = (chain, None) if isinstance(chain, str) else (None, chain)
-        found.append(Site((label(node),), place, reason, True))
+        found.append(DeepeningSite((label(node),), place, reason, True))
     return found
 
 

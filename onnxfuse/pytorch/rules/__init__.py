@@ -22,7 +22,7 @@ from typing import Any
 from torch import fx
 
 from onnxfuse.ops.facet import Facet
-from onnxfuse.ops.table import OPS, Key, Op, parse_key
+from onnxfuse.ops.table import OPS, Key, Kind, Op, parse_key
 from onnxfuse.pytorch.values import Call, Host
 
 Result = fx.Node | Host | tuple[fx.Node | Host | None, ...]
@@ -48,16 +48,14 @@ def _missing(op: Op) -> str:
     return "read as a stored value" if op.name == "Constant" else "refused: no rule"
 
 
-def rule(
-    *kinds: str, host: HostFunction | None = None, elementwise: bool = False
-) -> Callable[[Function], Function]:
+def rule(*kinds: str, host: HostFunction | None = None) -> Callable[[Function], Function]:
     """Decorator: the rule of these operators, "Conv" or "com.microsoft::Gelu"; `ops.table` has their rows."""
 
     def add(function: Function) -> Function:
         for key in map(parse_key, kinds):
             row = OPS.get(*key)
             assert row is not None, key
-            TABLE[key] = TorchRule(function, row.weights, host, elementwise)
+            TABLE[key] = TorchRule(function, row.weights, host, row.kind is Kind.ELEMENTWISE)
         return function
 
     return add

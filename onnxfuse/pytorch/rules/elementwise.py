@@ -19,7 +19,7 @@ from onnxfuse.pytorch.values import Call, Value
 
 
 def _binary(kind: str, function: Callable[..., Any], host: hostmath.Scalar) -> None:
-    @rule(kind, host=hostmath.arithmetic(host), elementwise=True)
+    @rule(kind, host=hostmath.arithmetic(host))
     def convert(call: Call) -> Value:
         return spread(call, call.emit(function, *operands(call)), call.dtype(0))
 
@@ -29,7 +29,7 @@ _binary("Sub", operator.sub, hostmath.subtract)
 _binary("Mul", operator.mul, hostmath.multiply)
 
 
-@rule("Div", host=hostmath.arithmetic(hostmath.divide), elementwise=True)
+@rule("Div", host=hostmath.arithmetic(hostmath.divide))
 def divide(call: Call) -> Value:
     dtype = call.dtype(0)
     if dtype is None:
@@ -59,7 +59,7 @@ def remainder(call: Call) -> Value:
     return spread(call, call.emit(function, call.tensor(0), _second(call)), call.dtype(0))
 
 
-@rule("Pow", host=hostmath.arithmetic(hostmath.power), elementwise=True)
+@rule("Pow", host=hostmath.arithmetic(hostmath.power))
 def power(call: Call) -> Value:
     refuse_wide_unsigned(call)
     # An exponent that torch knows is much faster, so that even an initializer is read here.
