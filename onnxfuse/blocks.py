@@ -68,7 +68,15 @@ def before(model: Model, block: Block) -> Node | None:
 
 
 def copy_block(model: Model, block: Block, x: Tensor, prefix: str, by: str) -> Tensor:
-    """x + F'(E(x)), see the module docstring; names begin with `prefix`."""
+    """The tensor x + F'(E(x)) of a new copy of a block (module docstring).
+
+    Args:
+        model: edited in place.
+        block: of it.
+        x: what the copy reads.
+        prefix: that names of new nodes and tensors begin with.
+        by: name of the pass.
+    """
     twins: dict[Tensor, Tensor] = {block.u: x}
     nodes = block.branch
     if block.entry is not None:

@@ -70,7 +70,13 @@ def truncated(weight: Array) -> Basis:
 
 
 def randomized(weight: Array, rank: int, seed: int) -> Basis:
-    """Nearly the basis of the SVD of a weight (out, columns), of at most `rank` directions."""
+    """Nearly the basis of the SVD (module docstring).
+
+    Args:
+        weight: (out, columns).
+        rank: number of directions at most.
+        seed: of the random start.
+    """
     random = np.random.default_rng(seed)
     width = min(rank + OVERSAMPLING, *weight.shape)
     span = np.linalg.qr(weight @ random.standard_normal((weight.shape[1], width)))[0]

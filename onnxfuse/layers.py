@@ -121,7 +121,7 @@ def unused_prefix(model: Model, base: str) -> str:
 def add_branches(
     model: Model, layer: Layer, inner: Sequence[float], count: int, random: np.random.Generator, by: str
 ) -> None:
-    """x + [V, -V] psi([U; U] ...) behind the layer, `count` times, with a ReLU where it has no psi.
+    """Put x + [V, -V] psi([U; U] ...) behind a layer, with a ReLU where it has no psi.
 
     Args:
         model: edited in place.
@@ -137,7 +137,14 @@ def add_branches(
 
 
 def add_identities(model: Model, layer: Layer, count: int, by: str) -> None:
-    """psi(I x) behind the layer, `count` times; psi must be idempotent, or there must be none."""
+    """Put psi(I x) behind a layer whose psi is idempotent, or which has none.
+
+    Args:
+        model: edited in place.
+        layer: of it.
+        count: how many times.
+        by: name of the pass.
+    """
     op = layer.ops[0]
     inside = op.out_features // op.groups
     middle = 0

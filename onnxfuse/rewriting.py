@@ -69,7 +69,13 @@ def named(only: str, how: str = "with a name") -> str:
 def linear_ops(
     model: Model, only: str, shapes: Mapping[str, TensorInfo]
 ) -> tuple[list[LinearOp], list[Skip]]:
-    """The operators of matching names that have stored weights, and those of that kind that have none."""
+    """The operators with stored weights, and those of their kind that have none.
+
+    Args:
+        model: is left as it is.
+        only: pattern that their names match.
+        shapes: see `linear.linear_op`.
+    """
     found: list[LinearOp] = []
     skipped: list[Skip] = []
     for node in model.nodes:
@@ -84,7 +90,14 @@ def linear_ops(
 
 
 def stored_weights(model: Model, only: str, context: Context) -> tuple[list[SharedWeight], list[Skip]]:
-    """The weights that can be replaced by others of the same shape, in the order of their first operators."""
+    """The weights that can be replaced by others of the same shape, in the order of their first operators,
+    and the operators that have none.
+
+    Args:
+        model: is left as it is.
+        only: pattern that the operators' names match.
+        context: of the pass.
+    """
     ops, skipped = linear_ops(model, only, model.shapes(first_feed(context)))
     weights: list[SharedWeight] = []
     for weight in shared_weights(ops):
@@ -272,7 +285,7 @@ def within_bound(
     options: Goals,
     said: Callable[[Level], str],
 ) -> Found:
-    """`farthest`, with notes that name levels by the words of `said`."""
+    """The outcome of `farthest` with notes that name levels by the words of `said`; arguments as there."""
     none = f"not even {said(levels[0])} is"
     return farthest(levels, make, context, options, said=said, none=lambda within, _: f"{none} {within}")
 

@@ -124,6 +124,11 @@ def _lengths(group: Group, width: int) -> Iterator[tuple[Dim, range]]:
 def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
     """Multiply-accumulates at the sizes of the run that the groups were found on.
 
+    Args:
+        model: that the groups were found in.
+        found: all of its groups.
+        groups: those whose widths are to be chosen.
+
     Raises:
         NotApplicableError: they can't be counted.
     """
@@ -163,7 +168,7 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
 
 
 def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
-    """Elements of the stored tensors."""
+    """Elements of the stored tensors; arguments as `macs`."""
     axes = found.system.axes
     owner = {leaf: group for group in groups for leaf in group.leaves}
 
@@ -222,8 +227,13 @@ def _leaves(dims: Sequence[Dim] | None) -> Iterator[Dim]:
 
 
 def choose(curves: Sequence[Curve], total: Total, target: float) -> Widths | None:
-    """Widths at which `total` is at most `target`, at as little loss as the greedy search finds; None where
-    the narrowest of all candidates are not enough."""
+    """Widths at as little loss as the greedy search finds; None where the narrowest of all are not enough.
+
+    Args:
+        curves: of the groups whose widths are to be chosen.
+        total: the cost of given widths.
+        target: what it may be at most.
+    """
     widths = {curve.group: curve.widths[0] for curve in curves}
     by_group = {curve.group: curve for curve in curves}
     at = dict.fromkeys(by_group, 0)

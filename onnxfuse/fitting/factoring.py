@@ -95,7 +95,13 @@ class Product:
 
 
 def find_products(model: Model, ops: Sequence[LinearOp], by: str) -> list[Product]:
-    """Linear operators of a model as products; a pair that a pass of the name `by` made is one."""
+    """Linear operators of a model as products; a pair that was split before is one.
+
+    Args:
+        model: of the operators.
+        ops: linear operators, in the order of the graph.
+        by: name of the pass that makes pairs.
+    """
     by_node = {op.node: op for op in ops}
     pairs: dict[Node, Node] = {}
     for op in ops:
@@ -210,7 +216,12 @@ def rank_costs(model: Model, products: Sequence[Product], feed: Feed, what: str,
 
 
 def measured(model: Model, feed: Feed, what: str) -> float:
-    """The number of a model's "parameters" or "MACs".
+    """The number of parameters or multiply-accumulates.
+
+    Args:
+        model: is left as it is.
+        feed: samples, for their sizes.
+        what: "parameters" or "MACs".
 
     Raises:
         NotApplicableError: the MACs can't be counted.
