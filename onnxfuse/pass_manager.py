@@ -308,13 +308,13 @@ def _step(
     except OnnxfuseError as refusal:
         error = refusal
     middle = time.perf_counter()
-    verification = None
+    checked = None
     if result is not None and result.changes:
-        verification = verify_pass(pass_.contract, model, result, context)
+        checked = verify_pass(pass_.contract, model, result, context)
     end = time.perf_counter()
-    committed = error is None and (verification is None or verification.passed)
-    reason = str(error) if error is not None else verification.reason if verification is not None else None
-    changed = result is not None and committed and verification is not None
+    committed = error is None and (checked is None or checked.passed)
+    reason = str(error) if error is not None else checked.reason if checked is not None else None
+    changed = result is not None and committed and checked is not None
     after = result.model if changed and result is not None else model
     found = result if result is not None else PassResult(model)
     return after, StepReport(
@@ -330,7 +330,7 @@ def _step(
         skipped=tuple(found.skipped),
         predictions=tuple(found.predictions),
         notes=tuple(found.notes),
-        verification=verification,
+        verification=checked,
         before=before,
         after=measure(after, sample) if changed else before,
     )

@@ -26,12 +26,8 @@ from pydantic import Field
 
 from onnxfuse import sites
 from onnxfuse.blocks import copy_block
-from onnxfuse.depth import DeepeningSite
-from onnxfuse.depth import Scheme
-from onnxfuse.depth import find_sites
-from onnxfuse.depth import Site
-from onnxfuse.findings import Change
-from onnxfuse.findings import Skip
+from onnxfuse.depth import DeepeningSite, Scheme, find_sites
+from onnxfuse.findings import Change, Skip
 from onnxfuse.graph import Model
 from onnxfuse.layers import Layer, add_branches, add_identities, attach, detach, unused_prefix
 from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
@@ -101,13 +97,8 @@ class Deepen(Pass):
         sites.refuse_named(refused, done, "deepened")
         return PassResult(model, changes, skipped, notes=[] if changes else [sites.idle(NAME, skipped)])
 
-<<<<<<< HEAD
-    def _deepen(self, model: Model, site: Site, count: int, random: np.random.Generator) -> str:
-        """Deepen the network at a site; returns what was done, in words."""
-=======
     def _deepen(self, model: Model, site: DeepeningSite, count: int, random: np.random.Generator) -> str:
-        """What was done, in words."""
->>>>>>> ops
+        """Deepen the network at a site; returns what was done, in words."""
         times = "" if count == 1 else f", {count} times"
         if isinstance(site.place, Layer):
             if self.options.scheme == "net2net":

@@ -20,14 +20,16 @@ def _info(key: Key, op: Op, facets: Mapping[str, str]) -> OperatorInfo:
 
 
 def _coverage() -> Mapping[str, Callable[[Key], str]]:
-    from onnxfuse import bounds, cost, flow
-    from onnxfuse.channels import rules
+    from onnxfuse.bounds import RULES as interval_rules
+    from onnxfuse.channels.rules import RULES as channel_rules
+    from onnxfuse.cost import RULES as cost_rules
+    from onnxfuse.flow import RULES as region_rules
 
     return {
-        "channels": rules.RULES.coverage,
-        "regions": flow.RULES.coverage,
-        "bounds": bounds.RULES.coverage,
-        "macs": cost.RULES.coverage,
+        "channels": channel_rules.coverage,
+        "regions": region_rules.coverage,
+        "bounds": interval_rules.coverage,
+        "macs": cost_rules.coverage,
         "torch": _torch_coverage(),
     }
 

@@ -9,9 +9,11 @@ import sys
 import pytest
 from rich.console import Console
 
-from onnxfuse import bounds, cost, flow
-from onnxfuse.channels import rules
+from onnxfuse.bounds import RULES as INTERVALS
+from onnxfuse.channels.rules import RULES as CHANNELS
 from onnxfuse.commands.operators import operators
+from onnxfuse.cost import RULES as COSTS
+from onnxfuse.flow import RULES as REGIONS
 from onnxfuse.ops.coverage import FACETS, OperatorInfo
 from onnxfuse.ops.facet import Facet
 from onnxfuse.ops.table import OPS, Kind
@@ -19,10 +21,10 @@ from onnxfuse.pytorch.rules import RULES as TORCH
 from onnxfuse.report.operators_view import operators_view
 
 ALL: dict[str, Facet] = {
-    "channels": rules.RULES,
-    "regions": flow.RULES,
-    "bounds": bounds.RULES,
-    "macs": cost.RULES,
+    "channels": CHANNELS,
+    "regions": REGIONS,
+    "bounds": INTERVALS,
+    "macs": COSTS,
     "torch": TORCH,
 }
 
