@@ -124,7 +124,5 @@ def _error_reason(comparison: Comparison, max_error: float) -> str | None:
     for output in comparison.outputs:
         if output.problem:
             return f"output {output.problem}"
-    worst = max(comparison.outputs, key=lambda output: output.relative, default=None)
-    if worst is None or worst.relative <= max_error:
-        return None
-    return f"the relative error of output '{worst.name}' is {worst.relative:.3g}, above {max_error:g}"
+    errors = {output.name: output.relative for output in comparison.outputs}
+    return verification.OutputError(errors, comparison.samples).over(max_error, "")

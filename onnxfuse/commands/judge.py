@@ -182,9 +182,8 @@ def _over_budget(error: OutputError | None, context: Context, scores: MetricChan
     bound = context.max_error
     if bound is not None and error is None:
         return "there are no held-out samples to hold --max-error on"
-    if bound is not None and error is not None and not error.worst <= bound:
-        name = max(error.outputs, key=lambda output: error.outputs[output])
-        return f"the relative error of output '{name}' is {error.worst:.3g}, above --max-error {bound:g}"
+    if bound is not None and error is not None and (reason := error.over(bound, "--max-error")):
+        return reason
     if scores is None or scores.max_drop is None:
         return None
     drop = scores.scores.before - scores.scores.after
