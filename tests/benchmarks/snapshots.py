@@ -1,6 +1,6 @@
 """Does a restructuring change anything? Records what commands of onnxfuse do, and compares later states.
 
-    python tests/benchmarks/snapshots.py record before.json     # three to four minutes
+    python tests/benchmarks/snapshots.py record before.json     # 340 CPU seconds
     ... change the code ...
     python tests/benchmarks/snapshots.py compare before.json    # one line for each difference; exit code 1
     python tests/benchmarks/snapshots.py compare before.json --only 'fuse*' --only 'error*'
