@@ -22,17 +22,11 @@ if TYPE_CHECKING:
     from onnxfuse.commands.loading import load, save
     from onnxfuse.commands.operators import operators
     from onnxfuse.commands.retrain import retrain
-    from onnxfuse.errors import (
-        InputError,
-        ModelWarning,
-        NotApplicableError,
-        OnnxfuseError,
-        VerificationError,
-    )
+    from onnxfuse.errors import InputError, ModelWarning, NotApplicableError, OnnxfuseError, VerificationError
     from onnxfuse.findings import Change, Prediction, Skip
-    from onnxfuse.graph import Model
+    from onnxfuse.ir.model import Model
     from onnxfuse.ops.coverage import OperatorInfo
-    from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
+    from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
     from onnxfuse.pipeline.catalog import PassInfo, passes
     from onnxfuse.results import (
         DiffResult,

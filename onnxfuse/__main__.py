@@ -2,6 +2,6 @@
 
 import sys
 
-from onnxfuse.cli import main
+from onnxfuse.cli.app import main
 
 sys.exit(main())

@@ -16,25 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxfuse.instruments import plain
+from onnxfuse.pipeline.instruments import plain
 from onnxfuse.wording import counted, in_bytes, in_macs, milliseconds, printable, rounded, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onnxfuse.analysis.cost import Cost
+    from onnxfuse.analysis.layer_similarity import Likeness
+    from onnxfuse.analysis.structural_diff import Structure
     from onnxfuse.channels.summary import GroupSummary
-    from onnxfuse.cost import Cost, Latency
-    from onnxfuse.difference import Structure
-    from onnxfuse.filesize import FileSize
+    from onnxfuse.data.calibration import Samples
     from onnxfuse.findings import Json, Skip
-    from onnxfuse.graph import Model
-    from onnxfuse.growth import GrowthSite
-    from onnxfuse.likeness import Likeness
-    from onnxfuse.pass_manager import StepReport
-    from onnxfuse.report.record import MetricChange, Retraining, Samples
-    from onnxfuse.shapes import TensorInfo
-    from onnxfuse.significance import PairedDifference
-    from onnxfuse.verification import Comparison, Divergence, OutputError
+    from onnxfuse.growth.plan import GrowthSite
+    from onnxfuse.ir.file_size import FileSize
+    from onnxfuse.ir.model import Model
+    from onnxfuse.ir.shapes import TensorInfo
+    from onnxfuse.numerics.significance import PairedDifference
+    from onnxfuse.pipeline.records import StepReport
+    from onnxfuse.pytorch.training.records import Retraining
+    from onnxfuse.runtime.latency import Latency
+    from onnxfuse.verification.metrics import MetricChange
+    from onnxfuse.verification.records import Comparison, Divergence, OutputError
 
 FORMAT = 2
 _LISTED = 10  # entries of a long list that are shown

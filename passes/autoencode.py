@@ -26,24 +26,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from onnxfuse import sites
+from onnxfuse.analysis.regions.region import site_name
 from onnxfuse.errors import InputError
 from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.input_rows import input_rows
+from onnxfuse.fitting.rewriting import Mask, finished, first_feed, nothing, settled, unmeasurable, walked
 from onnxfuse.fitting.search import Found
-from onnxfuse.goals import Goals, Share
-from onnxfuse.graph import Model
-from onnxfuse.ir import Node, Variable
-from onnxfuse.linear import LINEAR, LinearOp, linear_op
-from onnxfuse.linear_building import add_linear
+from onnxfuse.fitting.sites import MOST_COLUMNS, check_mask
+from onnxfuse.fitting.walk import Solved
+from onnxfuse.ir.model import Model
+from onnxfuse.ir.nodes import Node, Variable
 from onnxfuse.numerics.affine import Affine
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
-from onnxfuse.regions import site_name
-from onnxfuse.rewriting import Mask, finished, first_feed, nothing, settled, unmeasurable, walked
-from onnxfuse.walk import MOST_COLUMNS, Solved, check_mask
+from onnxfuse.ops.linear import LINEAR, LinearOp, linear_op
+from onnxfuse.ops.linear_building import add_linear
+from onnxfuse.pipeline import choosing
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
+from onnxfuse.pipeline.goals import Goals, Share
 
 if TYPE_CHECKING:
-    from onnxfuse.pytorch.autoencoder import Autoencoder
+    from onnxfuse.pytorch.training.autoencoder import Autoencoder
 
 NAME = "autoencode"
 
@@ -106,7 +107,7 @@ class Autoencode(Pass):
         check_mask(model, self.options.mask)
         plans, skipped = self._plans(model, context)
         if not plans:
-            return nothing(model, skipped, sites.idle("replace", skipped))
+            return nothing(model, skipped, choosing.idle("replace", skipped))
         trained = self._train(training, model, plans, context)
         made = model.copy()
         pairs = [
@@ -134,7 +135,7 @@ class Autoencode(Pass):
         """The operators that are replaced and by what, and why others are not."""
         shapes = model.shapes(first_feed(context))
         known = {node: (site_name(node),) for node in model.nodes if node.op in LINEAR}
-        asked = sites.choose({self.options.only: None}, known, "linear operator")
+        asked = choosing.choose({self.options.only: None}, known, "linear operator")
         plans: list[_Plan] = []
         skipped: list[Skip] = []
         for node in (node for node in known if node in asked):
@@ -150,7 +151,7 @@ class Autoencode(Pass):
         plans = [plan for node, plan in nodes.items() if node not in foreign]
         skipped += [Skip((nodes[node].op.name,), reason) for node, reason in foreign.items()]
         refused = {self.options.only: [skip.reason for skip in skipped]} if skipped else {}
-        sites.refuse_named(refused, [self.options.only] if plans else [], "replaced")
+        choosing.refuse_named(refused, [self.options.only] if plans else [], "replaced")
         return plans, skipped
 
     def _plan(self, op: LinearOp) -> _Plan | str:
@@ -215,7 +216,7 @@ def _training() -> ModuleType:
         import torch  # noqa: F401
     except ImportError as error:
         raise InputError("autoencode needs PyTorch: pip install 'onnxfuse[torch]'") from error
-    from onnxfuse.pytorch import autoencoder
+    from onnxfuse.pytorch.training import autoencoder
 
     return autoencoder
 

@@ -22,15 +22,9 @@ import numpy.typing as npt
 from onnx import TensorProto
 from pydantic import Field
 
+from onnxfuse.analysis.regions.region import site_name
 from onnxfuse.findings import Json
-from onnxfuse.fitting.search import Found
-from onnxfuse.graph import Model
-from onnxfuse.linear import LINEAR
-from onnxfuse.marks import VALUES, ZEROS, keep, kept
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
-from onnxfuse.quantisation import kmeans, nearest
-from onnxfuse.regions import site_name
-from onnxfuse.rewriting import (
+from onnxfuse.fitting.rewriting import (
     OperatorOptions,
     finished,
     first_feed,
@@ -42,8 +36,14 @@ from onnxfuse.rewriting import (
     walked,
     within_bound,
 )
-from onnxfuse.shared_weights import SharedWeight
-from onnxfuse.walk import check_mask
+from onnxfuse.fitting.search import Found
+from onnxfuse.fitting.sites import check_mask
+from onnxfuse.ir.marks import VALUES, ZEROS, keep, kept
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.kmeans import kmeans, nearest
+from onnxfuse.ops.linear import LINEAR
+from onnxfuse.ops.shared_weights import SharedWeight
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 
 LEVELS = tuple(2**bits for bits in range(8, 0, -1))
 """Numbers of values that are tried where only the error bound says how few."""

@@ -24,13 +24,14 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from onnxfuse import sites
-from onnxfuse.blocks import copy_block
-from onnxfuse.depth import DeepeningSite, Scheme, find_sites
+from onnxfuse.analysis.layers import Layer
 from onnxfuse.findings import Change, Skip
-from onnxfuse.graph import Model
-from onnxfuse.layers import Layer, add_branches, add_identities, attach, detach, unused_prefix
-from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
+from onnxfuse.growth.block_copies import copy_block
+from onnxfuse.growth.deepening import add_branches, add_identities, attach, detach, unused_prefix
+from onnxfuse.growth.depth import DeepeningSite, Scheme, find_sites
+from onnxfuse.ir.model import Model
+from onnxfuse.pipeline import choosing
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
 
 NAME = "deepen"
 
@@ -74,7 +75,7 @@ class Deepen(Pass):
         be deepened."""
         known = find_sites(model, self.options.scheme, self.options.blocks)
         sums = [site for site in known if site.sum and site.obstacle is None]
-        asked = sites.choose(
+        asked = choosing.choose(
             self.options.sites,
             {site: site.names for site in known},
             "operator or residual sum",
@@ -94,8 +95,8 @@ class Deepen(Pass):
             else:
                 refused.setdefault(words, []).append(site.obstacle)
                 skipped.append(Skip(site.names, site.obstacle))
-        sites.refuse_named(refused, done, "deepened")
-        return PassResult(model, changes, skipped, notes=[] if changes else [sites.idle(NAME, skipped)])
+        choosing.refuse_named(refused, done, "deepened")
+        return PassResult(model, changes, skipped, notes=[] if changes else [choosing.idle(NAME, skipped)])
 
     def _deepen(self, model: Model, site: DeepeningSite, count: int, random: np.random.Generator) -> str:
         """Deepen the network at a site; returns what was done, in words."""

@@ -27,7 +27,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxfuse.affine import (
+from onnxfuse.analysis.constant_folding import GROWTH, fold_constants, integers, label, overridable
+from onnxfuse.analysis.noops import OPERATORS, handed_on, permutation
+from onnxfuse.findings import Change, Json, Skip
+from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY, Model
+from onnxfuse.ir.nodes import Node, Tensor
+from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.numerics.composition import ConvShape, border_reason, compose_conv, compose_dense, compose_shape
+from onnxfuse.ops.channel_affine import (
     AFFINE_OPERATORS,
     CARRIERS,
     ChannelAffine,
@@ -36,12 +43,7 @@ from onnxfuse.affine import (
     channel_affine,
     training_mode,
 )
-from onnxfuse.compose import ConvShape, border_reason, compose_conv, compose_dense, compose_shape
-from onnxfuse.constants import GROWTH, fold_constants, integers, label, overridable
-from onnxfuse.findings import Change, Json, Skip
-from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model
-from onnxfuse.ir import Node, Tensor
-from onnxfuse.linear import (
+from onnxfuse.ops.linear import (
     LINEAR,
     LinearOp,
     is_main_domain,
@@ -49,14 +51,11 @@ from onnxfuse.linear import (
     linear_op,
     optional_input,
     output_axis,
-    overflow,
     weight_type,
-    write_weights,
 )
-from onnxfuse.noops import OPERATORS, handed_on, permutation
+from onnxfuse.ops.linear_weights import overflow, write_weights
 from onnxfuse.ops.table import OPS, Kind, Trait
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
-from onnxfuse.shapes import TensorInfo
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 
 NAME = "fold"
 MAX_CARRIERS = 6  # operators looked through between a BatchNormalization and the linear operator behind it

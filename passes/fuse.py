@@ -31,22 +31,25 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from onnxfuse.cost import node_macs, shapes_at
+from onnxfuse.analysis.cost import node_macs, shapes_at
+from onnxfuse.analysis.regions.check import check_geometry
+from onnxfuse.analysis.regions.region import Region, describe, site_name
+from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.findings import Change, Json, Skip
+from onnxfuse.fitting.local_fits import Candidate, Fit, survey
+from onnxfuse.fitting.rewriting import Mask, finished, first_feed, named, nothing, walked
 from onnxfuse.fitting.search import Found, error_bound, farthest
-from onnxfuse.goals import Goals, count
-from onnxfuse.graph import Model
-from onnxfuse.ir import Node
-from onnxfuse.linear_building import add_linear
+from onnxfuse.fitting.sites import MOST_COLUMNS, check_mask, kept_channels
+from onnxfuse.fitting.trials import Trials
+from onnxfuse.fitting.walk import Solved, refit_change
+from onnxfuse.ir.model import Model
+from onnxfuse.ir.nodes import Node
+from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.numerics.affine import Affine
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
-from onnxfuse.regions import Region, check_geometry, describe, find_regions, site_name
-from onnxfuse.rewriting import Mask, finished, first_feed, named, nothing, walked
-from onnxfuse.shapes import TensorInfo
-from onnxfuse.survey import Candidate, Fit, survey
-from onnxfuse.trials import Trials
-from onnxfuse.walk import MOST_COLUMNS, Solved, check_mask, kept_channels, refit_change
+from onnxfuse.ops.linear_building import add_linear
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
+from onnxfuse.pipeline.goals import Goals, count
 
 AUTO_KERNEL = 3
 """Largest kernel that is chosen unasked: a larger one costs more than the two 3x3 it replaces."""

@@ -14,11 +14,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from onnxfuse import sites
 from onnxfuse.findings import Change, Skip
-from onnxfuse.graph import Model
-from onnxfuse.kernels import enlarge, find_kernels, obstacle
-from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
+from onnxfuse.growth.kernels import enlarge, find_kernels, obstacle
+from onnxfuse.ir.model import Model
+from onnxfuse.pipeline import choosing
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
 
 NAME = "kernel"
 
@@ -53,7 +53,7 @@ class Kernel(Pass):
         skipped: list[Skip] = []
         refused: dict[str, list[str]] = {}
         done: list[str] = []
-        asked = sites.choose(self.options.sites, known, "convolution")
+        asked = choosing.choose(self.options.sites, known, "convolution")
         for weight, (words, size) in asked.items():
             names = tuple(known[weight])
             reason = obstacle(model, weight, size, shapes)
@@ -63,5 +63,7 @@ class Kernel(Pass):
             else:
                 refused.setdefault(words, []).append(reason)
                 skipped.append(Skip(names, reason))
-        sites.refuse_named(refused, done, "given a larger kernel")
-        return PassResult(model, changes, skipped, notes=[] if changes else [sites.idle("enlarge", skipped)])
+        choosing.refuse_named(refused, done, "given a larger kernel")
+        return PassResult(
+            model, changes, skipped, notes=[] if changes else [choosing.idle("enlarge", skipped)]
+        )

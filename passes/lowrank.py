@@ -21,17 +21,9 @@ from pydantic import Field, PositiveInt
 
 from onnxfuse.channels.consumers import View
 from onnxfuse.errors import NotApplicableError, VerificationError
-from onnxfuse.factors import Basis, allocate, randomized, reduced_rank, truncated
 from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.factoring import Product, find_products, measured, put_factors, rank_costs
-from onnxfuse.fitting.search import Found
-from onnxfuse.goals import Share, left_of_all
-from onnxfuse.graph import Model
-from onnxfuse.ir import Node
-from onnxfuse.linear import LinearOp, linear_op, write_weights
-from onnxfuse.numerics.affine import Array
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
-from onnxfuse.rewriting import (
+from onnxfuse.fitting.rewriting import (
     OperatorOptions,
     finished,
     first_feed,
@@ -45,9 +37,19 @@ from onnxfuse.rewriting import (
     walked,
     within_bound,
 )
-from onnxfuse.shapes import TensorInfo
-from onnxfuse.shared_weights import producer
-from onnxfuse.walk import Solved, check_mask
+from onnxfuse.fitting.search import Found
+from onnxfuse.fitting.sites import check_mask
+from onnxfuse.fitting.walk import Solved
+from onnxfuse.ir.model import Model
+from onnxfuse.ir.nodes import Node
+from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.numerics.affine import Array
+from onnxfuse.numerics.low_rank import Basis, allocate, randomized, reduced_rank, truncated
+from onnxfuse.ops.linear import LinearOp, linear_op
+from onnxfuse.ops.linear_weights import write_weights
+from onnxfuse.ops.shared_weights import producer
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
+from onnxfuse.pipeline.goals import Share, left_of_all
 
 LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 """Shares of the parameters that are tried where only the error bound says how far to go."""

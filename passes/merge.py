@@ -33,23 +33,15 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from onnxfuse.alike import WeightLayer, find_weight_layers, kin
-from onnxfuse.channels import ChannelGroups, find_groups, take
+from onnxfuse.analysis.cost import count as cost_of
+from onnxfuse.analysis.weight_layers import WeightLayer, find_weight_layers, kin
 from onnxfuse.channels.aligning import align
 from onnxfuse.channels.consumers import rows_of
-from onnxfuse.clusters import Step, agglomerate, joined
-from onnxfuse.cost import count as cost_of
+from onnxfuse.channels.edits import take
+from onnxfuse.channels.groups import ChannelGroups, find_groups
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.findings import Change, Skip
-from onnxfuse.fitting.search import Found, farthest
-from onnxfuse.goals import Share, gone_of_all, left
-from onnxfuse.graph import Model
-from onnxfuse.ir import Node
-from onnxfuse.linear import LINEAR, LinearOp, can_share_bias, linear_op, share_weights
-from onnxfuse.marks import GRADIENT_KEY, kept
-from onnxfuse.numerics.weight_sharing import Mode, gradient_shares, one_weight
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
-from onnxfuse.rewriting import (
+from onnxfuse.fitting.rewriting import (
     OperatorOptions,
     finished,
     first_feed,
@@ -60,11 +52,21 @@ from onnxfuse.rewriting import (
     unmeasurable,
     walked,
 )
-from onnxfuse.shapes import TensorInfo
-from onnxfuse.shared_weights import producer
-from onnxfuse.similarity import Criterion, distance
-from onnxfuse.trials import Trials
-from onnxfuse.walk import check_mask
+from onnxfuse.fitting.search import Found, farthest
+from onnxfuse.fitting.sites import check_mask
+from onnxfuse.fitting.trials import Trials
+from onnxfuse.ir.marks import GRADIENT_KEY, kept
+from onnxfuse.ir.model import Model
+from onnxfuse.ir.nodes import Node
+from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.numerics.agglomeration import Step, agglomerate, joined
+from onnxfuse.numerics.similarity import Criterion, distance
+from onnxfuse.numerics.weight_sharing import Mode, gradient_shares, one_weight
+from onnxfuse.ops.linear import LINEAR, LinearOp, linear_op
+from onnxfuse.ops.linear_weights import can_share_bias, share_weights
+from onnxfuse.ops.shared_weights import producer
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
+from onnxfuse.pipeline.goals import Share, gone_of_all, left
 
 MOST_TRIALS = 2000
 """Pairs of layers that are tried at most: each is one run of the network over some samples."""

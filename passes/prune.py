@@ -18,12 +18,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from onnxfuse.findings import Json
-from onnxfuse.fitting.search import Found
-from onnxfuse.goals import Share, gone_of_all
-from onnxfuse.graph import Model
-from onnxfuse.marks import ZEROS, keep
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
-from onnxfuse.rewriting import (
+from onnxfuse.fitting.rewriting import (
     OperatorOptions,
     finished,
     named,
@@ -34,8 +29,13 @@ from onnxfuse.rewriting import (
     walked,
     within_bound,
 )
-from onnxfuse.shared_weights import SharedWeight
-from onnxfuse.walk import check_mask
+from onnxfuse.fitting.search import Found
+from onnxfuse.fitting.sites import check_mask
+from onnxfuse.ir.marks import ZEROS, keep
+from onnxfuse.ir.model import Model
+from onnxfuse.ops.shared_weights import SharedWeight
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
+from onnxfuse.pipeline.goals import Share, gone_of_all
 
 LEVELS = tuple(level / 100 for level in range(5, 100, 5))
 """Shares that are tried where only the error bound says how far to go."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
-from onnxfuse.rewriting import Mask, settled, walked
-from onnxfuse.walk import check_mask
+from onnxfuse.fitting.rewriting import Mask, settled, walked
+from onnxfuse.fitting.sites import check_mask
+from onnxfuse.ir.model import Model
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
 
 
 class RefitOptions(PassOptions):

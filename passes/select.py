@@ -27,23 +27,37 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from onnxfuse import bounds, cost, widths
-from onnxfuse.channels import ChannelGroups, Group, find_groups, mask, take
+from onnxfuse.analysis.cost import shapes_at
+from onnxfuse.analysis.intervals.rules import intervals
+from onnxfuse.channels import budget
+from onnxfuse.channels.budget import Curve, Total, Widths
 from onnxfuse.channels.consumers import Consumer, View, consumers
+from onnxfuse.channels.edits import take
+from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
 from onnxfuse.channels.importance import Ranking, Statistics, magnitudes, rank
+from onnxfuse.channels.masking import mask
 from onnxfuse.channels.timing import rewarded
+from onnxfuse.data.rows import few_rows
 from onnxfuse.errors import VerificationError
 from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.compensating import compensate
+from onnxfuse.fitting.rewriting import (
+    Mask,
+    finished,
+    first_feed,
+    named,
+    nothing,
+    seen_in_parts,
+    settled,
+    walked,
+)
 from onnxfuse.fitting.search import Found, error_bound, farthest
-from onnxfuse.goals import Goals, Share, gone, left
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
-from onnxfuse.rewriting import Mask, finished, first_feed, named, nothing, seen_in_parts, settled, walked
-from onnxfuse.trials import Trials
-from onnxfuse.verification import few_rows
-from onnxfuse.walk import check_mask
-from onnxfuse.widths import Curve, Total, Widths
+from onnxfuse.fitting.sites import check_mask
+from onnxfuse.fitting.trials import Trials
+from onnxfuse.ir.model import Model
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
+from onnxfuse.pipeline.goals import Goals, Share, gone, left
+from onnxfuse.runtime import latency as latency_module
 
 LEAST = 8
 """A group keeps at least one in so many channels."""
@@ -139,7 +153,7 @@ class Select(Pass):
         if not groups:
             where = named(self.options.only)
             return nothing(model, skipped, f"no channel group of this model{where} can be cut")
-        shapes = cost.shapes_at(model, feed)
+        shapes = shapes_at(model, feed)
         readers = {group: consumers(model, group, shapes) for group in groups}
         dead = _dead(model, groups)
         counts = {group: len(own) for group, own in dead.items()}
@@ -222,7 +236,7 @@ class Select(Pass):
         curves = []
         for group in groups:
             points = [(w, c) for (own, w), c in zip(jobs, changes, strict=True) if own is group]
-            curves.append(widths.curve(group, self._candidates(group), points, reading.rankings[group]))
+            curves.append(budget.curve(group, self._candidates(group), points, reading.rankings[group]))
         return curves
 
     def _candidates(self, group: Group) -> list[int]:
@@ -263,14 +277,14 @@ class Select(Pass):
             return Found(self._cut(model, wanted, reading, context))
         if options.latency is not None:
             return self._within_latency(model, reading, curves, options.latency, context)
-        share, what, count = options.macs, "MACs", widths.macs
+        share, what, count = options.macs, "MACs", budget.macs
         if options.params is not None:
-            share, what, count = options.params, "parameters", widths.parameters
+            share, what, count = options.params, "parameters", budget.parameters
         total = count(model, reading.found, reading.groups)
         full = total.at({group: group.size for group in reading.groups})
         if share is None:
             return self._within_error(model, reading, curves, total, full, context)
-        chosen = widths.choose(curves, total, share * full)
+        chosen = budget.choose(curves, total, share * full)
         if chosen is None:
             least = total.at({curve.group: curve.widths[-1] for curve in curves}) / full
             raise VerificationError(
@@ -301,7 +315,7 @@ class Select(Pass):
         plans = {
             level: plan
             for level in LEVELS
-            if (plan := widths.choose(curves, total, level * full)) is not None
+            if (plan := budget.choose(curves, total, level * full)) is not None
         }
         losses = {curve.group: dict(zip(curve.widths, curve.losses, strict=True)) for curve in curves}
         expected = [sum(losses[group][width] for group, width in plan.items()) for plan in plans.values()]
@@ -344,20 +358,20 @@ class Select(Pass):
         )
         fast = [curve.at(times[curve.group]) for curve in curves if curve.group in times]
         base = (
-            cost.latency([model], context.runtime, sample, seconds=2.0, seed=context.seed)
+            latency_module.latency([model], context.runtime, sample, seconds=2.0, seed=context.seed)
             .timings[0]
             .median_ms
         )
-        total = widths.milliseconds(times, base)
+        total = budget.milliseconds(times, base)
         goal, reached = share, 1.0
         for _ in range(ATTEMPTS):
-            chosen = widths.choose(fast, total, goal * base)
+            chosen = budget.choose(fast, total, goal * base)
             narrowest = chosen is None
             if chosen is None:
                 chosen = {curve.group: curve.widths[-1] for curve in fast}
             trial = model.copy()
             take(trial, self._choice(chosen, reading), by=self.name)
-            timing = cost.latency(
+            timing = latency_module.latency(
                 [model, trial], context.runtime, sample, repeats=400, seconds=3.0, seed=context.seed
             ).timings[1]
             reached = min(reached, timing.ratio)
@@ -443,7 +457,7 @@ class _Seen:
 
 def _dead(model: Model, groups: Sequence[Group]) -> dict[Group, np.ndarray]:
     """The channels of each group that are zero at every operator that reads them, whatever is fed."""
-    known = bounds.intervals(model, model.shapes())
+    known = intervals(model, model.shapes())
     dead = {}
     for group in groups:
         zero = np.full(group.size, bool(group.sinks) and not group.statistics)

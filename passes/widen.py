@@ -12,13 +12,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from onnxfuse import sites
-from onnxfuse.channels import Group, find_groups, skips
-from onnxfuse.channels.growing import New, additions, obstacle, widen
+from onnxfuse.channels.groups import Group, find_groups
+from onnxfuse.data.rows import few_rows
 from onnxfuse.findings import Change, Skip
-from onnxfuse.graph import Feed, Model
-from onnxfuse.pass_manager import Context, Contract, Pass, PassOptions, PassResult
-from onnxfuse.verification import few_rows
+from onnxfuse.growth import skips
+from onnxfuse.growth.widening import New, additions, obstacle, widen
+from onnxfuse.ir.model import Feed, Model
+from onnxfuse.pipeline import choosing
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
 
 NAME = "widen"
 _ROWS = 2  # of one row, a batch that may grow can't be told from an axis of size 1
@@ -72,7 +73,7 @@ class Widen(Pass):
         groups = find_groups(model, feed)
         if self.options.skip == "fold":
             return self._alone(model, feed, skips.producers(groups), context.seed)
-        asked = sites.choose(self.options.sites, {g: _names(g) for g in groups}, "channel group")
+        asked = choosing.choose(self.options.sites, {g: _names(g) for g in groups}, "channel group")
         plan: dict[Group, New] = {}
         refused: dict[str, list[str]] = {}
         skipped: list[Skip] = []
@@ -84,14 +85,14 @@ class Widen(Pass):
             else:
                 refused.setdefault(words, []).append(reason)
                 skipped.append(Skip((group.name,), reason))
-        sites.refuse_named(refused, [asked[group][0] for group in plan], "widened")
+        choosing.refuse_named(refused, [asked[group][0] for group in plan], "widened")
         widen(model, plan, self.options.scheme, noise=self.options.noise, seed=context.seed, by=NAME)
         changes = [_change(group, sum(new.values())) for group, new in plan.items()]
-        return PassResult(model, changes, skipped, notes=[] if changes else [sites.idle(NAME, skipped)])
+        return PassResult(model, changes, skipped, notes=[] if changes else [choosing.idle(NAME, skipped)])
 
     def _alone(self, model: Model, feed: Feed, operators: list[str], seed: int) -> PassResult:
         """One operator after the other, since each changes what the next one is added to."""
-        asked = sites.choose(self.options.sites, {name: [name] for name in operators}, "operator")
+        asked = choosing.choose(self.options.sites, {name: [name] for name in operators}, "operator")
         changes: list[Change] = []
         grown: set[str] = set()
         done: list[str] = []
@@ -110,8 +111,8 @@ class Widen(Pass):
             for reason in plan.refused.values():
                 refused.setdefault(words, []).append(reason)
                 skipped.append(Skip((name,), reason))
-        sites.refuse_named(refused, done, "widened")
-        return PassResult(model, changes, skipped, notes=[] if changes else [sites.idle(NAME, skipped)])
+        choosing.refuse_named(refused, done, "widened")
+        return PassResult(model, changes, skipped, notes=[] if changes else [choosing.idle(NAME, skipped)])
 
 
 def _names(group: Group) -> list[str]:

@@ -12,8 +12,10 @@ import onnx.checker
 from nets import Feed, compute, net, normal, weight
 from onnx import helper
 
-from onnxfuse.channels import ChannelGroups, Group, find_groups, mask, take
-from onnxfuse.graph import Model
+from onnxfuse.channels.edits import take
+from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
+from onnxfuse.channels.masking import mask
+from onnxfuse.ir.model import Model
 
 
 def ints(*values: int) -> np.ndarray:

@@ -13,10 +13,12 @@ import onnxruntime as ort
 import torch
 from onnx import numpy_helper
 
-from onnxfuse.calibration import Calibration
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Pass, PassManager, PassResult, StepReport
-from onnxfuse.runtime import Runtime
+from onnxfuse.data.calibration import Calibration
+from onnxfuse.ir.model import Model
+from onnxfuse.pipeline.base import Context, Pass, PassResult
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.records import StepReport
+from onnxfuse.runtime.session import Runtime
 
 RUNTIME = Runtime("cpu", threads=1)
 Feed = dict[str, np.ndarray]

@@ -14,10 +14,10 @@ from nets import MLP as TEXT
 from onnx import numpy_helper
 
 import onnxfuse
-from onnxfuse.calibration import Calibration
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.findings import Change, Prediction
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
+from onnxfuse.ir.model import Model
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.results import Result
 
 RANDOM = np.random.default_rng(3)

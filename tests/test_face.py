@@ -13,7 +13,7 @@ import pytest
 from runs import W2, X, network, reference, run
 
 import onnxfuse
-from onnxfuse.recipe import parse_recipe
+from onnxfuse.pipeline.recipe import parse_recipe
 
 FUNCTIONS = {
     *("compress", "grow", "retrain", "inspect", "verify", "diff"),

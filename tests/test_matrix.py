@@ -16,11 +16,10 @@ from channel_cases import CASES as CHANNEL_CASES
 from nets import RUNTIME, Feed, compute, fitted, net, normal, weight
 from onnx import helper
 
-from onnxfuse.calibration import Calibration
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.findings import Prediction
-from onnxfuse.graph import PASS_KEY, Model
-from onnxfuse.marks import kept
-from onnxfuse.pass_manager import Context, Contract, Pass, PassManager, StepReport
+from onnxfuse.ir.marks import kept
+from onnxfuse.ir.model import PASS_KEY, Model
 from onnxfuse.passes.autoencode import Autoencode
 from onnxfuse.passes.batchnorm import Batchnorm
 from onnxfuse.passes.cluster import Cluster
@@ -34,6 +33,9 @@ from onnxfuse.passes.prune import Prune
 from onnxfuse.passes.refit import Refit
 from onnxfuse.passes.select import Select
 from onnxfuse.passes.widen import Widen
+from onnxfuse.pipeline.base import Context, Contract, Pass
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.records import StepReport
 
 LINEAR = ("Conv", "Gemm", "MatMul")
 MODELS = Path(__file__).parents[1] / "models"

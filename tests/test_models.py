@@ -8,7 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from onnxfuse.metrics import METRICS
+from onnxfuse.verification.metrics import METRICS
 
 MODELS = Path(__file__).parent.parent / "models"
 # Lowest accuracy on the rows of the .npz; chance is 0.1, and for tiny_lm, always a space, 0.19.

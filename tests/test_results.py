@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from runs import LABELS, W2, Scale, X, compress, network
 
 import onnxfuse
-from onnxfuse.cli import main
+from onnxfuse.cli.app import main
 from onnxfuse.results import Shown
 
 

@@ -9,6 +9,6 @@ must equal.
 
 from onnxfuse.channels.edits import Edits, take
 from onnxfuse.channels.groups import ChannelGroups, Choice, Group, Touch, find_groups
-from onnxfuse.channels.oracle import mask
+from onnxfuse.channels.masking import mask
 
 __all__ = ["ChannelGroups", "Choice", "Edits", "Group", "Touch", "find_groups", "mask", "take"]

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from onnxfuse.channels.groups import ChannelGroups, Group, Touch
-from onnxfuse.graph import Model
+from onnxfuse.ir.model import Model
 
 SWEEPS = 8
 """Rounds over all groups at most; two or three do."""

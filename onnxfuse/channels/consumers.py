@@ -21,12 +21,13 @@ import numpy as np
 
 from onnxfuse.channels.groups import ChannelGroups, Choice, Group
 from onnxfuse.channels.site import Sink
-from onnxfuse.graph import Model
-from onnxfuse.ir import Node, Tensor
-from onnxfuse.linear import LinearOp, is_shared, linear_op, weight_type, write_weights
-from onnxfuse.marks import kept
+from onnxfuse.ir.marks import kept
+from onnxfuse.ir.model import Model
+from onnxfuse.ir.nodes import Node, Tensor
+from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.ops.linear import LinearOp, is_shared, linear_op, weight_type
+from onnxfuse.ops.linear_weights import write_weights
 from onnxfuse.ops.table import OPS, Kind
-from onnxfuse.shapes import TensorInfo
 
 MOST_COLUMNS = 4608
 """More columns than these are taken to be uncorrelated: a Gram matrix of that size takes 170 MB."""

@@ -17,14 +17,14 @@ from itertools import compress
 
 import numpy as np
 
+from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Dim
 from onnxfuse.channels.groups import Choice
 from onnxfuse.channels.lengths import COPYING, dims_of
 from onnxfuse.channels.site import TO_THE_END, EvenSplit, Number, Pin, System
-from onnxfuse.constants import label
-from onnxfuse.graph import Model
-from onnxfuse.ir import Node, Tensor
+from onnxfuse.ir.model import Model
+from onnxfuse.ir.nodes import Node, Tensor
 
 Kept = dict[Dim, np.ndarray]
 

@@ -13,13 +13,13 @@ from functools import cached_property
 
 import numpy as np
 
+from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Dim, leaves
 from onnxfuse.channels.site import SINGLE, Number, Role, Sink, System, Use
 from onnxfuse.channels.tracing import trace
-from onnxfuse.constants import label
-from onnxfuse.graph import Feed, Model
-from onnxfuse.ir import Tensor
+from onnxfuse.ir.model import Feed, Model
+from onnxfuse.ir.nodes import Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,15 +23,15 @@ from dataclasses import dataclass
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnxfuse.calibration import Batch, Batches
 from onnxfuse.channels.consumers import Consumer, View
 from onnxfuse.channels.groups import Group
-from onnxfuse.graph import Model
-from onnxfuse.moments import Moments
+from onnxfuse.data.calibration import Batch, Batches
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.moments import Moments
 from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
-from onnxfuse.observe import TappedModel, observe
 from onnxfuse.progress import NoProgress, Progress
-from onnxfuse.runtime import Feed, Runtime
+from onnxfuse.runtime.observe import TappedModel, observe
+from onnxfuse.runtime.session import Feed, Runtime
 
 RIDGE = 1e-2
 """Relative to the mean diagonal of a covariance."""

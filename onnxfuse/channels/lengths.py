@@ -23,7 +23,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxfuse.channels.dims import Dim
-from onnxfuse.ir import Constant, Node
+from onnxfuse.ir.nodes import Constant, Node
 from onnxfuse.ops.table import OPS, Kind, Trait
 
 LARGEST = 4096

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels.dims import ClashError, Dim, freeze, is_dynamic, leaves, mark_channel, unify
 from onnxfuse.channels.lengths import Numbers, Tag, of_constant, worth_reading
-from onnxfuse.constants import label
-from onnxfuse.graph import Model
-from onnxfuse.ir import Node, Tensor
-from onnxfuse.linear import weight_type
+from onnxfuse.ir.model import Model
+from onnxfuse.ir.nodes import Node, Tensor
+from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.ops.linear import weight_type
 from onnxfuse.ops.view import ModelNodeView
-from onnxfuse.shapes import TensorInfo
 
 Axes = tuple[Dim, ...]
 ChannelRule = Callable[["ChannelNode"], "list[Axes | None]"]

@@ -12,17 +12,17 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from onnxfuse import inference
+from onnxfuse.analysis.constant_folding import proven_shapes
 from onnxfuse.channels import lengths
 from onnxfuse.channels.dims import Dim, crossed, equal, freeze, is_dynamic, leaves
 from onnxfuse.channels.rules import RULES
 from onnxfuse.channels.site import SINGLE, Axes, ChannelNode, Number, Pin, StopRuleError, System
-from onnxfuse.constants import proven_shapes
-from onnxfuse.graph import Feed, Model
-from onnxfuse.ir import Node, Tensor
-from onnxfuse.linear import is_main_domain
+from onnxfuse.ir.model import Feed, Model
+from onnxfuse.ir.nodes import Node, Tensor
+from onnxfuse.ir.shapes import TensorInfo, fill, merge
+from onnxfuse.ops.linear import is_main_domain
 from onnxfuse.ops.table import OPS, Kind
-from onnxfuse.shapes import TensorInfo, fill, merge
+from onnxfuse.runtime import observed_shapes
 
 _COUNTING = OPS.of_kind(Kind.SHAPE)
 
@@ -73,7 +73,7 @@ def _sizes(model: Model, feed: Feed | None) -> tuple[dict[str, TensorInfo], dict
     }
     if all(info.complete for info in found.values()):
         return found, static
-    run = inference.run(model, found, feed)
+    run = observed_shapes.run(model, found, feed)
     return {name: fill(info, run.get(name)) for name, info in found.items()}, static
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from onnxfuse.calibration import Data
 from onnxfuse.commands.loading import ModelSource
+from onnxfuse.data.calibration import Data
 from onnxfuse.errors import InputError
-from onnxfuse.graph import Model
+from onnxfuse.ir.model import Model
 
 if TYPE_CHECKING:
     from torch import fx, nn
 
-    from onnxfuse.pytorch.weights import Weight
+    from onnxfuse.pytorch.bridge.weights import Weight
 
 
 def require_torch(what: str) -> None:
@@ -50,9 +50,9 @@ def to_torch(
         NotApplicableError: an operator without a rule, or used in a way that its rule doesn't know.
     """
     require_torch("to_torch")
-    from onnxfuse import pytorch
+    from onnxfuse.pytorch.bridge import importer
 
-    return pytorch.to_torch(model, trainable=trainable, outputs=outputs, shared_gradients=shared_gradients)
+    return importer.to_torch(model, trainable=trainable, outputs=outputs, shared_gradients=shared_gradients)
 
 
 def from_torch(module: nn.Module, model: ModelSource, *, calib: Data = None, provider: str = "auto") -> Model:
@@ -71,6 +71,6 @@ def from_torch(module: nn.Module, model: ModelSource, *, calib: Data = None, pro
         NotApplicableError: ONNX Runtime can't run the model.
     """
     require_torch("from_torch")
-    from onnxfuse import pytorch
+    from onnxfuse.pytorch.bridge import writeback
 
-    return pytorch.from_torch(module, model, calib=calib, provider=provider)
+    return writeback.from_torch(module, model, calib=calib, provider=provider)

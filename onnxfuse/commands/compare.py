@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from onnxfuse import verification
-from onnxfuse.calibration import Calibration, Data
+from onnxfuse.analysis.cost import Cost, count, measure
+from onnxfuse.analysis.structural_diff import structure
 from onnxfuse.commands.judge import check_limits
 from onnxfuse.commands.loading import MADE_UP, ModelSource, load, samples_of
-from onnxfuse.cost import Cost, count, measure
-from onnxfuse.difference import structure
+from onnxfuse.data.calibration import Calibration, Data
+from onnxfuse.data.rows import few_rows
 from onnxfuse.errors import InputError, OnnxfuseError
 from onnxfuse.results import DiffResult, VerifyResult
-from onnxfuse.runtime import Runtime
+from onnxfuse.runtime.session import Runtime
+from onnxfuse.verification.compare import compare
+from onnxfuse.verification.divergence import first_divergence
+from onnxfuse.verification.records import OutputError
 
 if TYPE_CHECKING:
-    from onnxfuse.graph import Model
-    from onnxfuse.runtime import Feed
-    from onnxfuse.verification import Comparison
+    from onnxfuse.ir.model import Model
+    from onnxfuse.runtime.session import Feed
+    from onnxfuse.verification.records import Comparison
 
 
 def verify(
@@ -55,14 +58,12 @@ def verify(
     calibration = Calibration.open(
         calib, first, limit=samples, batch_size=batch_size, held_out=0.0, seed=seed
     )
-    comparison = verification.compare(first, second, calibration.fit, runtime, labels=_labels(first, second))
+    comparison = compare(first, second, calibration.fit, runtime, labels=_labels(first, second))
     reason = comparison.reason if max_error is None else _error_reason(comparison, max_error)
     divergence = None
     if reason is not None and not comparison.problems:
         batch = next(iter(calibration.fit))
-        divergence = verification.first_divergence(
-            first, second, batch, runtime, labels=_labels(first, second)
-        )
+        divergence = first_divergence(first, second, batch, runtime, labels=_labels(first, second))
     warnings = (*([MADE_UP] if calibration.synthetic else []), *comparison.notes)
     return VerifyResult(
         reason is None, reason, comparison, divergence, max_error, samples_of(calibration), warnings
@@ -91,8 +92,8 @@ def diff(
             calib, first, limit=samples, batch_size=batch_size, held_out=0.0, seed=seed
         )
         warnings += [MADE_UP] if calibration.synthetic else []
-        feed = verification.few_rows(first, calibration.fit, 1)
-        outputs = verification.compare(first, second, calibration.fit, runtime, labels=_labels(first, second))
+        feed = few_rows(first, calibration.fit, 1)
+        outputs = compare(first, second, calibration.fit, runtime, labels=_labels(first, second))
         warnings += outputs.notes
     except OnnxfuseError as error:
         if calib is not None and isinstance(error, InputError):
@@ -125,4 +126,4 @@ def _error_reason(comparison: Comparison, max_error: float) -> str | None:
         if output.problem:
             return f"output {output.problem}"
     errors = {output.name: output.relative for output in comparison.outputs}
-    return verification.OutputError(errors, comparison.samples).over(max_error, "")
+    return OutputError(errors, comparison.samples).over(max_error, "")

@@ -9,9 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxfuse import recipe as recipes
-from onnxfuse import verification
-from onnxfuse.calibration import Calibration, Data
 from onnxfuse.commands.judge import Scorer, Verdict, check_limits, conclude
 from onnxfuse.commands.loading import (
     MADE_UP,
@@ -24,21 +21,26 @@ from onnxfuse.commands.loading import (
     samples_of,
 )
 from onnxfuse.commands.turns import Trainer, Turn, asked_for, by_turns
+from onnxfuse.data.calibration import Calibration, Data
+from onnxfuse.data.rows import few_rows
 from onnxfuse.errors import InputError
-from onnxfuse.filesize import FileSize, file_size
-from onnxfuse.instruments import Dumps, Instrument, Journal
-from onnxfuse.pass_manager import Context, Outcome, Pass, PassManager
+from onnxfuse.ir.file_size import FileSize, file_size
+from onnxfuse.pipeline import recipe as recipes
+from onnxfuse.pipeline.base import Context, Pass
+from onnxfuse.pipeline.instruments import Dumps, Instrument, Journal
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import Passes, Settings
+from onnxfuse.pipeline.records import Outcome
 from onnxfuse.progress import NoProgress
-from onnxfuse.recipe import Passes, Settings
 from onnxfuse.report.files import check_folder, write_report
 from onnxfuse.results import Report, Result
-from onnxfuse.runtime import Runtime
+from onnxfuse.runtime.session import Runtime
 
 if TYPE_CHECKING:
-    from onnxfuse.graph import Model
+    from onnxfuse.ir.model import Model
     from onnxfuse.progress import Progress
-    from onnxfuse.pytorch.retraining import Retrained
-    from onnxfuse.runtime import Feed
+    from onnxfuse.pytorch.training.retraining import Retrained
+    from onnxfuse.runtime.session import Feed
 
 DEFAULT_PASSES = "fold,fuse"
 SLOWER = "SLOWER THAN THE ORIGINAL"
@@ -134,7 +136,7 @@ def compress(
     calibration = Calibration.open(
         calib, original, limit=samples, batch_size=batch_size, held_out=held_out, seed=seed
     )
-    sample = verification.few_rows(original, calibration.fit, 1)
+    sample = few_rows(original, calibration.fit, 1)
     scorer = Scorer.make(settings.metric, settings.max_drop, calibration, original, runtime)
     training = None if asked is None else asked.open(original)
     context = Context(original, calibration, runtime, seed, settings.max_error, progress or NoProgress())

@@ -10,27 +10,30 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxfuse import growth as growing
-from onnxfuse import likeness, verification
-from onnxfuse.calibration import Calibration, Data
-from onnxfuse.channels import find_groups
+from onnxfuse.analysis import layer_similarity
+from onnxfuse.analysis.cost import Cost, count, dimension_sizes, node_macs, shapes_at
+from onnxfuse.analysis.regions.region import Region, describe
+from onnxfuse.analysis.regions.search import find_regions
+from onnxfuse.channels.groups import find_groups
 from onnxfuse.channels.summary import summarise
 from onnxfuse.commands.loading import ModelSource, PathOrText, file_of, load
-from onnxfuse.cost import Cost, Latency, count, dimension_sizes, latency, node_macs, shapes_at
+from onnxfuse.data.calibration import Calibration, Data
+from onnxfuse.data.rows import few_rows
 from onnxfuse.errors import InputError, NotApplicableError, OnnxfuseError, unknown_name
-from onnxfuse.graph import Model
-from onnxfuse.linear import LinearOp, linear_op
-from onnxfuse.protos import DEFAULT_DOMAINS, bodies
-from onnxfuse.regions import Region, describe, find_regions
+from onnxfuse.growth import plan as growing
+from onnxfuse.ir.model import Model
+from onnxfuse.ir.protos import DEFAULT_DOMAINS, bodies
+from onnxfuse.numerics.similarity import CRITERIA, Criterion
+from onnxfuse.ops.linear import LinearOp, linear_op
 from onnxfuse.report import plots
 from onnxfuse.results import Inspection, LinearSummary, RegionSummary
-from onnxfuse.runtime import Runtime
-from onnxfuse.similarity import CRITERIA, Criterion
+from onnxfuse.runtime.latency import Latency, latency
+from onnxfuse.runtime.session import Runtime
 
 if TYPE_CHECKING:
     import onnx
 
-    from onnxfuse.runtime import Feed
+    from onnxfuse.runtime.session import Feed
 
 
 def inspect(
@@ -75,7 +78,7 @@ def inspect(
     runtime = Runtime(provider, threads)
     several, feed, warnings = _feeds(found, calib, seed)
     groups = find_groups(found, several) if channels or growth else None
-    alike = None if criterion is None else likeness.survey(found, criterion, heads, seed)
+    alike = None if criterion is None else layer_similarity.survey(found, criterion, heads, seed)
     if plot is not None and alike:
         plots.heat_maps(alike, Path(plot))
     elif plot is not None:
@@ -112,7 +115,7 @@ def _feeds(model: Model, calib: Data, seed: int) -> tuple[Feed | None, Feed | No
     try:
         calibration = Calibration.open(calib, model, limit=limit, held_out=0.0, seed=seed)
         several = next(iter(calibration.fit)).feed
-        return several, verification.few_rows(model, calibration.fit, 1), []
+        return several, few_rows(model, calibration.fit, 1), []
     except OnnxfuseError as error:
         if calib is not None:
             raise

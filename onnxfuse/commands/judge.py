@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxfuse import verification
-from onnxfuse.cost import latency
 from onnxfuse.errors import InputError, NotApplicableError, VerificationError
-from onnxfuse.metrics import Metric, evaluate, load_metric
-from onnxfuse.pass_manager import Contract
-from onnxfuse.report.record import MetricChange
-from onnxfuse.significance import paired_difference
+from onnxfuse.numerics.significance import paired_difference
+from onnxfuse.pipeline.base import Contract
+from onnxfuse.runtime.latency import latency
+from onnxfuse.verification import compare
+from onnxfuse.verification.metrics import Metric, MetricChange, evaluate, load_metric
 
 if TYPE_CHECKING:
-    from onnxfuse.calibration import Calibration
-    from onnxfuse.cost import Latency
-    from onnxfuse.graph import Model
-    from onnxfuse.pass_manager import Context, Outcome, StepReport
-    from onnxfuse.runtime import Feed, Runtime
-    from onnxfuse.verification import OutputError
+    from onnxfuse.data.calibration import Calibration
+    from onnxfuse.ir.model import Model
+    from onnxfuse.pipeline.base import Context
+    from onnxfuse.pipeline.records import Outcome, StepReport
+    from onnxfuse.runtime.latency import Latency
+    from onnxfuse.runtime.session import Feed, Runtime
+    from onnxfuse.verification.records import OutputError
 
 _TIMED_ROUNDS, _TIMED_SECONDS, _TIMED_ATTEMPTS = 1000, 4.0, 3
 _SAME_LATENCY = 1.01  # what two sessions of one model may differ by
@@ -175,7 +175,7 @@ def _whole_error(outcome: Outcome, result: Model, trained: bool, context: Contex
         if trained or any(step.contract is Contract.APPROXIMATE for step in changed):
             return None
         batches = context.calibration.fit
-    return verification.output_error(context.original, result, batches, context.runtime)
+    return compare.output_error(context.original, result, batches, context.runtime)
 
 
 def _over_budget(error: OutputError | None, context: Context, scores: MetricChange | None) -> str | None:

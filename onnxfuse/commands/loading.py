@@ -5,10 +5,9 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from onnxfuse import saving
-from onnxfuse.calibration import Calibration
-from onnxfuse.graph import Model, Source
-from onnxfuse.report.record import Samples
+from onnxfuse.data.calibration import Calibration, Samples
+from onnxfuse.ir import saving
+from onnxfuse.ir.model import Model, Source
 
 ModelSource = Model | Source
 PathOrText = str | PathLike[str]

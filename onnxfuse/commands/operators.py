@@ -20,10 +20,10 @@ def _info(key: Key, op: Op, facets: Mapping[str, str]) -> OperatorInfo:
 
 
 def _coverage() -> Mapping[str, Callable[[Key], str]]:
-    from onnxfuse.bounds import RULES as interval_rules
+    from onnxfuse.analysis.cost import RULES as cost_rules
+    from onnxfuse.analysis.intervals.rules import RULES as interval_rules
+    from onnxfuse.analysis.regions.rules import RULES as region_rules
     from onnxfuse.channels.rules import RULES as channel_rules
-    from onnxfuse.cost import RULES as cost_rules
-    from onnxfuse.flow import RULES as region_rules
 
     return {
         "channels": channel_rules.coverage,
@@ -36,7 +36,7 @@ def _coverage() -> Mapping[str, Callable[[Key], str]]:
 
 def _torch_coverage() -> Callable[[Key], str]:
     try:
-        from onnxfuse.pytorch.rules import RULES
+        from onnxfuse.pytorch.bridge.rules import RULES
     except ImportError:
         return lambda key: "torch is not installed"
     return RULES.coverage

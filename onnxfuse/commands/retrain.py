@@ -8,16 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxfuse.calibration import Data
 from onnxfuse.commands.loading import ModelSource, PathOrText, check_output, checkpoint_of, load
 from onnxfuse.commands.turns import retraining
+from onnxfuse.data.calibration import Data
 from onnxfuse.errors import VerificationError
 from onnxfuse.results import RetrainReport, RetrainResult
-from onnxfuse.runtime import Runtime
+from onnxfuse.runtime.session import Runtime
 
 if TYPE_CHECKING:
     from onnxfuse.progress import Progress
-    from onnxfuse.pytorch.retraining import Retrained
+    from onnxfuse.pytorch.training.retraining import Retrained
 
 
 def retrain(

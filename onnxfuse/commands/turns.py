@@ -11,17 +11,18 @@ import numpy as np
 from onnxfuse.commands.bridge import require_torch
 from onnxfuse.commands.judge import Verdict, is_changed
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.schedule import parse_schedule
+from onnxfuse.pipeline.schedule import parse_schedule
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-    from onnxfuse.calibration import Data
-    from onnxfuse.graph import Model
-    from onnxfuse.pass_manager import Context, Outcome, Pass, StepReport
-    from onnxfuse.pytorch.retraining import Request, Retrained, Training
-    from onnxfuse.recipe import Retrain
+    from onnxfuse.data.calibration import Data
+    from onnxfuse.ir.model import Model
+    from onnxfuse.pipeline.base import Context, Pass
+    from onnxfuse.pipeline.recipe import Retrain
+    from onnxfuse.pipeline.records import Outcome, StepReport
+    from onnxfuse.pytorch.training.retraining import Request, Retrained, Training
 
 
 def retraining() -> ModuleType:
@@ -31,7 +32,7 @@ def retraining() -> ModuleType:
         InputError: torch is not installed.
     """
     require_torch("retraining")
-    from onnxfuse.pytorch import retraining as found
+    from onnxfuse.pytorch.training import retraining as found
 
     return found
 

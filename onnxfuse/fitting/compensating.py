@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from onnxfuse.channels import ChannelGroups, Choice, Group
 from onnxfuse.channels.consumers import Consumer, View
+from onnxfuse.channels.groups import ChannelGroups, Choice, Group
 from onnxfuse.channels.importance import Statistics, compensation
-from onnxfuse.graph import Model
+from onnxfuse.ir.model import Model
 
 
 def compensate(

@@ -11,17 +11,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onnxfuse.cost import measure, node_macs, shapes_at
+from onnxfuse.analysis.cost import measure, node_macs, shapes_at
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model
-from onnxfuse.ir import Node
-from onnxfuse.linear import LinearOp, is_shared, optional_input
-from onnxfuse.linear_building import add_linear, laid_out
-from onnxfuse.marks import KEPT_KEY
+from onnxfuse.fitting.rewriting import linear_ops
+from onnxfuse.ir.marks import KEPT_KEY
+from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY, Model
+from onnxfuse.ir.nodes import Node
 from onnxfuse.numerics.affine import Array
-from onnxfuse.rewriting import linear_ops
-from onnxfuse.runtime import Feed
-from onnxfuse.shared_weights import producer
+from onnxfuse.ops.linear import LinearOp, is_shared, optional_input
+from onnxfuse.ops.linear_building import add_linear, laid_out
+from onnxfuse.ops.shared_weights import producer
+from onnxfuse.runtime.session import Feed
 
 
 @dataclass(frozen=True, eq=False)

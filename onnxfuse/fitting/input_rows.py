@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from onnxfuse.calibration import Batch
+from onnxfuse.data.calibration import Batch
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.fitting.memory import in_budget
-from onnxfuse.graph import Model
-from onnxfuse.linear import LinearOp
+from onnxfuse.ir.model import Model
 from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
-from onnxfuse.observe import TappedModel, observe
-from onnxfuse.pass_manager import Context
-from onnxfuse.runtime import Feed
+from onnxfuse.ops.linear import LinearOp
+from onnxfuse.pipeline.base import Context
+from onnxfuse.runtime.observe import TappedModel, observe
+from onnxfuse.runtime.session import Feed
 
 ROWS_PER_COLUMN, LEAST_ROWS = 16, 1 << 13
 """Sampled rows per column of an operator, and the least."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from onnxfuse import verification
 from onnxfuse.errors import NotApplicableError, VerificationError
-from onnxfuse.goals import Goals
-from onnxfuse.pass_manager import Context, PassResult
+from onnxfuse.pipeline.base import Context, PassResult
+from onnxfuse.pipeline.goals import Goals
+from onnxfuse.verification.compare import output_error
 
 CAREFUL = 0.1
 """Bound on the relative output error where the user gives neither a bound nor how far to go."""
@@ -94,9 +94,7 @@ def probe(make: Callable[[], PassResult], context: Context) -> tuple[PassResult 
     """A result and its model's output error on the held-out samples; None and infinity where that fails."""
     try:
         made = make()
-        error = verification.output_error(
-            context.original, made.model, context.calibration.held_out, context.runtime
-        )
+        error = output_error(context.original, made.model, context.calibration.held_out, context.runtime)
     except (NotApplicableError, VerificationError) as failure:
         context.journal("probe failed", failure=str(failure))
         return None, math.inf

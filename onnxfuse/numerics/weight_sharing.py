@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from onnxfuse.similarity import freeze_share
+from onnxfuse.numerics.similarity import freeze_share
 
 Mode = Literal["fit", "mean", "freeze", "mix"]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from onnx import NodeProto, numpy_helper
 
-from onnxfuse.ir import Constant, Node, Tensor
+from onnxfuse.ir.nodes import Constant, Node, Tensor
+from onnxfuse.ir.protos import attribute_value, operator_key
 from onnxfuse.ops.table import Key
-from onnxfuse.protos import attribute_value, operator_key
 
 
 class NodeView:

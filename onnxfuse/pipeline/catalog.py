@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxfuse.pass_manager import discover
-from onnxfuse.recipe import Option, options_of
+from onnxfuse.pipeline.discovery import discover
+from onnxfuse.pipeline.recipe import Option, options_of
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from onnxfuse.wording import counted, printable, rounded, shortened
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from onnxfuse.difference import NodeChange, NodeSummary, WeightChange
+    from onnxfuse.analysis.structural_diff import NodeChange, NodeSummary, WeightChange
     from onnxfuse.results import DiffResult, VerifyResult
-    from onnxfuse.verification import Comparison
+    from onnxfuse.verification.records import Comparison
 
 
 def verify_view(result: VerifyResult) -> Iterator[RenderableType]:

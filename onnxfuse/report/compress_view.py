@@ -9,15 +9,7 @@ from rich.text import Text
 
 from onnxfuse.report.explain_view import changes_view, skips_view
 from onnxfuse.report.retrain_view import metric_row, retraining_view
-from onnxfuse.report.tables import (
-    SHOWN,
-    fact_table,
-    heading,
-    make_table,
-    more,
-    paragraph,
-    runtime_fact,
-)
+from onnxfuse.report.tables import SHOWN, fact_table, heading, make_table, more, paragraph, runtime_fact
 from onnxfuse.results import cost_rows
 from onnxfuse.wording import counted, in_bytes, milliseconds, printable, rounded, shortened
 
@@ -25,10 +17,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from onnxfuse.cost import Latency
-    from onnxfuse.filesize import FileSize
-    from onnxfuse.pass_manager import StepReport
+    from onnxfuse.ir.file_size import FileSize
+    from onnxfuse.pipeline.records import StepReport
     from onnxfuse.results import Report
+    from onnxfuse.runtime.latency import Latency
 
 
 def compress_view(

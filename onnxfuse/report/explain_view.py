@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from onnxfuse.findings import Skip
-    from onnxfuse.pass_manager import StepReport
+    from onnxfuse.pipeline.records import StepReport
 
 _PLACES = 8  # places shown for one reason
 

@@ -11,7 +11,7 @@ from onnxfuse.wording import counted
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from onnxfuse.growth import GrowthSite
+    from onnxfuse.growth.plan import GrowthSite
 
 
 def growth_view(sites: Sequence[GrowthSite]) -> Iterator[RenderableType]:

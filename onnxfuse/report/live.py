@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from onnxfuse.instruments import RichProgress
+from onnxfuse.pipeline.instruments import RichProgress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from onnxfuse.graph import Model
-    from onnxfuse.pass_manager import Pass
+    from onnxfuse.ir.model import Model
+    from onnxfuse.pipeline.base import Pass
     from onnxfuse.progress import Advance
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxfuse import saving
+from onnxfuse.analysis.layer_similarity import shown
 from onnxfuse.errors import InputError
-from onnxfuse.likeness import shown
+from onnxfuse.ir import saving
 from onnxfuse.report.files import write_whole
 from onnxfuse.wording import printable, shortened
 
 if TYPE_CHECKING:
-    from onnxfuse.likeness import Likeness
+    from onnxfuse.analysis.layer_similarity import Likeness
 
 _LABEL = 28  # characters of a name
 _MARKED = 12  # layers up to which a cell has its number written in it

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from onnxfuse.report.record import Epoch, MetricChange, Retraining
+    from onnxfuse.numerics.significance import PairedDifference
+    from onnxfuse.pytorch.training.records import Epoch, Retraining
     from onnxfuse.results import RetrainReport
-    from onnxfuse.significance import PairedDifference
+    from onnxfuse.verification.metrics import MetricChange
 
 
 def retrain_view(report: RetrainReport) -> Iterator[RenderableType]:

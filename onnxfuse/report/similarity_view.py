@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from onnxfuse.likeness import nearest, shown
+from onnxfuse.analysis.layer_similarity import nearest, shown
 from onnxfuse.report.tables import WIDTH, heading, make_table, paragraph
 from onnxfuse.wording import counted, shortened
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from onnxfuse.likeness import Likeness
+    from onnxfuse.analysis.layer_similarity import Likeness
 
 _MATRIX = 8  # layers of which the distances of all pairs fit a line
 _PARTNERS = 3

@@ -27,13 +27,15 @@ import onnx
 from bench_wild import Record, kinds, short
 from common import fill, machine, parser, shared, table, write_json
 
-from onnxfuse import verification
-from onnxfuse.calibration import Batch, Calibration
+from onnxfuse.data.calibration import Batch, Calibration
+from onnxfuse.data.rows import first_rows
 from onnxfuse.errors import NotApplicableError, OnnxfuseError
-from onnxfuse.graph import Model
-from onnxfuse.runtime import Runtime
+from onnxfuse.ir.model import Model
+from onnxfuse.runtime.session import Runtime
+from onnxfuse.verification.compare import compare_run
+from onnxfuse.verification.noise import BATCH_SIZES, MULTIPLE
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pytorch"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from architectures import ARCHITECTURES, EXPORTERS, ExportFailedError, export
 
@@ -152,7 +154,7 @@ def prepared(subject: Subject, runtime: Runtime, problems: dict[str, str]) -> bo
     subject.batches = good
     if not good:
         return False
-    cuts = [verification.first_rows(model, good[0], size) for size in verification.BATCH_SIZES]
+    cuts = [first_rows(model, good[0], size) for size in BATCH_SIZES]
     feeds = [good[0].feed, *(cut for cut in cuts if cut is not None), *(b.feed for b in good[1:])]
     for number, feed in enumerate(feeds):
         subject.feeds.append(subject.folder / f"feed.{number}.npz")
@@ -244,7 +246,7 @@ def compared(
         stored = np.load(by_feed[path])
         return {name: stored[str(number)] for number, name in enumerate(names) if str(number) in stored}
 
-    found = verification.compare_run(model, looked_up, subject.batches, runtime, tensors=names)
+    found = compare_run(model, looked_up, subject.batches, runtime, tensors=names)
     if found.problems:
         return None, found.problems[0]
     problem = next((output.problem for output in found.outputs if output.problem), None)
@@ -279,10 +281,10 @@ def written_back(written: Mapping[str, Any] | None) -> bool:
 # --- showing ------------------------------------------------------------------------------------------------
 
 
-SIZES = ", ".join(map(str, sorted({*verification.BATCH_SIZES, 2, ROWS})))
+SIZES = ", ".join(map(str, sorted({*BATCH_SIZES, 2, ROWS})))
 LEGEND = f"""
 differs: from ONNX Runtime in eval mode, at most, in noise floors, over batches
-of {SIZES} rows; {verification.MULTIPLE:g} pass. gradient: weights that one backward pass
+of {SIZES} rows; {MULTIPLE:g} pass. gradient: weights that one backward pass
 reaches. names: initializers in the state_dict, byte for byte. native: keys of
 the native state_dict, for the exporter that keeps them. ties: shared weights
 that are one Parameter. same: native parameters whose counterpart gets the same

@@ -46,14 +46,16 @@ from common import (
 )
 
 from onnxfuse import compress
-from onnxfuse.calibration import Calibration
 from onnxfuse.commands import judge
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Pass, StepReport
+from onnxfuse.data.calibration import Calibration
+from onnxfuse.fitting.local_fits import Candidate, survey
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.fuse import Fuse
+from onnxfuse.pipeline.base import Context, Pass
+from onnxfuse.pipeline.records import StepReport
 from onnxfuse.progress import Advance, NoProgress
-from onnxfuse.runtime import Runtime
-from onnxfuse.survey import Candidate, survey
+from onnxfuse.runtime import latency
+from onnxfuse.runtime.session import Runtime
 
 SURVEY_MARK, COMPRESS_MARK, MEMORY_MARK = 1.5, 30.0, 1.1
 SEARCHES = {"fuse": Fuse(), "fuse:max_ops=2": Fuse(max_ops=2)}
@@ -176,7 +178,7 @@ def surveyed(
 def timed_latency() -> Iterator[list[float]]:
     """Collects how long compress's own latency measurement takes."""
     found: list[float] = []
-    measure = judge.latency
+    measure = latency.latency
 
     def timed(*arguments: Any, **named: Any) -> Any:
         start = time.perf_counter()

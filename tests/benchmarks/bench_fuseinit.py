@@ -28,10 +28,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxfuse
 from onnxfuse import compress
-from onnxfuse.calibration import Calibration
-from onnxfuse.graph import Model
-from onnxfuse.metrics import evaluate, top1
-from onnxfuse.runtime import Runtime
+from onnxfuse.data.calibration import Calibration
+from onnxfuse.ir.model import Model
+from onnxfuse.runtime.session import Runtime
+from onnxfuse.verification.metrics import evaluate, top1
 
 CALIBRATION = 3000
 

@@ -29,8 +29,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnxfuse import external_data, inspect
-from onnxfuse.graph import Model
+from onnxfuse import inspect
+from onnxfuse.ir import external_data
+from onnxfuse.ir.model import Model
 
 SIZES = (1_000, 3_000, 10_000)
 TENSORS = 12

@@ -18,14 +18,16 @@ from typing import Any
 
 from common import fill, machine, number, parser, shared, table, write_json
 
-from onnxfuse.calibration import Calibration
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import OnnxfuseError
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Pass, PassManager, StepReport
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.deepen import Deepen
 from onnxfuse.passes.kernel import Kernel
 from onnxfuse.passes.widen import Widen
-from onnxfuse.runtime import Runtime
+from onnxfuse.pipeline.base import Context, Pass
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.records import StepReport
+from onnxfuse.runtime.session import Runtime
 
 FORMS: dict[str, list[Pass]] = {
     "widen r2r x 1.5": [Widen(sites={"all": 1.5})],

@@ -25,15 +25,16 @@ import torch
 from common import fashion_mnist, fill, machine, number, parser, table, write_json
 from onnx import numpy_helper
 
-from onnxfuse.calibration import Calibration
-from onnxfuse.cost import measure
-from onnxfuse.freeweights import spread, uniform
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Pass, PassManager
+from onnxfuse.analysis.cost import measure
+from onnxfuse.data.calibration import Calibration
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.random_weights import spread, uniform
 from onnxfuse.passes.deepen import Deepen
 from onnxfuse.passes.widen import Widen
-from onnxfuse.pytorch import to_torch
-from onnxfuse.runtime import Runtime
+from onnxfuse.pipeline.base import Context, Pass
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pytorch.bridge.importer import to_torch
+from onnxfuse.runtime.session import Runtime
 
 WIDTH = 6
 RATIO = 2.0
@@ -212,7 +213,7 @@ def _macs(model: Model) -> int:
 
 def _trained(model: Model, data: Data, epochs: int, seed: int) -> tuple[Model, list[float]]:
     """The model after training, and its validation accuracy before and after every epoch."""
-    from onnxfuse.pytorch import from_torch
+    from onnxfuse.pytorch.bridge.writeback import from_torch
 
     torch.manual_seed(seed)
     module = to_torch(model)

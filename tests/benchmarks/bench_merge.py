@@ -35,20 +35,21 @@ import numpy as np
 from common import machine, normalised_cifar, parser, shared, table, write_json
 
 import onnxfuse
-from onnxfuse.calibration import Batches, Calibration
+from onnxfuse.data.calibration import Batches, Calibration
 from onnxfuse.errors import OnnxfuseError
-from onnxfuse.filesize import file_size
-from onnxfuse.graph import Model
-from onnxfuse.metrics import Metric, evaluate, nll, top1
-from onnxfuse.pass_manager import Context, Pass, PassManager
+from onnxfuse.ir.file_size import file_size
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.significance import paired_difference
+from onnxfuse.numerics.similarity import CRITERIA
 from onnxfuse.passes.autoencode import Autoencode
 from onnxfuse.passes.cluster import Cluster
 from onnxfuse.passes.lowrank import Lowrank
 from onnxfuse.passes.merge import Merge
 from onnxfuse.passes.prune import Prune
-from onnxfuse.runtime import Runtime
-from onnxfuse.significance import paired_difference
-from onnxfuse.similarity import CRITERIA
+from onnxfuse.pipeline.base import Context, Pass
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.runtime.session import Runtime
+from onnxfuse.verification.metrics import Metric, evaluate, nll, top1
 
 GOALS = (0.9, 0.75, 0.5)
 MODES = ("fit", "mean", "freeze", "mix")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import fill, machine, parser, table, write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pytorch"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from node_cases import FAILED, PASSED, REFUSED, STORED, Outcome, all_cases, cases, outcome
 

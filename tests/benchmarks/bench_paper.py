@@ -24,15 +24,17 @@ import numpy as np
 from common import machine, parser, passed, table, write_json
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxfuse.calibration import Calibration
-from onnxfuse.graph import Model
-from onnxfuse.moments import Moments, add_patches
+from onnxfuse.analysis.regions.region import Region
+from onnxfuse.analysis.regions.search import find_regions
+from onnxfuse.data.calibration import Calibration
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.moments import Moments, add_patches
+from onnxfuse.numerics.ridge import choose_ridge, per_channel, solve
 from onnxfuse.numerics.sampling import gather
-from onnxfuse.pass_manager import Context, PassManager
 from onnxfuse.passes.fold import Fold
-from onnxfuse.regions import Region, find_regions
-from onnxfuse.runtime import Feed, Runtime
-from onnxfuse.solve import choose_ridge, per_channel, solve
+from onnxfuse.pipeline.base import Context
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.runtime.session import Feed, Runtime
 
 MODELS = Path(__file__).parents[2] / "models"
 EXACT_MARK = 1e-5

@@ -21,12 +21,13 @@ import numpy as np
 from common import machine, normalised_cifar, parser, passed, seconds, shared, table, write_json
 
 import onnxfuse
-from onnxfuse.calibration import Batches, Calibration
-from onnxfuse.cost import Latency, latency, measure
-from onnxfuse.graph import Model
-from onnxfuse.metrics import evaluate, top1
-from onnxfuse.runtime import Runtime
-from onnxfuse.significance import paired_difference
+from onnxfuse.analysis.cost import measure
+from onnxfuse.data.calibration import Batches, Calibration
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.significance import paired_difference
+from onnxfuse.runtime.latency import Latency, latency
+from onnxfuse.runtime.session import Runtime
+from onnxfuse.verification.metrics import evaluate, top1
 
 MARKS = {2: 0.5, 3: 1.0, 4: 1.5, 6: 4.0, 8: 5.5, 15: 20.0}
 """Blocks fused: points of accuracy that may be lost."""

@@ -25,10 +25,10 @@ from common import machine, normalised_cifar, parser, shared, table, write_json
 
 import onnxfuse
 from onnxfuse import compress
-from onnxfuse.calibration import Calibration
-from onnxfuse.graph import Model
-from onnxfuse.metrics import evaluate, top1
-from onnxfuse.runtime import Runtime
+from onnxfuse.data.calibration import Calibration
+from onnxfuse.ir.model import Model
+from onnxfuse.runtime.session import Runtime
+from onnxfuse.verification.metrics import evaluate, top1
 
 BLOCKS, EPOCHS = 8, 2
 RATES = {"plain": 1e-4, "normed": 3e-4, "random": 1e-3}

@@ -45,13 +45,14 @@ from common import (
 )
 
 from onnxfuse import compress
-from onnxfuse.calibration import Calibration
-from onnxfuse.cost import Timing, latency, measure
+from onnxfuse.analysis.cost import measure
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import OnnxfuseError
-from onnxfuse.graph import Model
-from onnxfuse.metrics import evaluate, top1
-from onnxfuse.runtime import Runtime
-from onnxfuse.significance import PairedDifference, paired_difference
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.significance import PairedDifference, paired_difference
+from onnxfuse.runtime.latency import Timing, latency
+from onnxfuse.runtime.session import Runtime
+from onnxfuse.verification.metrics import evaluate, top1
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Calibration images and labels, test images and labels."""

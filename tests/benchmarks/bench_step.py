@@ -27,10 +27,10 @@ import torch
 from common import fill, machine, parser, seconds, table, write_json
 from torch import Tensor, nn
 
-from onnxfuse.cost import Timing, summarise
-from onnxfuse.pytorch import to_torch
+from onnxfuse.pytorch.bridge.importer import to_torch
+from onnxfuse.runtime.latency import Timing, summarise
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pytorch"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import properties
 from architectures import ARCHITECTURES, EXPORTERS, Architecture, ExportFailedError, export

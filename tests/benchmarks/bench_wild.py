@@ -46,8 +46,8 @@ from common import (
     write_json,
 )
 
-from onnxfuse.calibration import Calibration
-from onnxfuse.graph import Model
+from onnxfuse.data.calibration import Calibration
+from onnxfuse.ir.model import Model
 
 PASSES = "fold,fuse"
 IMAGES, QUICK_IMAGES = 1500, 200

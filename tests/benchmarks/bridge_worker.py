@@ -26,7 +26,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pytorch"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import properties
 from architectures import ARCHITECTURES
@@ -35,7 +35,7 @@ SECONDS = 120
 
 
 def _onnxfuse(path: str) -> nn.Module:
-    from onnxfuse.pytorch import to_torch
+    from onnxfuse.pytorch.bridge.importer import to_torch
 
     return to_torch(path)
 
@@ -160,7 +160,7 @@ def _outputs(module: nn.Module, inputs: list[list[Tensor]], folder: Path, name: 
 
 def _written(job: dict[str, Any], feeds: list[dict[str, np.ndarray]], inputs: list[list[Tensor]]) -> Any:
     """The round trip; model and outputs with the changes go to files."""
-    from onnxfuse.graph import Model
+    from onnxfuse.ir.model import Model
 
     trip = properties.round_trip(Model.load(job["path"]), [feeds[0]])
     folder = Path(job["outputs"])

@@ -21,7 +21,7 @@ from types import ModuleType
 
 import numpy as np
 
-from onnxfuse.runtime import available_cores
+from onnxfuse.runtime.providers import available_cores
 
 WIDTH = 80
 MB = 1 << 20

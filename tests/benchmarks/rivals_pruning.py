@@ -44,9 +44,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, numpy_helper
 
-from onnxfuse.cost import measure
-from onnxfuse.graph import Model
-from onnxfuse.runtime import Runtime
+from onnxfuse.analysis.cost import measure
+from onnxfuse.ir.model import Model
+from onnxfuse.runtime.session import Runtime
 
 if TYPE_CHECKING:
     import torch
@@ -516,8 +516,8 @@ def as_modules(original: ModelProto) -> Modules:
     """
     from torch import fx
 
-    from onnxfuse.pytorch import to_torch
-    from onnxfuse.pytorch.weights import stored
+    from onnxfuse.pytorch.bridge.importer import to_torch
+    from onnxfuse.pytorch.bridge.weights import stored
 
     loaded = Model.load(original)
     module = to_torch(loaded)
@@ -546,7 +546,7 @@ _NORM_SLOTS = ("weight", "bias", "running_mean", "running_var")
 
 def _weight_sources(node: fx.Node, module: nn.Module) -> dict[str, str]:
     """The attribute paths of what a node's layer holds, by the names that torch.nn has for it."""
-    from onnxfuse.pytorch.rules.normalization import BatchNorm
+    from onnxfuse.pytorch.bridge.rules.normalization import BatchNorm
 
     if node.op == "call_function" and node.target.__name__ in (*_CONVOLUTIONS, "linear"):
         slots = _CONV_SLOTS

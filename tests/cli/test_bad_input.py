@@ -20,7 +20,7 @@ import torch
 from nets import MLP as TEXT
 from onnx import TensorProto, external_data_helper, numpy_helper
 
-from onnxfuse.cli import main
+from onnxfuse.cli.app import main
 
 RANDOM = np.random.default_rng(3)
 W1 = RANDOM.standard_normal((6, 512)).astype(np.float32)

@@ -20,11 +20,11 @@ from nets import MLP as TEXT
 from onnx import numpy_helper
 
 import onnxfuse
-from onnxfuse.cli import main
+from onnxfuse.cli.app import main
 from onnxfuse.commands.loading import MADE_UP
 from onnxfuse.findings import Change, Skip
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
+from onnxfuse.ir.model import Model
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.report.compress_view import compress_view
 from onnxfuse.report.inspect_view import inspect_view
 from onnxfuse.report.tables import plain_text
@@ -140,11 +140,11 @@ def test_quiet_says_only_what_must_be_said(capsys: Captured) -> None:
 
 
 def test_a_slower_result_is_loud(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxfuse import cost
     from onnxfuse.commands import judge
+    from onnxfuse.runtime.latency import Latency, Timing
 
-    timings = [cost.Timing(t, (t, t), t, t, t, (t, t)) for t in (1.0, 1.5)]
-    latency = cost.Latency(tuple(timings), 10, ("CPUExecutionProvider",), 1)
+    timings = [Timing(t, (t, t), t, t, t, (t, t)) for t in (1.0, 1.5)]
+    latency = Latency(tuple(timings), 10, ("CPUExecutionProvider",), 1)
     monkeypatch.setattr(judge, "latency", lambda *_, **__: latency)
     assert main(RUN) == 0
     out, err = capsys.readouterr()

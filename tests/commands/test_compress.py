@@ -11,16 +11,16 @@ import onnx
 import pytest
 from runs import LABELS, W2, Refusing, Scale, X, compress, held_out, network, reference, run
 
-from onnxfuse import cost
-from onnxfuse.calibration import Calibration
 from onnxfuse.commands import judge
 from onnxfuse.commands.compress import SLOWER
 from onnxfuse.commands.loading import MADE_UP
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import Model
-from onnxfuse.recipe import parse_recipe
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.significance import mcnemar
+from onnxfuse.pipeline.recipe import parse_recipe
 from onnxfuse.results import as_json
-from onnxfuse.significance import mcnemar
+from onnxfuse.runtime.latency import Latency, Timing
 
 
 def test_what_was_proved_is_written(path: Path) -> None:
@@ -162,11 +162,11 @@ def test_nothing_to_do_is_exit_code_3(path: Path) -> None:
 def test_a_slower_result_is_never_silent(
     ratios: tuple[float, float, float], slower: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pretend(models: list[Model], *_: Any, **__: Any) -> cost.Latency:
+    def pretend(models: list[Model], *_: Any, **__: Any) -> Latency:
         assert len(models) == 2
-        same = cost.Timing(1.0, (1.0, 1.0), 1.0, 1.0, 1.0, (1.0, 1.0))
-        other = cost.Timing(1.2, (1.2, 1.2), *ratios, (1.0, 1.0))
-        return cost.Latency((same, other), 10, ("CPUExecutionProvider",), 1)
+        same = Timing(1.0, (1.0, 1.0), 1.0, 1.0, 1.0, (1.0, 1.0))
+        other = Timing(1.2, (1.2, 1.2), *ratios, (1.0, 1.0))
+        return Latency((same, other), 10, ("CPUExecutionProvider",), 1)
 
     monkeypatch.setattr(judge, "latency", pretend)
     report = compress(path).report
@@ -177,9 +177,9 @@ def test_a_slower_result_is_never_silent(
 def test_slower_counts_only_if_it_can_be_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = iter([1.3, 1.2, 0.9, 1.4])
 
-    def pretend(*_: Any, **__: Any) -> cost.Latency:
-        timings = [cost.Timing(t, (t, t), t, t, t, (t, t)) for t in (1.0, next(ratios))]
-        return cost.Latency(tuple(timings), 10, ("CPUExecutionProvider",), 1)
+    def pretend(*_: Any, **__: Any) -> Latency:
+        timings = [Timing(t, (t, t), t, t, t, (t, t)) for t in (1.0, next(ratios))]
+        return Latency(tuple(timings), 10, ("CPUExecutionProvider",), 1)
 
     monkeypatch.setattr(judge, "latency", pretend)
     report = compress(path).report

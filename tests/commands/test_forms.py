@@ -13,9 +13,9 @@ import pytest
 from runs import LABELS, Scale, X, compress, network
 
 import onnxfuse
-from onnxfuse.calibration import Calibration
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError
-from onnxfuse.graph import Model
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.fuse import Fuse
 
 # --- passes -------------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ from channel_cases import CASES
 from nets import compute
 
 import onnxfuse
-from onnxfuse.cli import main
+from onnxfuse.cli.app import main
 from onnxfuse.errors import InputError
-from onnxfuse.graph import Model
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.deepen import Deepen
 from onnxfuse.passes.kernel import Kernel
 from onnxfuse.passes.widen import Widen
-from onnxfuse.recipe import parse_recipe, read_recipe
+from onnxfuse.pipeline.recipe import parse_recipe, read_recipe
 
 MODELS = Path(__file__).parents[2] / "models"
 LARGER = ("digits_resnet", "mnist1d_conv", "tiny_transformer")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from runs import LABELS, W2, Refusing, Scale, X, compress, held_out, reference, run
 
-from onnxfuse.calibration import Calibration
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.findings import Change, Prediction
-from onnxfuse.graph import Model
-from onnxfuse.instruments import Instrument
-from onnxfuse.pass_manager import Context, Contract, Pass, PassResult
+from onnxfuse.ir.model import Model
+from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
+from onnxfuse.pipeline.instruments import Instrument
 
 DATA = {"x": X, "labels": LABELS}
 
@@ -178,7 +178,7 @@ def test_bad_schedules(path: Path, options: dict[str, Any], message: str) -> Non
 
 
 def test_a_dry_run_keeps_no_state(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxfuse.pytorch import checkpoint
+    from onnxfuse.pytorch.training import checkpoint
 
     def never(*_: object) -> None:
         raise AssertionError("a dry run wrote a checkpoint")
@@ -228,7 +228,7 @@ def test_data_to_retrain_on_is_looked_at_before_any_pass_runs(path: Path) -> Non
 
 
 def test_a_result_that_torch_refuses_is_exit_code_3(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxfuse.pytorch import retraining
+    from onnxfuse.pytorch.training import retraining
 
     def refuse(*_: object, **__: object) -> None:
         raise NotApplicableError("there is no rule")

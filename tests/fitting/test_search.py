@@ -10,8 +10,8 @@ from nets import context, net, normal, weight
 
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.fitting.search import Found, farthest, longest
-from onnxfuse.goals import Goals
-from onnxfuse.pass_manager import Context, PassResult
+from onnxfuse.pipeline.base import Context, PassResult
+from onnxfuse.pipeline.goals import Goals
 
 
 class Options(Goals):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from onnxfuse.numerics.similarity import freeze_share
 from onnxfuse.numerics.weight_sharing import RIDGE, gradient_shares, one_weight
-from onnxfuse.similarity import freeze_share
 
 RANDOM = np.random.default_rng(0)
 

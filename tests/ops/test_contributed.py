@@ -15,14 +15,14 @@ from channel_cases import Case, check, drawn, found
 from nets import compute, normal
 from onnx import numpy_helper
 
-from onnxfuse.bounds import intervals
-from onnxfuse.cost import measure
+from onnxfuse.analysis.cost import measure
+from onnxfuse.analysis.intervals.rules import intervals
+from onnxfuse.analysis.regions.linear_rules import CURVED
+from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.flow import CURVED
-from onnxfuse.graph import Model
-from onnxfuse.pytorch import to_torch
-from onnxfuse.regions import find_regions
-from onnxfuse.runtime import Runtime
+from onnxfuse.ir.model import Model
+from onnxfuse.pytorch.bridge.importer import to_torch
+from onnxfuse.runtime.session import Runtime
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
 SILU = "com.microsoft.ScaledSiLU"

@@ -9,15 +9,15 @@ import sys
 import pytest
 from rich.console import Console
 
-from onnxfuse.bounds import RULES as INTERVALS
+from onnxfuse.analysis.cost import RULES as COSTS
+from onnxfuse.analysis.intervals.rules import RULES as INTERVALS
+from onnxfuse.analysis.regions.rules import RULES as REGIONS
 from onnxfuse.channels.rules import RULES as CHANNELS
 from onnxfuse.commands.operators import operators
-from onnxfuse.cost import RULES as COSTS
-from onnxfuse.flow import RULES as REGIONS
 from onnxfuse.ops.coverage import FACETS, OperatorInfo
 from onnxfuse.ops.facet import Facet
 from onnxfuse.ops.table import OPS, Kind
-from onnxfuse.pytorch.rules import RULES as TORCH
+from onnxfuse.pytorch.bridge.rules import RULES as TORCH
 from onnxfuse.report.operators_view import operators_view
 
 ALL: dict[str, Facet] = {

@@ -8,8 +8,8 @@ import pytest
 from nets import net
 from onnx import NodeProto, helper
 
-from onnxfuse.graph import Model
-from onnxfuse.ir import Node
+from onnxfuse.ir.model import Model
+from onnxfuse.ir.nodes import Node
 from onnxfuse.ops.facet import Facet, keyed
 from onnxfuse.ops.table import Op
 from onnxfuse.ops.view import ModelNodeView, NodeView, ProtoView

@@ -13,9 +13,11 @@ import torch
 from nets import Feed, compute, context, fitted, held, net, normal, weight
 
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model
-from onnxfuse.pass_manager import Context, Contract, PassManager, StepReport
+from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY, Model
 from onnxfuse.passes.autoencode import Autoencode
+from onnxfuse.pipeline.base import Context, Contract
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.records import StepReport
 
 
 def spread(*shape: int, seed: int = 0) -> np.ndarray:

@@ -16,17 +16,19 @@ from nets import Feed, compute, context, fitted, net, normal, weight
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxfuse.calibration import Calibration
-from onnxfuse.cli import main
+from onnxfuse.cli.app import main
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError
-from onnxfuse.graph import PASS_KEY, Model
-from onnxfuse.ir import Node
-from onnxfuse.pass_manager import Context, Contract, PassManager, StepReport
+from onnxfuse.ir.model import PASS_KEY, Model
+from onnxfuse.ir.nodes import Node
 from onnxfuse.passes import batchnorm
 from onnxfuse.passes.batchnorm import Batchnorm
 from onnxfuse.passes.fold import Fold
-from onnxfuse.recipe import make_pass
-from onnxfuse.runtime import Session
+from onnxfuse.pipeline.base import Context, Contract
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import make_pass
+from onnxfuse.pipeline.records import StepReport
+from onnxfuse.runtime.session import Session
 
 MODELS = Path(__file__).parents[2] / "models"
 NORM = {

@@ -14,17 +14,18 @@ import onnx.reference
 import pytest
 from nets import RUNTIME, alone, compute, context, dense, fitted, held, net, normal, one_step, rows, weight
 
-from onnxfuse.calibration import Calibration
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError
-from onnxfuse.graph import Model
-from onnxfuse.marks import VALUES, ZEROS, kept
-from onnxfuse.pass_manager import Context, Contract, PassManager
+from onnxfuse.ir.marks import VALUES, ZEROS, kept
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.kmeans import kmeans, nearest
 from onnxfuse.passes.cluster import Cluster
 from onnxfuse.passes.fold import Fold
 from onnxfuse.passes.prune import Prune
 from onnxfuse.passes.refit import Refit
-from onnxfuse.quantisation import kmeans, nearest
-from onnxfuse.recipe import parse_recipe
+from onnxfuse.pipeline.base import Context, Contract
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import parse_recipe
 
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = ("w0", "w1", "w2")

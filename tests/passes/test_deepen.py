@@ -10,17 +10,18 @@ import onnx.checker
 import pytest
 import torch
 from channel_cases import CASES, POOLED, close, norm, parameters, positive, sized
-from growth import case_context, doubled, gradients, in_float64, wide
+from growth_checks import case_context, doubled, gradients, in_float64, wide
 from nets import Feed, compute, context, net, normal, weight
 
-from onnxfuse.depth import find_sites
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import PASS_KEY, Model
-from onnxfuse.ir import Node
-from onnxfuse.pass_manager import PassManager, StepReport
+from onnxfuse.growth.depth import find_sites
+from onnxfuse.ir.model import PASS_KEY, Model
+from onnxfuse.ir.nodes import Node
 from onnxfuse.passes.deepen import Deepen
-from onnxfuse.pytorch import to_torch
-from onnxfuse.recipe import make_pass
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import make_pass
+from onnxfuse.pipeline.records import StepReport
+from onnxfuse.pytorch.bridge.importer import to_torch
 
 SCHEMES = ("r2r", "net2net")
 IMAGE, MAP = "float[N,3,6,6] x", "float[A,B,C,D] y"

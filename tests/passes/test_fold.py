@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Contract, PassResult
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.fold import Fold
+from onnxfuse.pipeline.base import Contract, PassResult
 
 NODE = helper.make_node
 RNG = np.random.default_rng(0)

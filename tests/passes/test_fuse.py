@@ -20,14 +20,15 @@ from nets import (
     weight,
 )
 
-from onnxfuse import trials
+from onnxfuse.analysis.regions.check import GeometryCheck
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.fitting import search
-from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model
-from onnxfuse.pass_manager import Context, PassManager, PassResult, StepReport
+from onnxfuse.fitting import search, trials
+from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY, Model
 from onnxfuse.passes import fuse as module
 from onnxfuse.passes.fuse import Fuse
-from onnxfuse.regions import GeometryCheck
+from onnxfuse.pipeline.base import Context, PassResult
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.records import StepReport
 
 
 def fuse(model: Model, ctx: Context, **options: Any) -> PassResult:

@@ -8,15 +8,16 @@ import numpy as np
 import onnx.checker
 import pytest
 from channel_cases import CASES, close
-from growth import case_context, doubled, gradients, in_float64, wide
+from growth_checks import case_context, doubled, gradients, in_float64, wide
 from nets import Feed, compute, context, net, normal, weight
 
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import PassManager, StepReport
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.kernel import Kernel
-from onnxfuse.pytorch import to_torch
-from onnxfuse.recipe import make_pass
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import make_pass
+from onnxfuse.pipeline.records import StepReport
+from onnxfuse.pytorch.bridge.importer import to_torch
 
 # attributes, weights, one sample's shape, new size, then the pads it must have, begin and end
 FORMS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int, list[int]]] = {

@@ -26,16 +26,18 @@ from nets import (
     weight,
 )
 
-from onnxfuse.calibration import Calibration
-from onnxfuse.cost import measure
+from onnxfuse.analysis.cost import measure
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError, VerificationError
-from onnxfuse.graph import PASS_KEY, REPLACES_KEY, Model
-from onnxfuse.linear import LinearOp, linear_op
-from onnxfuse.marks import ZEROS, kept
-from onnxfuse.pass_manager import Context, Contract, PassManager, PassResult, StepReport
+from onnxfuse.ir.marks import ZEROS, kept
+from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY, Model
+from onnxfuse.ops.linear import LinearOp, linear_op
 from onnxfuse.passes.lowrank import Lowrank
 from onnxfuse.passes.prune import Prune
-from onnxfuse.recipe import parse_recipe
+from onnxfuse.pipeline.base import Context, Contract, PassResult
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import parse_recipe
+from onnxfuse.pipeline.records import StepReport
 
 MODELS = Path(__file__).parents[2] / "models"
 

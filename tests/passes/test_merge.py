@@ -13,16 +13,18 @@ from nets import columns, compute, context, fitted, held, net, normal, weight
 
 from onnxfuse import retrain
 from onnxfuse.errors import InputError, NotApplicableError, VerificationError
-from onnxfuse.graph import Model
-from onnxfuse.marks import GRADIENT_KEY
+from onnxfuse.fitting.trials import Trials
+from onnxfuse.ir.marks import GRADIENT_KEY
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.similarity import freeze_share
 from onnxfuse.numerics.weight_sharing import RIDGE
-from onnxfuse.pass_manager import Context, Contract, PassManager, StepReport
 from onnxfuse.passes.merge import Merge
 from onnxfuse.passes.prune import Prune
-from onnxfuse.pytorch import to_torch
-from onnxfuse.recipe import make_pass
-from onnxfuse.similarity import freeze_share
-from onnxfuse.trials import Trials
+from onnxfuse.pipeline.base import Context, Contract
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import make_pass
+from onnxfuse.pipeline.records import StepReport
+from onnxfuse.pytorch.bridge.importer import to_torch
 
 CHAIN = """h0 = Gemm(x, w0, b0) r0 = Relu(h0) h1 = Gemm(r0, w1, b1) r1 = Relu(h1) h2 = Gemm(r1, w2, b2)
     r2 = Relu(h2) h3 = Gemm(r2, w3, b3) r3 = Relu(h3) y = Gemm(r3, w4, b4)"""
@@ -606,7 +608,7 @@ def test_layers_whose_error_can_not_be_predicted_stay(
     dense: tuple[Model, Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ctx = dense
-    monkeypatch.setattr("onnxfuse.walk.MOST_COLUMNS", 7)  # each of the three like layers has 8
+    monkeypatch.setattr("onnxfuse.fitting.sites.MOST_COLUMNS", 7)  # each of the three like layers has 8
     made, step = run(model, ctx, layers=0.2)
     assert not sharing(made)
     assert {("h1",), ("h2",), ("h3",)} <= {s.nodes for s in step.skipped if "too many to solve" in s.reason}

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from nets import RUNTIME, alone, compute, context, dense, fitted, held, net, normal, one_step, rows, weight
 
-from onnxfuse.calibration import Calibration
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError
-from onnxfuse.graph import Model
-from onnxfuse.marks import ZEROS, kept
-from onnxfuse.pass_manager import Context, Contract, PassManager
+from onnxfuse.ir.marks import ZEROS, kept
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.prune import Prune, smallest
 from onnxfuse.passes.refit import Refit
-from onnxfuse.recipe import parse_recipe
+from onnxfuse.pipeline.base import Context, Contract
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import parse_recipe
 
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = ("w0", "w1", "w2")

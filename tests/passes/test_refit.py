@@ -7,9 +7,10 @@ import pytest
 from nets import compute, context, held, net, normal, perturbed, weight
 
 from onnxfuse.errors import InputError
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Contract, PassManager
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.refit import Refit
+from onnxfuse.pipeline.base import Context, Contract
+from onnxfuse.pipeline.manager import PassManager
 
 BODY = "h1 = Gemm(x, w1) r1 = Relu(h1) h2 = Gemm(r1, w2) r2 = Relu(h2) y = Gemm(r2, w3)"
 WEIGHTS = {"w1": (6, 16), "w2": (16, 10), "w3": (10, 4)}

@@ -12,14 +12,17 @@ from channel_cases import sized, zeroed
 from nets import RUNTIME, alone, compute, context, fitted, held, least_squares, net, normal, one_step, weight
 
 from onnxfuse import compress
-from onnxfuse.channels import find_groups, take
-from onnxfuse.cost import measure
+from onnxfuse.analysis.cost import measure
+from onnxfuse.channels.edits import take
+from onnxfuse.channels.groups import find_groups
 from onnxfuse.errors import InputError, NotApplicableError, VerificationError
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, Contract, PassManager, PassResult, StepReport
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.refit import Refit
 from onnxfuse.passes.select import Select
-from onnxfuse.recipe import parse_recipe
+from onnxfuse.pipeline.base import Context, Contract, PassResult
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import parse_recipe
+from onnxfuse.pipeline.records import StepReport
 
 RESIDUAL = """
     a = Conv<pads=[1,1,1,1]>(x, w0, b0)

@@ -9,16 +9,18 @@ import numpy as np
 import onnx.checker
 import pytest
 from channel_cases import CASES, Case, close, found, parameters, sized
-from growth import case_context, doubled, gradients, in_float64, new_elements, shapes_in_float64, wide
+from growth_checks import case_context, doubled, gradients, in_float64, new_elements, shapes_in_float64, wide
 from nets import compute, context, net, normal, weight
 
-from onnxfuse.channels import Group, take
+from onnxfuse.channels.edits import take
+from onnxfuse.channels.groups import Group
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import Context, PassManager, PassResult
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.widen import Widen
-from onnxfuse.pytorch import to_torch
-from onnxfuse.recipe import make_pass
+from onnxfuse.pipeline.base import Context, PassResult
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import make_pass
+from onnxfuse.pytorch.bridge.importer import to_torch
 
 SCHEMES = ("r2r", "net2net", "netmorph")
 STATISTICS = "takes statistics over the channels, which stay only if all are repeated equally often"
@@ -101,7 +103,7 @@ def test_exact_on_every_kind_of_graph(name: str, scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", CASES)
 def test_exact_in_float64(name: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxfuse.inference.run", shapes_in_float64)
+    monkeypatch.setattr("onnxfuse.runtime.observed_shapes.run", shapes_in_float64)
     case = CASES[name]
     model = doubled(case.model())
     feed = wide(case.feed(model, 4))

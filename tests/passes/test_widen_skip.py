@@ -10,16 +10,17 @@ import onnx.checker
 import pytest
 import torch
 from channel_cases import Case, close, norm, parameters, sized
-from growth import case_context, doubled, gradients, in_float64, shapes_in_float64, wide
+from growth_checks import case_context, doubled, gradients, in_float64, shapes_in_float64, wide
 from nets import compute, context, weight
 from onnx import helper
 
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.graph import Model
-from onnxfuse.pass_manager import PassManager, PassResult
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.widen import Widen
-from onnxfuse.pytorch import to_torch
-from onnxfuse.recipe import make_pass
+from onnxfuse.pipeline.base import PassResult
+from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.pipeline.recipe import make_pass
+from onnxfuse.pytorch.bridge.importer import to_torch
 
 PAD = "pads=[1,1,1,1]"
 HEAD = "gap = GlobalAveragePool(last) flat = Flatten(gap) y = Gemm(flat, wy, by)"
@@ -117,7 +118,7 @@ def test_exact_and_nothing_else_grows(name: str, opset: int, ratio: float) -> No
 
 @pytest.mark.parametrize("name", CASES)
 def test_exact_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxfuse.inference.run", shapes_in_float64)
+    monkeypatch.setattr("onnxfuse.runtime.observed_shapes.run", shapes_in_float64)
     case = CASES[name]
     model = doubled(case.model())
     calibration = context(model, [wide(case.feed(model, 4))], held_out=0.0)

@@ -11,14 +11,14 @@ import pytest
 from nets import net
 
 from onnxfuse import inspect
-from onnxfuse.alike import find_weight_layers
-from onnxfuse.cli import main
+from onnxfuse.analysis.layer_similarity import Likeness, nearest, shown, survey
+from onnxfuse.analysis.weight_layers import find_weight_layers
+from onnxfuse.cli.app import main
 from onnxfuse.errors import InputError
-from onnxfuse.graph import Model
-from onnxfuse.likeness import Likeness, nearest, shown, survey
+from onnxfuse.ir.model import Model
+from onnxfuse.numerics.similarity import distance
 from onnxfuse.report.similarity_view import similarity_view
 from onnxfuse.report.tables import plain_text
-from onnxfuse.similarity import distance
 
 TRANSFORMER = Path(__file__).parents[2] / "models" / "tiny_transformer.onnx"
 Captured = pytest.CaptureFixture[str]

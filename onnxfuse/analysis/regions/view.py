@@ -1,0 +1,67 @@
+"""Views and flows: how a tensor of a region lies over its input."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from onnxfuse.ir.shapes import Dim
+from onnxfuse.numerics.receptive_field import Axis
+from onnxfuse.ops.table import OPS, Kind
+
+Shape = tuple[Dim, ...]
+Layout = tuple[str | int | None, ...]
+UNBOUNDED = 2**31 - 1  # a Slice end of this size or more means "to the end"
+COUNTING, DRAWING = OPS.of_kind(Kind.SHAPE), OPS.of_kind(Kind.RANDOM)
+FOLDED_ELEMENTS = 2**16  # plumbing values are small; anything larger is not worth evaluating here
+
+
+class View(enum.Enum):
+    """What is known of the axes of a tensor inside a region."""
+
+    MAP = "map"
+    SAMPLE = "sample"
+    TOKEN = "token"
+    SHAPE = "shape"
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A tensor inside a region as seen from u.
+
+    Attributes:
+        view: what is known of its axes.
+        layout, axes: of a map, see the module's docstring.
+        rank, features: of the tensor, where known.
+        lost: of a sample, why it is no map.
+        linears: bit i is set if the region's i-th linear operator is among its ancestors.
+        tail: it is an affine function of a linear operator's output or a residual sum: it can be v.
+        curved: something non-linear is among its ancestors.
+        residual: branches with different linear operators are added up among its ancestors.
+        scores: it holds attention scores or probabilities, where masks from outside may enter.
+        aligned: of tokens, its leading axes are u's.
+    """
+
+    view: View
+    layout: Layout = ()
+    axes: tuple[Axis, ...] = ()
+    rank: int | None = None
+    features: int | None = None
+    lost: str = ""
+    linears: int = 0
+    tail: bool = False
+    curved: bool = False
+    residual: bool = False
+    scores: bool = False
+    aligned: bool = False
+
+
+def map_flow(rank: int, features: int | None) -> Flow:
+    """u as a map (N, C, *S)."""
+    spatial = range(rank - 2)
+    return Flow(View.MAP, ("N", "C", *spatial), tuple(Axis() for _ in spatial), rank, features)
+
+
+def token_flow(rank: int | None, features: int | None) -> Flow:
+    """u as tokens (..., F)."""
+    return Flow(View.TOKEN, rank=rank, features=features, aligned=True)

@@ -1,0 +1,28 @@
+"""The rules: for each operator what it does to axes. One that has none freezes all that it touches; nothing
+is guessed."""
+
+from __future__ import annotations
+
+from onnxfuse.channels.rules import attention, elementwise, linear, reducing, shaping
+from onnxfuse.ops.facet import Facet
+from onnxfuse.ops.table import Kind, Op
+
+_DEFAULTS = {**elementwise.DEFAULTS, **reducing.DEFAULTS}
+
+
+def _missing(op: Op) -> str:
+    return "frozen: its bodies are not followed" if op.kind is Kind.CONTROL else "frozen: no rule"
+
+
+RULES = Facet(
+    {
+        **elementwise.RULES,
+        **linear.RULES,
+        **attention.RULES,
+        **reducing.RULES,
+        **shaping.RULES,
+    },
+    lambda op: _DEFAULTS.get(op.kind),
+    _missing,
+)
+"""By operator: the axes of its outputs."""

@@ -1,0 +1,197 @@
+"""Calibration: the samples a pass may look at, split into those it fits and those its error is measured on.
+
+The split is by samples, drawn once from the seed: the samples are cut into as many stretches of equal
+length as are to be held out, and one is drawn from each. So files sorted by class, cyclic ones and short
+ones split fairly, and the same data and seed give the same split, at any batch size. An error quoted on
+fitted samples would flatter the pass.
+
+Nothing but the batch in hand is in memory; both halves can be iterated over as often as needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+
+from onnxfuse.data.sources import Source, open_source
+from onnxfuse.data.synthetic import Synthetic
+from onnxfuse.errors import InputError
+from onnxfuse.ir.model import Model
+from onnxfuse.runtime.session import Feed
+
+Data = str | PathLike[str] | np.ndarray | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One feed of all inputs, with its labels if the data has any; `index` is unique in its calibration."""
+
+    feed: Feed
+    labels: np.ndarray | None
+    index: int
+    samples: int
+
+
+class Batches:
+    """A re-iterable stream of batches of one source."""
+
+    def __init__(self, source: Source, units: np.ndarray, size: int, first_index: int) -> None:
+        self._source = source
+        self._units = units
+        self._size = size
+        self._first_index = first_index
+        self.samples = source.samples(units)
+
+    def __len__(self) -> int:
+        return -(-len(self._units) // self._size)
+
+    def _groups(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self._units), self._size):
+            yield self._units[start : start + self._size]
+
+    def split(self, samples: int) -> tuple[Batches, Batches]:
+        """About `samples` of the samples, spread over the stream: two thirds of them, and the rest.
+
+        One that can't be divided serves as both.
+        """
+        step = self._size if self._source.exact else 1
+        total = len(self._units) // step
+        count = min(total, max(2, -(-samples * total // self.samples)))
+        chosen = np.arange(count) * total // count
+        second = chosen[1::3] if count > 1 else chosen
+        first = np.setdiff1d(chosen, second) if count > 1 else chosen
+
+        def units(numbers: np.ndarray) -> np.ndarray:
+            return self._units[(numbers[:, None] * step + np.arange(step)).reshape(-1)]
+
+        fit = Batches(self._source, units(first), self._size, 0)
+        return fit, Batches(self._source, units(second), self._size, len(fit))
+
+    def __iter__(self) -> Iterator[Batch]:
+        readings = self._source.read(self._groups())
+        for number, (units, (feed, labels)) in enumerate(zip(self._groups(), readings, strict=True)):
+            yield Batch(feed, labels, self._first_index + number, self._source.samples(units))
+
+
+class Calibration:
+    """Samples for fitting and samples held out. Made by `Calibration.open`.
+
+    Attributes:
+        fit: what passes may learn from.
+        held_out: what their error is measured on; empty where none was asked for.
+        samples: in both together.
+        synthetic: True where the samples are made up.
+        labels: the name of the label array, None without.
+        description: one line for reports.
+    """
+
+    def __init__(
+        self, fit: Batches, held_out: Batches, labels: str | None, synthetic: bool, description: str
+    ) -> None:
+        self.fit = fit
+        self.held_out = held_out
+        self.samples = fit.samples + held_out.samples
+        self.labels = labels
+        self.synthetic = synthetic
+        self.description = description
+
+    def part(self, samples: int) -> Calibration:
+        """About `samples` of the fit samples, a third of them held out, for trials that must leave the real
+        held-out samples alone."""
+        fit, rest = self.fit.split(samples)
+        return Calibration(fit, rest, self.labels, self.synthetic, self.description)
+
+    @classmethod
+    def open(
+        cls,
+        source: Data,
+        model: Model,
+        *,
+        limit: int | None = None,
+        batch_size: int = 64,
+        held_out: float = 0.2,
+        seed: int = 0,
+    ) -> Calibration:
+        """The samples of `source` for `model`.
+
+        Args:
+            source: a `.npz` (arrays by input name, rows are samples); a folder of `.npy`, one for each
+                input, or of `.npz`, chunks that continue one another; a Polygraphy feed `.json`;
+                `script.py:function`, which is called without arguments and returns feeds; a dict of whole
+                arrays, or the one array of a model with one input; an iterable of feed dicts; or None:
+                samples are made up. An array called labels, y, label or targets holds the labels.
+            model: whose inputs the samples must fit; types are not cast.
+            limit: use about this many samples, spread over the data; of a stream the first ones.
+            batch_size: rows of a batch, where neither model nor data fixes it.
+            held_out: the share of samples that is held out.
+            seed: of the split, the limit's choice and made-up samples.
+
+        Raises:
+            InputError: the data cannot be read, does not fit the model, or is too little to split. What only
+                the values show (NaN, a file cut short) is raised while iterating.
+        """
+        if batch_size < 1 or not 0 <= held_out < 1 or (limit is not None and limit < 1):
+            raise InputError(
+                "batch size and limit must be at least 1, the held-out share at least 0 and below 1"
+            )
+        opened: Source
+        if source is None:
+            opened = Synthetic(model, batch_size, limit, seed)
+        else:
+            opened = open_source(source, model.inputs, limit)
+        units = np.arange(opened.count) if source is None else _limited(opened, limit, seed)
+        size = opened.batch or batch_size
+        fitted, held = _split(opened, units, size, held_out, seed)
+        fit = Batches(opened, fitted, size, 0)
+        rest = Batches(opened, held, size, len(fit))
+        dropped = len(units) - len(fitted) - len(held)
+        description = f"{opened.name}: {fit.samples} samples fitted, {rest.samples} held out"
+        if dropped:
+            description += f", {dropped} left over because the model wants batches of {size}"
+        return cls(fit, rest, opened.labels, source is None, description)
+
+
+def _limited(source: Source, limit: int | None, seed: int) -> np.ndarray:
+    units = np.arange(source.count)
+    total = source.samples(units)
+    if limit is None or limit >= total:
+        return units
+    return _spread(source.count, -(-source.count * limit // total), seed)
+
+
+def _split(
+    source: Source, units: np.ndarray, size: int, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(fitted, held out) units, each a whole number of batches where the model insists on full ones."""
+    step = size if source.exact else 1
+    parts = len(units) // step
+    if parts < (2 if share else 1):
+        need = f"{(2 if share else 1) * step}" + (", to fit some and hold out others" if share else "")
+        what = "samples" if source.batch is None or source.exact else "batches"
+        raise InputError(f"{source.name}: too few {what}, {len(units)}; it takes at least {need}")
+    held = step * min(max(round(share * parts), 1), parts - 1) if share else 0
+    mask = np.zeros(len(units), bool)
+    mask[_spread(len(units), held, seed)] = True
+    fitted = units[~mask]
+    return fitted[: len(fitted) // step * step], units[mask]
+
+
+def _spread(total: int, count: int, seed: int) -> np.ndarray:
+    """`count` of the numbers below `total`, ascending: one at random from each of `count` equal stretches."""
+    edges = np.arange(count + 1) * total // max(count, 1)
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The calibration samples of a run: how many were fitted and how many held out; `labels` is the name of
+    the label array."""
+
+    description: str
+    synthetic: bool
+    fitted: int
+    held_out: int
+    labels: str | None

@@ -1,0 +1,44 @@
+"""A few rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxfuse.data.sources import batch_axes, fixed_batch
+
+if TYPE_CHECKING:
+    from onnxfuse.data.calibration import Batch
+    from onnxfuse.ir.model import Model
+    from onnxfuse.runtime.session import Feed
+
+
+def first_rows(model: Model, batch: Batch, size: int) -> Feed | None:
+    """The first rows of a batch, cut along the dynamic batch axes of the inputs; None where that is no cut.
+
+    Args:
+        model: whose inputs are fed.
+        batch: the batch.
+        size: the number of rows.
+    """
+    every = batch_axes(model.inputs)
+    axes = {name: axis for name, axis in every.items() if axis is not None}
+    rows = {batch.feed[name].shape[axis] for name, axis in axes.items() if batch.feed[name].ndim > axis}
+    if rows != {batch.samples} or size >= batch.samples or fixed_batch(model.inputs, every) is not None:
+        return None
+    cut = {name: np.take(batch.feed[name], range(size), axis=axis) for name, axis in axes.items()}
+    return {**batch.feed, **cut}
+
+
+def few_rows(model: Model, batches: Iterable[Batch], size: int) -> Feed:
+    """The first rows of the first batch, or all of it where that is no cut.
+
+    Args:
+        model: whose inputs are fed.
+        batches: at least one.
+        size: the number of rows.
+    """
+    batch = next(iter(batches))
+    return first_rows(model, batch, size) or batch.feed

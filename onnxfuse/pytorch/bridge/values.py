@@ -1,0 +1,250 @@
+"""What flows through an import: values, and the call that a rule sees.
+
+An ONNX tensor becomes one of three things on its way to PyTorch:
+
+- a *tensor*: a torch.fx node that yields a `torch.Tensor`;
+- a *host* value: an object array of Python numbers, or of torch.fx nodes that yield them. Shapes are such
+  values. Shape -> Gather -> Mul -> Concat -> Reshape then costs nothing when the module runs: what is left
+  of it is `x.reshape([x.size(0) * 2, -1])`. Batches stay dynamic, and torch.export sees plain sizes;
+- a *stored* value: an initializer or Constant, fetched as a Parameter or buffer where a tensor is wanted, and
+  read at import where an operator wants plain numbers (axes, pads, shapes).
+
+NumPy moves host values about (take, concatenate, reshape), whatever their elements are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+from torch import fx
+
+from onnxfuse.errors import NotApplicableError
+from onnxfuse.ir.protos import operator_key
+from onnxfuse.ops.table import Key
+
+if TYPE_CHECKING:
+    from onnxfuse.pytorch.bridge.importer import Scope
+
+Host = np.ndarray
+"""An object array of numbers and of torch.fx nodes that yield numbers."""
+
+MOST_ON_HOST = 1024
+"""Elements of an integer constant up to which it may become a host value."""
+
+
+@dataclass(eq=False)
+class Value:
+    """One ONNX tensor during an import; `rank` and `dtype` are None where nothing says.
+
+    Attributes:
+        node: the tensor; for a stored or host value, once it was wanted as one.
+        host: the numbers, where they are known on the host.
+        load: reads a stored value.
+        key: where a stored value is registered in the module.
+        trainable: whether it is a Parameter.
+        sizes: its shape, of a stored value, or what the file says of it; None for an open axis.
+    """
+
+    name: str
+    dtype: torch.dtype | None = None
+    rank: int | None = None
+    node: fx.Node | None = None
+    host: Host | None = None
+    load: Callable[[], np.ndarray] | None = None
+    key: str | None = None
+    trainable: bool = False
+    sizes: tuple[int | None, ...] | None = None
+
+    @property
+    def stored(self) -> bool:
+        return self.load is not None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A node, be it of the main graph or of a body: what a rule needs of it."""
+
+    op: str
+    domain: str
+    label: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """The key of its rule."""
+        return operator_key(self.domain, self.op)
+
+    @property
+    def kind(self) -> str:
+        """How messages name the operator: "Conv", "com.acme::Op"."""
+        return f"{self.domain}::{self.op}" if self.domain else self.op
+
+
+def object_array(elements: Any) -> Host:
+    """An object array of nested sequences of numbers and nodes, never of sequences."""
+    array = np.empty(_shape_of(elements), object)
+    array[...] = elements
+    return array
+
+
+def _shape_of(elements: Any) -> tuple[int, ...]:
+    if isinstance(elements, np.ndarray):
+        return elements.shape
+    if isinstance(elements, (list, tuple)):
+        return (len(elements), *(_shape_of(elements[0]) if elements else ()))
+    return ()
+
+
+def is_fixed(host: Host) -> bool:
+    """Whether all elements are numbers already."""
+    return not any(isinstance(element, fx.Node) for element in host.flat)
+
+
+class Call:
+    """One node being imported, as its rule sees it: inputs by position, attributes, ways to emit torch."""
+
+    def __init__(self, scope: Scope, operator: Operator, inputs: Sequence[Value | None], opset: int) -> None:
+        self.scope = scope
+        self.operator = operator
+        self.inputs = list(inputs)
+        self.opset = opset
+
+    # what the node says
+
+    def has(self, index: int) -> bool:
+        """Whether the optional input is there."""
+        return index < len(self.inputs) and self.inputs[index] is not None
+
+    def value(self, index: int) -> Value:
+        found = self.inputs[index] if index < len(self.inputs) else None
+        if found is None:
+            self.refuse(f"input {index} is missing")
+        return found
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        return self.operator.attributes.get(name, default)
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs are listed, optional ones that are left out included."""
+        return len(self.operator.outputs)
+
+    def wants(self, index: int) -> bool:
+        """Whether some node may use that output."""
+        return index < self.outputs and bool(self.operator.outputs[index])
+
+    def refuse(self, reason: str) -> NoReturn:
+        """NotApplicableError that names the node."""
+        raise NotApplicableError(f"node {self.operator.label} can't be imported to PyTorch: {reason}")
+
+    def rank(self, index: int) -> int | None:
+        return self.value(index).rank
+
+    def known_sizes(self, index: int) -> tuple[int | None, ...] | None:
+        """What is known at import of an input's shape: for what depends on a size being 0 or 1."""
+        return self.value(index).sizes
+
+    def dtype(self, index: int) -> torch.dtype | None:
+        return self.value(index).dtype
+
+    # inputs in the form that a rule wants
+
+    def tensor(self, index: int) -> fx.Node:
+        """The input as a tensor."""
+        return self.scope.tensor(self.value(index))
+
+    def optional(self, index: int) -> fx.Node | None:
+        """The input as a tensor, None where it is left out."""
+        return self.tensor(index) if self.has(index) else None
+
+    def tensors(self) -> list[fx.Node]:
+        return [self.tensor(index) for index in range(len(self.inputs)) if self.has(index)]
+
+    def host(self, index: int) -> Host | None:
+        """The input's numbers where they are known on the host, else None."""
+        return self.scope.host(self.value(index))
+
+    def numbers(self, index: int) -> list[Any]:
+        """A 1-D (or 0-D) input as a list of numbers, or of nodes that yield them.
+
+        Raises:
+            NotApplicableError: it is computed from tensors.
+        """
+        found = self.host(index)
+        if found is None and self.value(index).stored:
+            found = object_array(self.static(index).tolist())
+        if found is None:
+            self.refuse(f"input '{self.value(index).name}' must not be computed from data")
+        return list(found.reshape(-1))
+
+    def sizes(self, index: int) -> list[Any] | fx.Node:
+        """Like `numbers`; for what is computed from tensors, a node that yields the list when it runs."""
+        if self.host(index) is None and not self.value(index).stored:
+            return self.method("tolist", self.tensor(index))
+        return self.numbers(index)
+
+    def static(self, index: int) -> np.ndarray:
+        """The value of an input that has to be known at import.
+
+        Raises:
+            NotApplicableError: it is not.
+        """
+        found = self.value(index)
+        if found.load is not None:
+            return found.load()
+        host = self.scope.host(found)
+        if host is None or not is_fixed(host):
+            self.refuse(f"input '{found.name}' must be a constant")
+        return np.array(host.tolist())
+
+    def axes(self, index: int = 1) -> list[int] | None:
+        """Axes, which older operator sets give as an attribute and newer ones as an input; None without."""
+        if self.has(index):
+            return [int(axis) for axis in self.static(index).reshape(-1)]
+        found = self.attr("axes")
+        return None if found is None else [int(axis) for axis in found]
+
+    # torch
+
+    def emit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of a function when the module runs."""
+        return self.scope.graph.call_function(function, args, kwargs)
+
+    def method(self, name: str, *args: Any) -> fx.Node:
+        """A call of a method of the first argument."""
+        return self.scope.graph.call_method(name, args)
+
+    def module(self, module: torch.nn.Module, *args: Any) -> fx.Node:
+        """A call of a module that holds no weights: where train and eval mode differ, or for bodies."""
+        return self.scope.module(module, self.operator, args)
+
+    def item(self, node: fx.Node, index: int) -> fx.Node:
+        """One element of what a node yields."""
+        return self.emit(operator.getitem, node, index)
+
+    def device(self) -> fx.Node:
+        """Where the tensors of this graph live."""
+        return self.scope.device()
+
+    def shape(self, index: int) -> list[fx.Node] | None:
+        """The sizes of an input, as nodes; None where not even its rank is known."""
+        rank = self.rank(index)
+        if rank is None:
+            return None
+        return [self.scope.size(self.tensor(index), axis) for axis in range(rank)]
+
+    def body(self, key: str) -> tuple[torch.nn.Module, list[Any]]:
+        """The body in that attribute as a module of its own, and the arguments to call it with."""
+        return self.scope.body(key, self.operator)
+
+    def inline(self, key: str) -> list[Value]:
+        """The outputs of the body in that attribute, run right here."""
+        return self.scope.inline(key, self.operator)

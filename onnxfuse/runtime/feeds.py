@@ -1,0 +1,51 @@
+"""Checks of what a session is fed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from onnxfuse.errors import InputError
+from onnxfuse.ir.shapes import TensorInfo
+
+
+def check_feed(feed: Mapping[str, np.ndarray], inputs: Sequence[TensorInfo]) -> None:
+    """Raise InputError unless `feed` has exactly `inputs`, each of its type, rank and fixed sizes."""
+    names = [info.name for info in inputs]
+    if unknown := [name for name in feed if name not in names]:
+        raise InputError(f"the model has no input '{unknown[0]}'; its inputs are {_listed(names)}")
+    if missing := [name for name in names if name not in feed]:
+        raise InputError(f"no array for input '{missing[0]}'; the model's inputs are {_listed(names)}")
+    for info in inputs:
+        array = feed[info.name]
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"input '{info.name}' wants a NumPy array, got {type(array).__name__}")
+        check_type(info, array.dtype, array.shape)
+
+
+def check_type(info: TensorInfo, dtype: np.dtype, shape: Sequence[int]) -> None:
+    """Raise InputError unless an array of this type and shape can be fed to `info`. Nothing is cast."""
+    if info.dtype is None:
+        raise InputError(f"input '{info.name}' is of a type that NumPy arrays cannot feed")
+    is_text = info.dtype == object and dtype.kind in "US"
+    if dtype != info.dtype and not is_text:
+        advice = f"convert it with .astype('{info.dtype}')"
+        raise InputError(f"input '{info.name}' wants {info.dtype}, got {dtype}; {advice}")
+    if info.shape is None:
+        return
+    fits = len(shape) == len(info.shape) and all(
+        not isinstance(dim, int) or dim == size for dim, size in zip(info.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted, got = format_shape(info.shape), format_shape(shape)
+        raise InputError(f"input '{info.name}' wants shape {wanted}, got {got}")
+
+
+def format_shape(shape: Sequence[int | str | None]) -> str:
+    """A shape for people: `[batch, 3, ?, ?]`."""
+    return "[" + ", ".join("?" if dim is None else str(dim) for dim in shape) + "]"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"

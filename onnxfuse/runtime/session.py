@@ -1,0 +1,226 @@
+"""ONNX Runtime sessions: the judge of every pass.
+
+Three promises hold for every session made here.
+
+- *The provider is what the session says it is.* `onnxruntime.get_available_providers()` lists what the wheel
+  was built with, not what this machine can load. So a provider counts only when a one-node session made with
+  it reports it in `get_providers()`; that probe runs once a process, its output kept off the screen.
+- *Nothing is printed.* ONNX Runtime's warnings and errors reach the user as one-line exceptions, never logs.
+- *A feed is checked before it runs.* Names, types, ranks and fixed sizes are compared with the model's
+  declaration and nothing is cast, so samples of float64 or of raw bytes are named as such, not converted.
+
+Inner tensors are read through *taps*: extra graph outputs appended to a copy of the model. ONNX Runtime
+infers their types, and fuses nothing across a tapped tensor, so tap only what is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.ir.model import Model
+from onnxfuse.ir.shapes import info_of
+from onnxfuse.runtime.failures import failing_clearly, one_line
+from onnxfuse.runtime.feeds import check_feed
+from onnxfuse.runtime.handover import handed_over, set_outputs
+from onnxfuse.runtime.onnx_runtime import ort
+from onnxfuse.runtime.providers import (
+    CPU_PROVIDER,
+    GPU_PROVIDERS,
+    available_cores,
+    make_session,
+    probe_provider,
+    session_options,
+    short_name,
+)
+
+Feed = dict[str, np.ndarray]
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+class Runtime:
+    """Where and how models run: one provider, one number of threads. Cheap to make; makes `Session`s."""
+
+    def __init__(self, provider: str = "auto", threads: int | None = None, device_id: int = 0) -> None:
+        """Settle on a provider.
+
+        Args:
+            provider: "auto" is CUDA where a session really gets it, else CPU; or a name: "cpu", "cuda", ...
+            threads: of one operator on the CPU; None takes `available_cores()`.
+            device_id: which GPU.
+
+        Raises:
+            InputError: the named provider is unknown or cannot be had here, or `threads` is below 1.
+        """
+        if threads is not None and threads < 1:
+            raise InputError(f"threads must be at least 1, not {threads}")
+        self.threads = threads or available_cores()
+        self.device_id = device_id
+        self._provider = self._choose(provider)
+        self.providers = (
+            [self._provider] if self._provider == CPU_PROVIDER else [self._provider, CPU_PROVIDER]
+        )
+
+    def single(self) -> Runtime:
+        """The same with one thread, for runs side by side."""
+        twin = copy.copy(self)
+        twin.threads = 1
+        return twin
+
+    def _choose(self, wanted: str) -> str:
+        known = {short_name(name): name for name in ort.get_available_providers()}
+        if wanted == "auto":
+            cuda = known.get("cuda")
+            return cuda if cuda and probe_provider(cuda, self.device_id)[0] == cuda else CPU_PROVIDER
+        name = known.get(short_name(wanted)) or known.get(wanted.lower())
+        if name is None:
+            choices = ", ".join(["auto", *known])
+            raise InputError(
+                f"provider '{wanted}' is not in this build of ONNX Runtime; choose from {choices}"
+            )
+        if name == CPU_PROVIDER:
+            return name
+        got, reason = probe_provider(name, self.device_id)
+        if got != name:
+            raise InputError(f"provider '{wanted}' cannot be used on this machine: {reason}")
+        return name
+
+    def session(
+        self,
+        model: Model | onnx.ModelProto,
+        *,
+        taps: Sequence[str] = (),
+        outputs: Sequence[str] | None = None,
+        optimize: bool = True,
+        threads: int | None = None,
+    ) -> Session:
+        """Make `model` ready to run.
+
+        Args:
+            model: left as it is; external data is looked up in its folder (`Model.external_dir`).
+            taps: tensors of the main graph to return besides the outputs; any may be named, outputs included.
+            outputs: the outputs wanted, None for all; what nothing wanted depends on is not computed.
+            optimize: False runs the graph as it is written, for noise floors.
+            threads: overrides the runtime's number.
+
+        Raises:
+            InputError: no tensor of a wanted name.
+            NotApplicableError: ONNX Runtime refuses the model, or it is too large to hand over.
+        """
+        options = session_options()
+        options.intra_op_num_threads = threads or self.threads
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if isinstance(model, onnx.ModelProto):
+            proto = model
+        else:
+            proto = model.to_proto()
+            if model.external_dir is not None:
+                options.add_session_config_entry(_EXTERNAL_FOLDER, str(model.external_dir))
+        declared = [output.name for output in proto.graph.output]
+        wanted = list(dict.fromkeys([*(declared if outputs is None else outputs), *taps]))
+        if wanted != declared:
+            if proto is model:
+                proto = onnx.ModelProto()
+                proto.CopyFrom(model)
+            set_outputs(proto, wanted)
+        data, _values = handed_over(proto, options)  # the values must live until the session has copied them
+        try:
+            session = make_session(data, options, self._provider, self.device_id)
+        except Exception as error:  # ORT's exceptions share no base class
+            raise NotApplicableError(f"ONNX Runtime cannot load the model: {one_line(error)}") from error
+        if session.get_providers()[0] != self._provider:
+            raise NotApplicableError(f"ONNX Runtime cannot run the model on {short_name(self._provider)}")
+        return Session(session, proto.graph.input, self.device_id)
+
+
+class Session:
+    """A model ready to run. Made by `Runtime.session`.
+
+    Attributes:
+        inputs: what `run` must be fed, in the model's order.
+        output_names: the outputs, then the taps.
+        providers: what runs it, as ONNX Runtime says, first choice first.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        declared: Iterable[onnx.ValueInfoProto],
+        device_id: int,
+    ) -> None:
+        self._session = session
+        self._device_id = device_id
+        fed = {arg.name for arg in session.get_inputs()}  # without the initializers that are listed as inputs
+        self.inputs = [info_of(value) for value in declared if value.name in fed]
+        self.output_names: list[str] = [arg.name for arg in session.get_outputs()]
+        self.providers: list[str] = session.get_providers()
+
+    def run(self, feed: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> Feed:
+        """Run once.
+
+        Args:
+            feed: one array for each input, of exactly its type, rank and fixed sizes.
+            outputs: which of `output_names` to return, None for all.
+
+        Returns:
+            The arrays by name.
+
+        Raises:
+            InputError: the feed does not fit the inputs, or an output is not among `output_names`.
+            NotApplicableError: ONNX Runtime failed on the way, for instance on an index out of range.
+        """
+        check_feed(feed, self.inputs)
+        names = self.output_names if outputs is None else list(outputs)
+        if unknown := [name for name in names if name not in self.output_names]:
+            raise InputError(f"'{unknown[0]}' is not among this session's outputs")
+        if not names:
+            return {}
+        with failing_clearly():
+            return dict(zip(names, self._session.run(names, dict(feed)), strict=True))
+
+    def bind(self, feed: Mapping[str, np.ndarray]) -> Bound:
+        """Put `feed` where the model runs, for repeated runs without copies. Raises as `run` does."""
+        check_feed(feed, self.inputs)
+        return Bound(self._session, feed, self.output_names, self._device_id)
+
+
+class Bound:
+    """One feed bound to a session: `run` as often as needed, `fetch` what the last run computed.
+
+    On a GPU the inputs are copied to it once and the outputs stay there until they are fetched, so a timed
+    `run` is the model alone.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        feed: Mapping[str, np.ndarray],
+        outputs: Sequence[str],
+        device_id: int,
+    ) -> None:
+        device = "cuda" if session.get_providers()[0] in GPU_PROVIDERS else "cpu"
+        self._session = session
+        self._outputs = outputs
+        self._binding = session.io_binding()
+        self._inputs: list[ort.OrtValue] = []  # on the CPU they are the caller's arrays, to be kept alive
+        with failing_clearly():
+            for name, array in feed.items():
+                value = ort.OrtValue.ortvalue_from_numpy(array, device, device_id)
+                self._inputs.append(value)
+                self._binding.bind_ortvalue_input(name, value)
+            for name in outputs:
+                self._binding.bind_output(name, device, device_id)
+
+    def run(self) -> None:
+        """Run once and wait for the outputs. Raises NotApplicableError where ONNX Runtime fails."""
+        with failing_clearly():
+            self._session.run_with_iobinding(self._binding)
+
+    def fetch(self) -> Feed:
+        """The outputs of the last run by name, on the host."""
+        return dict(zip(self._outputs, self._binding.copy_outputs_to_cpu(), strict=True))
