@@ -30,7 +30,8 @@ import numpy as np
 from onnxfuse.analysis.constant_folding import GROWTH, fold_constants, integers, label, overridable
 from onnxfuse.analysis.noops import OPERATORS, handed_on, permutation
 from onnxfuse.findings import Change, Json, Skip
-from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY, Model
+from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
+from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.numerics.composition import ConvShape, border_reason, compose_conv, compose_dense, compose_shape

@@ -18,8 +18,9 @@ from onnx import helper
 
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.findings import Prediction
+from onnxfuse.ir.editing import PASS_KEY
 from onnxfuse.ir.marks import kept
-from onnxfuse.ir.model import PASS_KEY, Model
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.autoencode import Autoencode
 from onnxfuse.passes.batchnorm import Batchnorm
 from onnxfuse.passes.cluster import Cluster

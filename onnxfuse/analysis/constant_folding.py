@@ -20,9 +20,9 @@ import numpy as np
 import onnx
 
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.ir.export import weightless
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
+from onnxfuse.ir.shape_inference import weightless
 from onnxfuse.ir.shapes import TensorInfo, info_of
 from onnxfuse.ops.linear import is_main_domain, optional_input, weight_type
 from onnxfuse.ops.table import OPS, Kind, Trait

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from onnxfuse.analysis.cost import measure, node_macs, shapes_at
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.fitting.rewriting import linear_ops
+from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
 from onnxfuse.ir.marks import KEPT_KEY
-from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY, Model
+from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.numerics.affine import Array
 from onnxfuse.ops.linear import LinearOp, is_shared, optional_input

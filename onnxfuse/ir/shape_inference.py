@@ -1,34 +1,33 @@
-"""Shape inference over a model under edit, completed by running it.
+"""Shape inference over a graph under edit.
 
 ONNX's inference reads the values of a few small integer tensors (a Reshape's target, a Slice's bounds) and
 nothing but type and dims of the rest. So bulky tensors go into it without their values, which keeps it
-fast and lets it work on models past protobuf's 2 GB. Where it gives up, ONNX Runtime knows.
+fast and lets it work on models past protobuf's 2 GB. Where it gives up, a run knows
+(`runtime.observed_shapes`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
 
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnxfuse.ir import export
+from onnxfuse.ir import protos
+from onnxfuse.ir.export import declared_inputs, header, is_sparse
+from onnxfuse.ir.graph import Graph
 from onnxfuse.ir.nodes import Constant
 from onnxfuse.ir.shapes import Dim, TensorInfo, info_of, merge
 
-if TYPE_CHECKING:
-    from onnxfuse.ir.model import Model
 
-
-def infer(model: Model) -> dict[str, TensorInfo]:
+def infer(graph: Graph) -> dict[str, TensorInfo]:
     """What the file declares and ONNX shape inference finds of every tensor in the main graph."""
-    stale = export.stale_names(model)
-    light = export.weightless(model, stale)
+    light = weightless(graph, graph.stale_names())
     declared = {v.name: v for v in (*light.graph.value_info, *light.graph.output, *light.graph.input)}
     named = {d.dim_param for v in declared.values() for d in v.type.tensor_type.shape.dim}
     inferred = _inferred(light, named)
     result = {}
-    for tensor in model.tensors():
+    for tensor in graph.tensors():
         name = tensor.name
         if isinstance(tensor, Constant):
             result[name] = TensorInfo(name, tensor.dtype, tuple(tensor.shape))
@@ -36,6 +35,31 @@ def infer(model: Model) -> dict[str, TensorInfo]:
             known = info_of(declared[name]) if name in declared else TensorInfo(name, None, None)
             result[name] = merge(known, inferred.get(name))
     return result
+
+
+def weightless(graph: Graph, stale: set[str]) -> ModelProto:
+    """The model as shape inference needs it: without bulky values and without the declarations in `stale`."""
+    graph.sort()
+    result = header(graph, "functions", "training_info", "opset_import")
+    result.opset_import.extend(protos.light_imports(graph.source.opset_import))
+    made = result.graph
+    made.node.extend(protos.light_node(node.proto(graph.opset)) for node in graph.nodes)
+    made.input.extend(declared_inputs(graph))
+    made.output.extend(graph.source.graph.output)
+    made.value_info.extend(v for v in graph.source.graph.value_info if v.name not in stale)
+    made.initializer.extend(map(_light, graph.initializers))
+    result.functions.extend(map(protos.light_function, graph.source.functions))
+    return result
+
+
+def _light(tensor: Constant) -> TensorProto:
+    """The tensor with its values only if they are few; a sparse one as the dense tensor it stands for."""
+    if tensor.stored is not None and not tensor.stored.external and not is_sparse(tensor):
+        return protos.light_tensor(tensor.proto())
+    if tensor.dtype != object and math.prod(tensor.shape) * tensor.dtype.itemsize <= protos.SMALL:
+        return numpy_helper.from_array(tensor.values, tensor.name)
+    elem_type = helper.np_dtype_to_tensor_dtype(tensor.dtype)
+    return TensorProto(name=tensor.name, data_type=elem_type, dims=tensor.shape)
 
 
 def _inferred(light: ModelProto, named: set[str]) -> dict[str, TensorInfo]:

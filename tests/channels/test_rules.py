@@ -32,7 +32,8 @@ from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import Group, find_groups
 from onnxfuse.channels.masking import mask
 from onnxfuse.channels.summary import summarise
-from onnxfuse.ir.model import PASS_KEY, Model
+from onnxfuse.ir.editing import PASS_KEY
+from onnxfuse.ir.model import Model
 from onnxfuse.report.channels_view import channels_view
 from onnxfuse.report.tables import plain_text
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nets import compute, net, normal
 
-from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY
+from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
 from onnxfuse.ir.nodes import Variable
 from onnxfuse.ops.linear import LinearOp, linear_op
 from onnxfuse.ops.linear_building import add_linear

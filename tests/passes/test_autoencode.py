@@ -13,7 +13,8 @@ import torch
 from nets import Feed, compute, context, fitted, held, net, normal, weight
 
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY, Model
+from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
+from onnxfuse.ir.model import Model
 from onnxfuse.passes.autoencode import Autoencode
 from onnxfuse.pipeline.base import Context, Contract
 from onnxfuse.pipeline.manager import PassManager

@@ -19,7 +19,8 @@ from onnx.reference import ReferenceEvaluator
 from onnxfuse.cli.app import main
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError
-from onnxfuse.ir.model import PASS_KEY, Model
+from onnxfuse.ir.editing import PASS_KEY
+from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.passes import batchnorm
 from onnxfuse.passes.batchnorm import Batchnorm

@@ -15,7 +15,8 @@ from nets import Feed, compute, context, net, normal, weight
 
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.growth.depth import find_sites
-from onnxfuse.ir.model import PASS_KEY, Model
+from onnxfuse.ir.editing import PASS_KEY
+from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.passes.deepen import Deepen
 from onnxfuse.pipeline.manager import PassManager

@@ -23,7 +23,8 @@ from nets import (
 from onnxfuse.analysis.regions.check import GeometryCheck
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.fitting import search, trials
-from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY, Model
+from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
+from onnxfuse.ir.model import Model
 from onnxfuse.passes import fuse as module
 from onnxfuse.passes.fuse import Fuse
 from onnxfuse.pipeline.base import Context, PassResult

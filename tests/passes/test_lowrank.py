@@ -29,8 +29,9 @@ from nets import (
 from onnxfuse.analysis.cost import measure
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError, VerificationError
+from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
 from onnxfuse.ir.marks import ZEROS, kept
-from onnxfuse.ir.model import PASS_KEY, REPLACES_KEY, Model
+from onnxfuse.ir.model import Model
 from onnxfuse.ops.linear import LinearOp, linear_op
 from onnxfuse.passes.lowrank import Lowrank
 from onnxfuse.passes.prune import Prune
