@@ -831,9 +831,9 @@ def test_resident_memory_does_not_grow_either(tmp_path: Path, compressed: bool) 
     script = (
         "import resource, sys\n"
         "import onnx\n"
-        "from onnxfuse.calibration import Calibration\n"
-        "from onnxfuse.graph import Model\n"
-        "from onnxfuse.runtime import Runtime\n"
+        "from onnxfuse.data.calibration import Calibration\n"
+        "from onnxfuse.ir.model import Model\n"
+        "from onnxfuse.runtime.session import Runtime\n"
         "head = '<ir_version: 8, opset_import: [\"\" : 17]> g (float[batch,5000] x) => '\n"
         "text = head + '(float[batch,5000] y) { y = Relu(x) }'\n"
         "model = Model.load(onnx.parser.parse_model(text))\n"

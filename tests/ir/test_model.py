@@ -687,7 +687,7 @@ def test_only_one_module_imports_graphsurgeon() -> None:
 
 
 def test_loading_prints_nothing() -> None:
-    code = "import sys; from onnxfuse.graph import Model; Model.load(sys.stdin.buffer.read()).shapes()"
+    code = "import sys; from onnxfuse.ir.model import Model; Model.load(sys.stdin.buffer.read()).shapes()"
     done = subprocess.run(
         [sys.executable, "-c", code], input=data(rich()), capture_output=True, env=os.environ, check=True
     )

@@ -441,8 +441,8 @@ def test_an_interrupt_from_outside_leaves_nothing(tmp_path: Path) -> None:
     out.mkdir()
     code = f"""
 import os, signal
-from onnxfuse import external_data
-from onnxfuse.graph import Model
+from onnxfuse.ir import external_data
+from onnxfuse.ir.model import Model
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 original = external_data.chunks
 def slow(source, step=1):

@@ -15,7 +15,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.runtime import session as sessions
 from onnxfuse.runtime.feeds import check_type
 from onnxfuse.runtime.handover import _serialized
 from onnxfuse.runtime.onnx_runtime import captured_output, ort
@@ -360,10 +359,11 @@ def test_the_probe_believes_the_session() -> None:
     script = (
         "import onnxruntime as ort\n"
         "from onnxfuse.errors import InputError\n"
-        "from onnxfuse.runtime import Runtime, _probe\n"
+        "from onnxfuse.runtime.providers import probe_provider\n"
+        "from onnxfuse.runtime.session import Runtime\n"
         "assert Runtime().providers[0] in ('CPUExecutionProvider', 'CUDAExecutionProvider')\n"
         "for name in ort.get_available_providers():\n"
-        "    got, reason = _probe(name, 0)\n"
+        "    got, reason = probe_provider(name, 0)\n"
         "    assert (got == name) == (not reason or got == name)\n"
         "    try:\n"
         "        assert Runtime(name).providers[0] == name\n"
@@ -397,7 +397,7 @@ def test_what_a_session_is_made_with(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sessions_that_others_make_are_silent_too() -> None:
     """What ONNX Runtime logs outside of any session, here about providers that do not load."""
     script = (
-        "import onnxfuse.runtime, onnx, onnxruntime as ort\n"
+        "import onnxfuse.runtime.session, onnx, onnxruntime as ort\n"
         "text = '<ir_version: 8, opset_import: [\"\" : 17]> g (float[1] x) => (float[1] y) { y = Relu(x) }'\n"
         "model = onnx.parser.parse_model(text).SerializeToString()\n"
         "providers = [p for p in ort.get_available_providers() if p != 'TensorrtExecutionProvider']\n"
@@ -425,7 +425,9 @@ def test_the_reason_a_provider_gives(log: str) -> None:
 def test_cores_are_bounded_by_affinity_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     files: dict[str, str] = {}
     monkeypatch.setattr("onnxfuse.runtime.providers._read", lambda path: files.get(path, ""))
-    monkeypatch.setattr(sessions.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(
+        "onnxfuse.runtime.providers.os.sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False
+    )
     assert available_cores() == 4
     for cpu in range(4):  # two cores of two hyperthreads
         files[f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"] = f"{cpu % 2},{cpu % 2 + 2}"
