@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from nets import Feed, compute, net, normal
 from onnx import helper
 
-from onnxfuse.analysis.intervals import rules
 from onnxfuse.analysis.intervals.interval import FORMATS, Interval
 from onnxfuse.analysis.intervals.rules import intervals
 from onnxfuse.analysis.intervals.shape_rules import _matched
@@ -828,7 +827,7 @@ def test_inputs_and_weights() -> None:
 
 
 def test_a_large_constant_gets_one_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "LIMIT", 20)
+    monkeypatch.setattr("onnxfuse.analysis.intervals.interval.LIMIT", 20)
     w, k = normal(6, 5), normal(30)
     known = found(net("m = MatMul(x, w) y = Add(m, k)", {"w": w[:, :1], "k": k}))
     assert ends(known["k"]) == [(k.min(), k.max())]
@@ -848,11 +847,11 @@ def test_a_large_constant_gets_one_pair(monkeypatch: pytest.MonkeyPatch) -> None
 def test_large_weights_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = case("Conv grouped")
     whole = found(model)["y"]
-    monkeypatch.setattr(rules, "_BLOCK", 40)
+    monkeypatch.setattr("onnxfuse.analysis.intervals.linear_rules._BLOCK", 40)
     parts = found(model)["y"]
     assert np.array_equal(whole.low, parts.low)
     assert np.array_equal(whole.high, parts.high)
-    monkeypatch.setattr(rules, "_LARGEST", 40)
+    monkeypatch.setattr("onnxfuse.analysis.intervals.linear_rules._LARGEST", 40)
     assert ends(found(model)["y"]) == [(-math.inf, math.inf)]
 
 

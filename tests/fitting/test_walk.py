@@ -189,7 +189,7 @@ def test_what_cannot_be_a_site_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert reasons(model, other)["h3"] == "its output 'h3' is not a tensor of the original"
     wider = net("h2 = MatMul(x, w1) y = MatMul(h2, w3)", {"w1": (6, 7), "w3": (7, 3)})
     assert "another shape" in reasons(model, wider)["h2"]
-    monkeypatch.setattr(walk_module, "MOST_COLUMNS", 11)
+    monkeypatch.setattr("onnxfuse.fitting.sites.MOST_COLUMNS", 11)
     assert set(reasons(model, perturbed(model, "w1"))) == {"c", "h2"}
     assert "12 unknowns" in reasons(model, perturbed(model, "w1"))["h2"]
 

@@ -14,8 +14,6 @@ from onnxfuse.ir.shapes import Dim
 LIMIT = 1 << 18
 """The most indices that bounds of one tensor are kept for; a larger tensor gets one pair for all."""
 
-BLOCK = 1 << 20  # products of weights and bounds in memory at a time
-LARGEST = 1 << 26  # weights of one operator that is looked at
 POSITIONS = 1 << 22  # values that a mean over an unknown number of positions is taken to add up
 CURVE, DIP = 16, 128  # roundings of a curve's approximation, and of a product with one
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnxfuse.analysis.intervals.interval import BLOCK, LARGEST, UNBOUNDED, ZERO, Format, Interval
+from onnxfuse.analysis.intervals.interval import UNBOUNDED, ZERO, Format, Interval
 from onnxfuse.analysis.intervals.node import IntervalNode, IntervalRule
 from onnxfuse.analysis.intervals.rounding import scaled_by, sums
 from onnxfuse.ops.channel_affine import training_mode
@@ -14,10 +14,13 @@ from onnxfuse.ops.linear import WEIGHTED, LinearOp, linear_op
 
 # ---- operators with weights ------------------------------------------------------------------------------
 
+_BLOCK = 1 << 20  # products of weights and bounds in memory at a time
+_LARGEST = 1 << 26  # weights of one operator that is looked at
+
 
 def _affine(site: IntervalNode) -> Interval | None:
     op = linear_op(site.model, site.node, site.shapes, transposed=True)
-    if isinstance(op, str) or op.out_features * op.columns > LARGEST:
+    if isinstance(op, str) or op.out_features * op.columns > _LARGEST:
         return None
     alpha, beta = (float(site.attribute(name, 1.0)) for name in ("alpha", "beta"))
     bias = _bias(op, beta)
@@ -59,7 +62,7 @@ def _dense(op: LinearOp, x: Interval, bias: np.ndarray, form: Format, extra: int
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         return UNBOUNDED.map(lambda bound: np.full(rows, bound))
     grouped = x.map(lambda bound: bound.reshape(op.groups, inner, 1))
-    step = max(1, BLOCK // op.columns)
+    step = max(1, _BLOCK // op.columns)
     parts = []
     for start in range(0, rows, step):
         part = slice(start, start + step)

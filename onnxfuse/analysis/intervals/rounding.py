@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxfuse.analysis.intervals.interval import FORMATS, LIMIT, Format, Interval, constant
+from onnxfuse.analysis.intervals import interval
+from onnxfuse.analysis.intervals.interval import FORMATS, Format, Interval, constant
 from onnxfuse.ir.shapes import TensorInfo
 
 
@@ -44,7 +45,7 @@ def fitted(found: Interval | None, info: TensorInfo, selecting: bool) -> Interva
     found = found.map(lambda bound: bound.reshape((*missing, *bound.shape)))
     sizes = zip(found.shape, info.shape, strict=True)
     wrong = [i for i, (n, dim) in enumerate(sizes) if n != 1 and isinstance(dim, int) and n != dim]
-    return found.hull(range(len(info.shape)) if found.low.size > LIMIT else wrong)
+    return found.hull(range(len(info.shape)) if found.low.size > interval.LIMIT else wrong)
 
 
 def clean(low: np.ndarray, high: np.ndarray) -> Interval:

@@ -34,8 +34,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnxfuse.analysis.intervals import interval
 from onnxfuse.analysis.intervals.elementwise_rules import ELEMENTWISE_RULES, increasing
-from onnxfuse.analysis.intervals.interval import FORMATS, LIMIT, Interval
+from onnxfuse.analysis.intervals.interval import FORMATS, Interval
 from onnxfuse.analysis.intervals.linear_rules import LINEAR_RULES
 from onnxfuse.analysis.intervals.node import IntervalNode, IntervalRule, type_info
 from onnxfuse.analysis.intervals.rounding import clean, fitted, unbounded
@@ -89,7 +90,7 @@ def _stored(model: Model, tensor: Tensor) -> Interval:
     value = model.weight(tensor) if dtype.kind in "biuf" or dtype.name in FORMATS else None
     if value is None or value.size == 0:
         return unbounded(TensorInfo(tensor.name, None, shape))
-    if value.size > LIMIT:
+    if value.size > interval.LIMIT:
         exact = Interval(*(np.full((1,) * value.ndim, float(v)) for v in (value.min(), value.max())))
     else:
         array = value.astype(np.float64)

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from onnxfuse.analysis.intervals.interval import LIMIT, POSITIONS, ZERO, Dims, Interval, constant
+from onnxfuse.analysis.intervals import interval
+from onnxfuse.analysis.intervals.interval import POSITIONS, ZERO, Dims, Interval, constant
 from onnxfuse.analysis.intervals.node import IntervalNode, IntervalRule, type_info
 from onnxfuse.analysis.intervals.rounding import rounded_mean, times
 from onnxfuse.ir.shapes import Dim
@@ -94,7 +95,7 @@ def _concat(site: IntervalNode) -> Interval:
     axis = site.axis("axis", 1, rank)
     sizes = _static([dims[axis] if (dims := site.dims(slot)) else None for slot in range(len(parts))])
     others = np.broadcast_shapes(*(part.hull([axis]).shape for part in parts))
-    if sizes is None or sum(sizes) * math.prod(others) > LIMIT:
+    if sizes is None or sum(sizes) * math.prod(others) > interval.LIMIT:
         return functools.reduce(Interval.union, [part.hull([axis]) for part in parts])
     shapes = [(*others[:axis], size, *others[axis + 1 :]) for size in sizes]
 
@@ -166,7 +167,7 @@ def _extended(x: Interval, axis: int, sides: tuple[int, int], value: Interval, d
     if sides == (0, 0):
         return x
     size = x.shape[axis] if x.shape[axis] != 1 or axis != 1 else dim
-    if not isinstance(size, int) or (size == 1 and axis != 1) or max(sides) + size > LIMIT:
+    if not isinstance(size, int) or (size == 1 and axis != 1) or max(sides) + size > interval.LIMIT:
         return x.hull([axis]).union(value)
     first, last = max(-sides[0], 0), size - max(-sides[1], 0)
 
@@ -218,7 +219,7 @@ def _reshape(site: IntervalNode) -> Interval:
             else:
                 sizes = [1] * len(sizes)
         inner, outer = inner + sizes, outer + fresh
-    if math.prod(inner) > LIMIT:
+    if math.prod(inner) > interval.LIMIT:
         return x.hull()
     x = x.hull(i for i, n in enumerate(inner) if n == 1)
     return x.map(lambda bound: np.broadcast_to(bound, inner).reshape(outer))
