@@ -42,6 +42,7 @@ from onnxfuse.ops.linear_building import add_linear
 from onnxfuse.pipeline import choosing
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.pipeline.goals import Goals, Share
+from onnxfuse.runtime.observed_shapes import shapes_on
 
 if TYPE_CHECKING:
     from onnxfuse.pytorch.training.autoencoder import Autoencoder
@@ -133,7 +134,7 @@ class Autoencode(Pass):
 
     def _plans(self, model: Model, context: Context) -> tuple[list[_Plan], list[Skip]]:
         """The operators that are replaced and by what, and why others are not."""
-        shapes = model.shapes(first_feed(context))
+        shapes = shapes_on(model, first_feed(context), context.runtime)
         known = {node: (site_name(node),) for node in model.nodes if node.op in LINEAR}
         asked = choosing.choose({self.options.only: None}, known, "linear operator")
         plans: list[_Plan] = []

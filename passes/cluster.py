@@ -44,6 +44,7 @@ from onnxfuse.numerics.kmeans import kmeans, nearest
 from onnxfuse.ops.linear import LINEAR
 from onnxfuse.ops.shared_weights import SharedWeight
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
+from onnxfuse.runtime.observed_shapes import shapes_on
 
 LEVELS = tuple(2**bits for bits in range(8, 0, -1))
 """Numbers of values that are tried where only the error bound says how few."""
@@ -202,7 +203,7 @@ def _by_kmeans(model: Model, weight: SharedWeight, values: int) -> _Clustered:
 
 def _coded(model: Model, only: str, context: Context) -> tuple[int, set[str]]:
     """Number of elements that an earlier run has put into codebooks, and names of their operators."""
-    shapes = model.shapes(first_feed(context))
+    shapes = shapes_on(model, first_feed(context), context.runtime)
     sizes: dict[str, int] = {}
     names: set[str] = set()
     for node in model.nodes:

@@ -50,6 +50,7 @@ from onnxfuse.numerics.affine import Affine
 from onnxfuse.ops.linear_building import add_linear
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.pipeline.goals import Goals, count
+from onnxfuse.runtime.observed_shapes import shapes_on
 
 AUTO_KERNEL = 3
 """Largest kernel that is chosen unasked: a larger one costs more than the two 3x3 it replaces."""
@@ -155,9 +156,11 @@ class Fuse(Pass):
         """Regions with the operator that may replace them and the share of the model's MACs that it saves."""
         feed = first_feed(context)
         most = self.options.max_ops
-        regions, skipped = find_regions(model, model.shapes(feed), max_ops=most or max(MOST_OPS.values()))
-        shapes = shapes_at(model, feed)
-        known = context.original.shapes(feed)
+        regions, skipped = find_regions(
+            model, shapes_on(model, feed, context.runtime), max_ops=most or max(MOST_OPS.values())
+        )
+        shapes = shapes_at(model, feed, context.runtime)
+        known = shapes_on(context.original, feed, context.runtime)
         total = max(sum(node_macs([node], shapes, model.opset) or 0 for node in model.nodes), 1)
         found: list[tuple[Candidate, float]] = []
         for region in _widest(regions):

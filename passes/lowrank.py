@@ -50,6 +50,7 @@ from onnxfuse.ops.linear_weights import write_weights
 from onnxfuse.ops.shared_weights import producer
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.pipeline.goals import Share, left_of_all
+from onnxfuse.runtime.observed_shapes import shapes_on
 
 LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 """Shares of the parameters that are tried where only the error bound says how far to go."""
@@ -145,7 +146,7 @@ class Lowrank(Pass):
     def _products(self, model: Model, context: Context) -> tuple[list[Product], list[Skip]]:
         """The products that may be split, and those that may not."""
         only = self.options.only
-        ops, skipped = linear_ops(model, "*", model.shapes(first_feed(context)))
+        ops, skipped = linear_ops(model, "*", shapes_on(model, first_feed(context), context.runtime))
         skipped = [skip for skip in skipped if fnmatchcase(skip.nodes[0], only)]
         trial = model.copy()
         nodes: dict[Node, Product] = {}
@@ -174,7 +175,7 @@ class Lowrank(Pass):
                     basis = randomized(weight, product.most, context.seed + number)
                 yield _Split(product, basis, None)
             return
-        shapes = model.shapes(first_feed(context))
+        shapes = shapes_on(model, first_feed(context), context.runtime)
         views = {product: _view(product.last, shapes) for product in products}
         readers = {product: [view] for product, view in views.items()}
         for part, known in seen_in_parts(model, readers, self.options.mask, context):
@@ -205,8 +206,7 @@ class Lowrank(Pass):
         what = "parameters" if self.options.params is not None else "MACs"
         share = self.options.params if self.options.params is not None else self.options.macs
         assert share is not None
-        feed = first_feed(context)
-        costs = rank_costs(model, [split.product for split in splits], feed, what, self.name)
+        costs = rank_costs(model, [split.product for split in splits], context, what, self.name)
         goal = share * costs.unfactored
         saving = costs.now - goal
         if saving <= 0:
@@ -216,7 +216,7 @@ class Lowrank(Pass):
             if ranks is None:
                 break
             made = self._factored(model, splits, ranks, context)
-            rest = measured(made.model, feed, what)
+            rest = measured(made.model, context, what)
             if rest <= goal:
                 return Found(made, [f"{rest / costs.unfactored:.3g} of the {what} are left"])
             saving += rest - goal
@@ -228,7 +228,7 @@ class Lowrank(Pass):
     def _within_error(self, model: Model, splits: Sequence[_Split], context: Context) -> Found:
         """As few parameters as the bound on the output error allows."""
         products = [split.product for split in splits]
-        costs = rank_costs(model, products, first_feed(context), "parameters", self.name)
+        costs = rank_costs(model, products, context, "parameters", self.name)
         lost = [split.lost for split in splits]
         plans = {}
         for level in LEVELS:
@@ -261,7 +261,7 @@ class Lowrank(Pass):
         if not chosen:
             return PassResult(made)
         made.prune()
-        shapes = made.shapes(first_feed(context))
+        shapes = shapes_on(made, first_feed(context), context.runtime)
         for node, (split, rank) in chosen.items():
             op = linear_op(made, node, shapes)
             assert isinstance(op, LinearOp)

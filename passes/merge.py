@@ -67,6 +67,7 @@ from onnxfuse.ops.linear_weights import can_share_bias, share_weights
 from onnxfuse.ops.shared_weights import producer
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.pipeline.goals import Share, gone_of_all, left
+from onnxfuse.runtime.observed_shapes import shapes_on
 
 MOST_TRIALS = 2000
 """Pairs of layers that are tried at most: each is one run of the network over some samples."""
@@ -194,7 +195,7 @@ class Merge(Pass):
         classes = [own for own in kin(layers) if len(own) > 1]
         groups = None
         if classes and self.options.align and self.contract is not Contract.EXACT:
-            groups = find_groups(model, first_feed(context))
+            groups = find_groups(model, first_feed(context), context.runtime)
         everything = [layer for own in classes for layer in own]
         already = _shared_already(layers)
         plan = _Plan(everything, [], len(layers) + already, already, middle, groups)
@@ -364,7 +365,7 @@ class Merge(Pass):
         self, model: Model, clusters: Sequence[Sequence[WeightLayer]], context: Context
     ) -> dict[str, np.ndarray]:
         """The covariance of what each merged operator of a model reads, by its output."""
-        shapes = model.shapes(first_feed(context))
+        shapes = shapes_on(model, first_feed(context), context.runtime)
         ops = [_now(model, op, shapes) for own in clusters for layer in own for op in layer.ops]
         views = {op.y: view for op in ops if (view := rows_of(op, shapes)) is not None}
         parts = seen_in_parts(model, {y: [view] for y, view in views.items()}, self.options.mask, context)

@@ -148,12 +148,12 @@ class Select(Pass):
         VerificationError for a budget that can't be met."""
         check_mask(model, self.options.mask)
         feed = first_feed(context)
-        known = find_groups(model, feed)
+        known = find_groups(model, feed, context.runtime)
         groups, skipped = self._eligible(known)
         if not groups:
             where = named(self.options.only)
             return nothing(model, skipped, f"no channel group of this model{where} can be cut")
-        shapes = shapes_at(model, feed)
+        shapes = shapes_at(model, feed, context.runtime)
         readers = {group: consumers(model, group, shapes) for group in groups}
         dead = _dead(model, groups)
         counts = {group: len(own) for group, own in dead.items()}

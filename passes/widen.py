@@ -70,9 +70,9 @@ class Widen(Pass):
         """Raises InputError for a site that isn't there, NotApplicableError for one that was named and can't
         be widened."""
         feed = few_rows(model, context.calibration.fit, _ROWS)
-        groups = find_groups(model, feed)
+        groups = find_groups(model, feed, context.runtime)
         if self.options.skip == "fold":
-            return self._alone(model, feed, skips.producers(groups), context.seed)
+            return self._alone(model, feed, skips.producers(groups), context)
         asked = choosing.choose(self.options.sites, {g: _names(g) for g in groups}, "channel group")
         plan: dict[Group, New] = {}
         refused: dict[str, list[str]] = {}
@@ -90,7 +90,7 @@ class Widen(Pass):
         changes = [_change(group, sum(new.values())) for group, new in plan.items()]
         return PassResult(model, changes, skipped, notes=[] if changes else [choosing.idle(NAME, skipped)])
 
-    def _alone(self, model: Model, feed: Feed, operators: list[str], seed: int) -> PassResult:
+    def _alone(self, model: Model, feed: Feed, operators: list[str], context: Context) -> PassResult:
         """One operator after the other, since each changes what the next one is added to."""
         asked = choosing.choose(self.options.sites, {name: [name] for name in operators}, "operator")
         changes: list[Change] = []
@@ -102,8 +102,8 @@ class Widen(Pass):
             if name in grown:
                 done.append(words)
                 continue
-            plan = skips.plan(model, feed, name, ratio)
-            skips.carry_out(model, plan, seed=(seed, number), by=NAME)
+            plan = skips.plan(model, feed, context.runtime, name, ratio)
+            skips.carry_out(model, plan, seed=(context.seed, number), by=NAME)
             for group, new in plan.wanted.items():
                 changes.append(_change(group, sum(new.values())))
                 grown.update(skips.producers(group))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.checker
-from nets import Feed, compute, net, normal, weight
+from nets import RUNTIME, Feed, compute, net, normal, weight
 from onnx import helper
 
 from onnxfuse.channels.edits import take
@@ -509,4 +509,4 @@ def check(case: Case, model: Model, choice: dict[Group, np.ndarray]) -> Model:
 
 
 def found(case: Case, model: Model) -> ChannelGroups:
-    return find_groups(model, case.feed(model, 2))
+    return find_groups(model, case.feed(model, 2), RUNTIME)

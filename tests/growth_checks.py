@@ -18,6 +18,7 @@ from onnxfuse.ir.model import Model
 from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.pipeline.base import Context
 from onnxfuse.pytorch.bridge.importer import to_torch
+from onnxfuse.runtime.session import Runtime
 
 _WIDE = {TensorProto.FLOAT: TensorProto.DOUBLE, TensorProto.FLOAT16: TensorProto.DOUBLE}
 
@@ -68,8 +69,10 @@ def in_float64(model: Model, feed: Feed) -> list[np.ndarray]:
     return [np.asarray(y) for y in ReferenceEvaluator(model.to_proto()).run(None, dict(feed))]
 
 
-def shapes_in_float64(model: Model, declared: dict[str, TensorInfo], feed: Feed) -> dict[str, TensorInfo]:
-    """What `inference.run` finds, without ONNX Runtime, which has few operators for float64."""
+def shapes_in_float64(
+    model: Model, declared: dict[str, TensorInfo], feed: Feed, runtime: Runtime
+) -> dict[str, TensorInfo]:
+    """What `observed_shapes.observed` finds, without ONNX Runtime, which has few operators for float64."""
     names = [t.name for node in model.nodes for t in node.outputs if t.name]
     proto = model.to_proto()
     del proto.graph.output[:]

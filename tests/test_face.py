@@ -45,7 +45,7 @@ if ORDER == "late":
 for name in names:
     importlib.import_module(name)
 assert len(names) > 100, names
-from onnxfuse import compress, diff, grow, inspect, load, retrain, save, verification
+from onnxfuse import compress, diff, grow, inspect, load, retrain, save, verify
 for name in onnxfuse.__all__:
     value = getattr(onnxfuse, name)
     assert callable(value) or name == "__version__", name

@@ -1,15 +1,10 @@
-"""What a model costs: parameters, multiply-accumulates, bytes, and latency measured side by side.
+"""What a model costs: parameters, multiply-accumulates and bytes (latency: `runtime.latency`).
 
 Multiply-accumulates (MACs) are counted by rules, one for each operator that multiplies by weights or
 contracts two tensors; element-wise operators, normalisations, pooling and data movement count as 0, as is
 usual. Where a rule needs a size that is not known, or an operator has no rule and could hide work (one that
 multiplies, one that is in no table, a local function, a loop of unknown length), the count is None and says
 why: a number that leaves something out would be worse. An `If` counts as its heavier branch.
-
-Latency is not predictable from MACs (a 5x5 convolution has fewer than two 3x3 and can be slower), so it is
-measured: all models interleaved in one run, in an order drawn anew each round, because on a busy machine two
-separate timings compare the machine with itself at different moments. The ratio to the first model is taken
-round by round and its median reported, with a bootstrap confidence interval.
 """
 
 from __future__ import annotations
@@ -32,7 +27,7 @@ from onnxfuse.ops.view import ProtoView
 from onnxfuse.runtime import observed_shapes
 
 if TYPE_CHECKING:
-    from onnxfuse.runtime.session import Feed
+    from onnxfuse.runtime.session import Feed, Runtime
 
 
 Shapes = Mapping[str, TensorInfo]
@@ -209,7 +204,7 @@ _SHORT_FORMS = {
 # --- counting -----------------------------------------------------------------------------------------------
 
 
-def dimension_sizes(model: Model, feed: Feed) -> dict[str, int]:
+def dimension_sizes(model: Model, feed: Feed, runtime: Runtime) -> dict[str, int]:
     """The sizes that a feed gives to the model's named dynamic dimensions.
 
     The inputs tell most of them; names that only outputs or inner tensors have take a run.
@@ -225,7 +220,7 @@ def dimension_sizes(model: Model, feed: Feed) -> dict[str, int]:
     }
     if feed and loose:
         unknown = {name: replace(info, shape=None) for name, info in loose.items()}
-        for name, found in observed_shapes.run(model, unknown, feed).items():
+        for name, found in observed_shapes.observed(model, unknown, feed, runtime).items():
             if name in loose:
                 _bind(sizes, loose[name], found.shape or ())
     return sizes
@@ -237,14 +232,16 @@ def _bind(sizes: dict[str, int], info: TensorInfo, shape: Sequence[int | str | N
             sizes.setdefault(dim, size)
 
 
-def shapes_at(model: Model, feed: Feed) -> dict[str, TensorInfo]:
+def shapes_at(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInfo]:
     """Shapes of all tensors at the sizes of one feed."""
-    return _concrete(model.shapes(feed), dimension_sizes(model, feed))
+    return _concrete(observed_shapes.shapes_on(model, feed, runtime), dimension_sizes(model, feed, runtime))
 
 
-def measure(model: Model, feed: Feed) -> Cost:
+def measure(model: Model, feed: Feed, runtime: Runtime) -> Cost:
     """`count` at the sizes of one feed."""
-    return count(model, model.shapes(feed), dimension_sizes(model, feed))
+    return count(
+        model, observed_shapes.shapes_on(model, feed, runtime), dimension_sizes(model, feed, runtime)
+    )
 
 
 def count(model: Model, shapes: Shapes, sizes: Sizes | None = None) -> Cost:

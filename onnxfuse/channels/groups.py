@@ -20,6 +20,7 @@ from onnxfuse.channels.site import SINGLE, Number, Role, Sink, System, Use
 from onnxfuse.channels.tracing import trace
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Tensor
+from onnxfuse.runtime.session import Runtime
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,18 +142,19 @@ class ChannelGroups:
         return tuple(algebra.indices(dim, kept) for dim in axes)
 
 
-def find_groups(model: Model, feed: Feed | None = None) -> ChannelGroups:
+def find_groups(model: Model, feed: Feed | None = None, runtime: Runtime | None = None) -> ChannelGroups:
     """The coupled channel groups of a model, in time linear in the number of nodes.
 
     Args:
         model: is not changed.
         feed: any samples, at least two of them if the batch is dynamic; the sizes of dynamic dimensions are
             taken from a run on them. Without it, what such sizes decide (a Reshape's factors) is frozen.
+        runtime: where they are run; to be given with `feed`.
 
     Raises:
-        InputError, NotApplicableError: as `Model.shapes`.
+        InputError, NotApplicableError: as `observed_shapes.shapes_on`.
     """
-    system = trace(model, feed)
+    system = trace(model, feed, runtime)
     return ChannelGroups(tuple(_groups(system)), system)
 
 

@@ -23,19 +23,20 @@ from onnxfuse.ir.shapes import TensorInfo, fill, merge
 from onnxfuse.ops.linear import is_main_domain
 from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.runtime import observed_shapes
+from onnxfuse.runtime.session import Runtime
 
 _COUNTING = OPS.of_kind(Kind.SHAPE)
 
 USED_AS_NUMBER = "its length is a number in a computation"
 
 
-def trace(model: Model, feed: Feed | None) -> System:
+def trace(model: Model, feed: Feed | None, runtime: Runtime | None) -> System:
     """The axes of all tensors and what ties them. The model is not changed.
 
     Raises:
-        InputError, NotApplicableError: as `Model.shapes`.
+        InputError, NotApplicableError: as `observed_shapes.shapes_on`.
     """
-    system = System(model, *_sizes(model, feed))
+    system = System(model, *_sizes(model, feed, runtime))
     for node in model.nodes:
         if node.constant_form is None:
             _apply(system, node)
@@ -45,7 +46,9 @@ def trace(model: Model, feed: Feed | None) -> System:
     return system
 
 
-def _sizes(model: Model, feed: Feed | None) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+def _sizes(
+    model: Model, feed: Feed | None, runtime: Runtime | None
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
     """(sizes in one run, sizes that are the same in every run) of all tensors.
 
     They follow from the inputs' declarations and from the run. What the file declares of other tensors may be
@@ -73,7 +76,9 @@ def _sizes(model: Model, feed: Feed | None) -> tuple[dict[str, TensorInfo], dict
     }
     if all(info.complete for info in found.values()):
         return found, static
-    run = observed_shapes.run(model, found, feed)
+    if runtime is None:
+        raise ValueError("sizes that only a run shows need a runtime")
+    run = observed_shapes.observed(model, found, feed, runtime)
     return {name: fill(info, run.get(name)) for name, info in found.items()}, static
 
 

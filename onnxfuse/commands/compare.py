@@ -99,15 +99,15 @@ def diff(
         if calib is not None and isinstance(error, InputError):
             raise
         warnings.append(f"the outputs are not compared: {error}")
-    costs = _cost(first, feed), _cost(second, feed)
+    costs = _cost(first, feed, runtime), _cost(second, feed, runtime)
     return DiffResult(structure(first, second), costs, outputs, tuple(warnings))
 
 
-def _cost(model: Model, feed: Feed | None) -> Cost:
+def _cost(model: Model, feed: Feed | None, runtime: Runtime) -> Cost:
     """At the sizes of `feed`, if the model takes it."""
     if feed is not None:
         with contextlib.suppress(OnnxfuseError):
-            return measure(model, feed)
+            return measure(model, feed, runtime)
     return count(model, model.shapes())
 
 

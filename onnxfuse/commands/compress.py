@@ -25,6 +25,7 @@ from onnxfuse.data.calibration import Calibration, Data
 from onnxfuse.data.rows import few_rows
 from onnxfuse.errors import InputError
 from onnxfuse.ir.file_size import FileSize, file_size
+from onnxfuse.ops.finite import check_finite
 from onnxfuse.pipeline import recipe as recipes
 from onnxfuse.pipeline.base import Context, Pass
 from onnxfuse.pipeline.instruments import Dumps, Instrument, Journal
@@ -131,7 +132,7 @@ def compress(
         check_output(output, original)
     if report is not None:
         check_folder(Path(report))
-    original.check_finite()
+    check_finite(original)
     runtime = Runtime(provider, threads)
     calibration = Calibration.open(
         calib, original, limit=samples, batch_size=batch_size, held_out=held_out, seed=seed

@@ -24,10 +24,12 @@ from onnxfuse.growth import plan as growing
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.protos import DEFAULT_DOMAINS, bodies
 from onnxfuse.numerics.similarity import CRITERIA, Criterion
+from onnxfuse.ops.finite import check_finite
 from onnxfuse.ops.linear import LinearOp, linear_op
 from onnxfuse.report import plots
 from onnxfuse.results import Inspection, LinearSummary, RegionSummary
 from onnxfuse.runtime.latency import Latency, latency
+from onnxfuse.runtime.observed_shapes import shapes_on
 from onnxfuse.runtime.session import Runtime
 
 if TYPE_CHECKING:
@@ -77,15 +79,15 @@ def inspect(
         plots.check_plot(Path(plot), file_of(found))
     runtime = Runtime(provider, threads)
     several, feed, warnings = _feeds(found, calib, seed)
-    groups = find_groups(found, several) if channels or growth else None
+    groups = find_groups(found, several, runtime) if channels or growth else None
     alike = None if criterion is None else layer_similarity.survey(found, criterion, heads, seed)
     if plot is not None and alike:
         plots.heat_maps(alike, Path(plot))
     elif plot is not None:
         warnings.append("no two layers can be compared: nothing was plotted")
     warnings += _weight_warnings(found)
-    feed, cost, unknown = _cost(found, feed)
-    regions, skipped = find_regions(found, found.shapes(feed))
+    feed, cost, unknown = _cost(found, feed, runtime)
+    regions, skipped = find_regions(found, shapes_on(found, feed, runtime))
     source = found.source
     return Inspection(
         path=str(found.path) if found.path else None,
@@ -98,7 +100,7 @@ def inspect(
         operators=_operators(source.graph),
         cost=cost,
         sizes={name: array.shape for name, array in (feed or {}).items()},
-        linear=_linear(found, feed, cost),
+        linear=_linear(found, feed, cost, runtime),
         regions=tuple(_region(region) for region in regions),
         skipped=tuple(skipped),
         latency=_latency(found, feed, runtime) if measure_latency else None,
@@ -124,16 +126,20 @@ def _feeds(model: Model, calib: Data, seed: int) -> tuple[Feed | None, Feed | No
 
 def _weight_warnings(model: Model) -> list[str]:
     try:
-        model.check_finite()
+        check_finite(model)
     except InputError as error:
         return [f"{error}: compress will refuse the model"]
     return []
 
 
-def _cost(model: Model, feed: Feed | None) -> tuple[Feed | None, Cost, list[str]]:
+def _cost(model: Model, feed: Feed | None, runtime: Runtime) -> tuple[Feed | None, Cost, list[str]]:
     """The cost at the sizes of `feed`, with `feed` and warnings: None where the model doesn't run on it."""
     try:
-        return feed, count(model, model.shapes(feed), dimension_sizes(model, feed or {})), []
+        return (
+            feed,
+            count(model, shapes_on(model, feed, runtime), dimension_sizes(model, feed or {}, runtime)),
+            [],
+        )
     except NotApplicableError as error:
         return None, count(model, model.shapes()), [str(error)]
 
@@ -164,8 +170,8 @@ def _operators(graph: onnx.GraphProto) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _linear(model: Model, feed: Feed | None, cost: Cost) -> tuple[LinearSummary, ...]:
-    shapes = model.shapes() if feed is None else shapes_at(model, feed)
+def _linear(model: Model, feed: Feed | None, cost: Cost, runtime: Runtime) -> tuple[LinearSummary, ...]:
+    shapes = model.shapes() if feed is None else shapes_at(model, feed, runtime)
     found = []
     for node in model.nodes:
         op = linear_op(model, node, shapes, transposed=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from onnxfuse.data.calibration import Calibration, Samples
 from onnxfuse.ir import saving
 from onnxfuse.ir.model import Model, Source
+from onnxfuse.runtime.versions import check_runs
 
 ModelSource = Model | Source
 PathOrText = str | PathLike[str]
@@ -25,7 +26,11 @@ def load(source: ModelSource) -> Model:
         InputError: the file is missing, damaged, no ONNX model, not valid or too new, or so is its external
             data.
     """
-    return source if isinstance(source, Model) else Model.load(source)
+    if isinstance(source, Model):
+        return source
+    model = Model.load(source)
+    check_runs(model)
+    return model
 
 
 def save(model: Model, path: PathOrText) -> None:

@@ -12,6 +12,7 @@ from onnxfuse.commands.loading import ModelSource, PathOrText, check_output, che
 from onnxfuse.commands.turns import retraining
 from onnxfuse.data.calibration import Data
 from onnxfuse.errors import VerificationError
+from onnxfuse.ops.finite import check_finite
 from onnxfuse.results import RetrainReport, RetrainResult
 from onnxfuse.runtime.session import Runtime
 
@@ -95,7 +96,7 @@ def retrain(
     loaded = load(model)
     original = None if teacher is None else load(teacher)
     for source in (loaded, *([original] if original is not None else [])):
-        source.check_finite()
+        check_finite(source)
         if output is not None:
             check_output(output, source)
     place = Path(checkpoint) if checkpoint is not None else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from onnxfuse.analysis.cost import measure, node_macs, shapes_at
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.fitting.rewriting import linear_ops
+from onnxfuse.fitting.rewriting import first_feed, linear_ops
 from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
 from onnxfuse.ir.marks import KEPT_KEY
 from onnxfuse.ir.model import Model
@@ -22,7 +22,7 @@ from onnxfuse.numerics.affine import Array
 from onnxfuse.ops.linear import LinearOp, is_shared, optional_input
 from onnxfuse.ops.linear_building import add_linear, laid_out
 from onnxfuse.ops.shared_weights import producer
-from onnxfuse.runtime.session import Feed
+from onnxfuse.pipeline.base import Context
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,21 +187,21 @@ class RankCosts:
     least: float
 
 
-def rank_costs(model: Model, products: Sequence[Product], feed: Feed, what: str, by: str) -> RankCosts:
-    """The costs of some products of a model, at the sizes of `feed`.
+def rank_costs(model: Model, products: Sequence[Product], context: Context, what: str, by: str) -> RankCosts:
+    """The costs of some products of a model, at the sizes of the first fit samples.
 
     Args:
         model: of the products.
         products: those that ranks are chosen for.
-        feed: samples.
+        context: of the pass.
         what: "parameters" or "MACs".
         by: see `find_products`.
 
     Raises:
         NotApplicableError: the MACs can't be counted.
     """
-    now = measured(model, feed, what)
-    shapes = shapes_at(model, feed)
+    now = measured(model, context, what)
+    shapes = shapes_at(model, first_feed(context), context.runtime)
     every = {p.last.node: p for p in find_products(model, linear_ops(model, "*", shapes)[0], by)}
     times: dict[Node, float] = {}
     for node, product in every.items():
@@ -216,18 +216,18 @@ def rank_costs(model: Model, products: Sequence[Product], feed: Feed, what: str,
     return RankCosts(now, unfactored, unit, full, now - saved)
 
 
-def measured(model: Model, feed: Feed, what: str) -> float:
+def measured(model: Model, context: Context, what: str) -> float:
     """The number of parameters or multiply-accumulates.
 
     Args:
         model: is left as it is.
-        feed: samples, for their sizes.
+        context: of the pass.
         what: "parameters" or "MACs".
 
     Raises:
         NotApplicableError: the MACs can't be counted.
     """
-    cost = measure(model, feed)
+    cost = measure(model, first_feed(context), context.runtime)
     if what == "parameters":
         return cost.parameters
     if cost.macs is None:

@@ -31,6 +31,7 @@ from onnxfuse.ops.linear import LINEAR, LinearOp, linear_op
 from onnxfuse.ops.shared_weights import SharedWeight, shared_weights
 from onnxfuse.pipeline.base import Context, PassResult
 from onnxfuse.pipeline.goals import Goals
+from onnxfuse.runtime.observed_shapes import shapes_on
 from onnxfuse.runtime.session import Feed
 
 MEMORY = 1 << 30
@@ -57,6 +58,11 @@ class OperatorOptions(Goals):
 def first_feed(context: Context) -> Feed:
     """The first batch of the fit samples, for shapes that can't be inferred."""
     return next(iter(context.calibration.fit)).feed
+
+
+def known_shapes(context: Context) -> dict[str, TensorInfo]:
+    """Types and shapes of the original's tensors, completed by a run of the first fit samples."""
+    return shapes_on(context.original, first_feed(context), context.runtime)
 
 
 def named(only: str, how: str = "with a name") -> str:
@@ -99,7 +105,7 @@ def stored_weights(model: Model, only: str, context: Context) -> tuple[list[Shar
         only: pattern that the operators' names match.
         context: of the pass.
     """
-    ops, skipped = linear_ops(model, only, model.shapes(first_feed(context)))
+    ops, skipped = linear_ops(model, only, shapes_on(model, first_feed(context), context.runtime))
     weights: list[SharedWeight] = []
     for weight in shared_weights(ops):
         if reason := weight.other_use():
@@ -130,7 +136,7 @@ def unmeasurable(model: Model, trial: Model, nodes: Collection[Node], context: C
         context: of the pass.
     """
     sites, skipped = refit_sites(
-        context.original, trial, (), None, first_feed(context), before=model, fixed=nodes
+        context.original, trial, (), None, known_shapes(context), before=model, fixed=nodes
     )
     measured = {site.op.node for site in sites}
     reasons = {skip.nodes[0]: skip.reason for skip in skipped}
@@ -210,7 +216,7 @@ def walked(
         NotApplicableError: activations that are not finite.
     """
     sites, skipped = refit_sites(
-        context.original, rewritten, fresh, mask, first_feed(context), before=before, fixed=fixed
+        context.original, rewritten, fresh, mask, known_shapes(context), before=before, fixed=fixed
     )
     if not refit:
         sites, skipped = _alone(sites, fixed), []

@@ -18,7 +18,6 @@ from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.protos import DEFAULT_DOMAINS
 from onnxfuse.ir.shapes import TensorInfo, fill
 from onnxfuse.ops.linear import LINEAR, LinearOp, linear_op
-from onnxfuse.runtime.session import Feed
 
 MOST_COLUMNS = 6144
 """More unknowns for each output than this are not solved for: two Gram matrices of that size take 600 MB."""
@@ -110,7 +109,7 @@ def refit_sites(
     rewritten: Model,
     fresh: Sequence[tuple[Node, str]] = (),
     mask: str | None = None,
-    feed: Feed | None = None,
+    known: Mapping[str, TensorInfo] | None = None,
     before: Model | None = None,
     fixed: Collection[Node] = (),
 ) -> tuple[list[RefitSite], list[Skip]]:
@@ -121,7 +120,8 @@ def refit_sites(
         rewritten: what to solve.
         fresh: nodes to be solved from nothing, each with the tensor of both models that it stands for.
         mask: see `RefitSite`.
-        feed: samples for shapes that can't be inferred.
+        known: types and shapes of the original's tensors, as `observed_shapes.shapes_on` has them; None takes
+            what can be inferred.
         before: what `rewritten` was made from, where that isn't the original; what it computes alike is left.
         fixed: nodes whose weights are to stay as they are. Each is a site, behind a change or not: a place to
             solve for its bias, or, where it has none, to measure. The weights of nodes that are marked so
@@ -133,7 +133,7 @@ def refit_sites(
         bias alone. And a Skip with the reason for each linear operator behind a change that is none.
     """
     same = unchanged(before or original, rewritten)
-    known = original.shapes(feed)
+    known = original.shapes() if known is None else known
     shapes = {
         name: fill(info, _cut_info(rewritten, known.get(name))) for name, info in rewritten.shapes().items()
     }

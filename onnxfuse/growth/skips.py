@@ -27,6 +27,7 @@ from onnxfuse.growth.widening import New, additions, obstacle, widen
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ops.table import OPS, Trait
+from onnxfuse.runtime.session import Runtime
 
 _SUMS = OPS.having(Trait.ADDS)
 _STEPPING = 10  # the opset from which on Slice has steps
@@ -62,10 +63,10 @@ def producers(groups: ChannelGroups | Group) -> list[str]:
     return list(dict.fromkeys(n for g in own for t in g.touches if "producer" in t.roles for n in t.nodes))
 
 
-def plan(model: Model, feed: Feed, name: str, ratio: float) -> Plan:
+def plan(model: Model, feed: Feed, runtime: Runtime, name: str, ratio: float) -> Plan:
     """How the output of the operator called `name` gets about `ratio` times as many channels alone, with the
-    twins of r2r. `feed` is as `find_groups` has it; the model is not changed."""
-    groups = find_groups(model, feed)
+    twins of r2r. `feed` and `runtime` are as `find_groups` has them; the model is not changed."""
+    groups = find_groups(model, feed, runtime)
     skips = tuple(_skips(groups, name))
     probe = model.copy()
     for skip in skips:
@@ -73,7 +74,7 @@ def plan(model: Model, feed: Feed, name: str, ratio: float) -> Plan:
         assert twin is not None
         for slot in skip.slots:
             twin.inputs[slot] = probe.tensor(skip.other.name)
-    near = find_groups(probe, feed)
+    near = find_groups(probe, feed, runtime)
     found = Plan({}, {}, skips, near)
     for group in near:
         if name in producers(group):

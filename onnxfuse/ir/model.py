@@ -4,22 +4,19 @@ Shapes come from the file and ONNX's inference; those that only a run shows are 
 `runtime.observed_shapes`.
 """
 
-import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto
 
 from onnxfuse.errors import InputError
-from onnxfuse.ir import export, external_data, saving, validation
+from onnxfuse.ir import export, saving, validation
 from onnxfuse.ir.editing import EditableGraph
 from onnxfuse.ir.graph import CycleError, without_collector
-from onnxfuse.ir.nodes import Constant, Node
 from onnxfuse.ir.shape_inference import infer
-from onnxfuse.ir.shapes import TensorInfo, fill
-from onnxfuse.runtime import observed_shapes
+from onnxfuse.ir.shapes import TensorInfo
 
 Feed = dict[str, np.ndarray]
 Source = str | os.PathLike[str] | bytes | ModelProto
@@ -66,64 +63,22 @@ class Model(EditableGraph):
         model._unused_at_load = {t for t in model.initializers if not model._used(t)}
         return model
 
-    def check_finite(self) -> None:
-        """Streams all stored values; refuses NaN anywhere, and Inf where an operator computes with it as a
-        parameter (`validation.PARAMETERS`; in a mask or a bound an infinity is meant).
-
-        Raises:
-            InputError: names the tensor.
-        """
-        for tensor in self.initializers:
-            self._check_finite(tensor.name, tensor, self.consumers(tensor))
-        for node in self.nodes:
-            for key, value in node.attrs.items():
-                if isinstance(value, Constant) and node.constant_form:
-                    self._check_finite(node.outputs[0].name, value, self.consumers(node.outputs[0]))
-                elif isinstance(value, Constant):
-                    self._check_finite(f"{key} of {node.label}", value, ())
-        bodies = (external_data.graph_tensors(body) for node in self.nodes for body in node.bodies)
-        functions = (external_data.node_tensors(n) for f in self.source.functions for n in f.node)
-        for proto in itertools.chain.from_iterable((*bodies, *functions)):
-            if validation.find_nonfinite(proto, self.folder) == "NaN":
-                raise InputError(f"tensor '{proto.name}' has a NaN value")
-
-    def _check_finite(self, name: str, tensor: Constant, users: Iterable[Node]) -> None:
-        stored = tensor.stored
-        if stored is None:
-            found = validation.nonfinite(tensor.values)
-        else:
-            found = validation.find_nonfinite(stored.values_proto, stored.folder)
-        if found == "NaN" or (found and any(n.key in validation.PARAMETERS for n in users)):
-            raise InputError(f"weight '{name}' has {'a NaN' if found == 'NaN' else 'an infinite'} value")
-
-    def shapes(self, feed: Feed | None = None) -> dict[str, TensorInfo]:
+    def shapes(self) -> dict[str, TensorInfo]:
         """Type and shape of every tensor of the main graph, by name.
 
-        They come from the file's declarations and ONNX shape inference. Where a feed is given, what is
-        still unknown comes from running ONNX Runtime on it, with the concrete sizes it has there.
-
-        Raises:
-            InputError: a feed that does not fit the inputs.
-            NotApplicableError: a model that ONNX Runtime can't run, if it has to.
+        They come from the file's declarations and ONNX shape inference; `runtime.observed_shapes` knows more.
         """
-        found = self.cached("shapes", lambda: infer(self))
-        if feed is None or all(info.complete for info in found.values()):
-            return dict(found)
-        runs = self._runs()
-        run = next((result for known, result in runs if _same_arrays(known, feed)), None)
-        if run is None:
-            run = observed_shapes.run(self, found, feed)
-            runs[:] = [(dict(feed), run), *runs[:1]]
-        return {name: fill(info, run.get(name)) for name, info in found.items()}
+        return dict(self.cached("shapes", lambda: infer(self)))
 
-    def _runs(self) -> list[tuple[Feed, dict[str, TensorInfo]]]:
-        """The latest feeds run for shapes, and what they showed."""
-        return self.cached("runs", list)
+    def observations(self) -> list[tuple[Feed, dict[str, TensorInfo]]]:
+        """The latest feeds that were run for shapes, and what they showed; to be added to, and empty again
+        after an edit."""
+        return self.cached("observations", list)
 
     def type_of(self, name: str) -> TensorInfo:
         """Like `shapes()[name]`; where that knows no type, with the type and rank that a run has shown."""
         info = self.shapes()[name]
-        for _, run in self._runs() if info.dtype is None else ():
+        for _, run in self.observations() if info.dtype is None else ():
             shown = run.get(name)
             if shown is not None and shown.shape is not None:
                 return TensorInfo(name, shown.dtype, (None,) * len(shown.shape))
@@ -162,7 +117,3 @@ class Model(EditableGraph):
         """
         source = self.folder / self.path.name if self.folder and self.path else None
         saving.save(Path(path), export.shell(self, self.shapes), export.weights(self), self.folder, source)
-
-
-def _same_arrays(a: Feed, b: Feed) -> bool:
-    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)

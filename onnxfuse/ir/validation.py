@@ -19,16 +19,11 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from onnxfuse.errors import InputError
 from onnxfuse.ir import external_data, protos
-from onnxfuse.ops.table import OPS, Kind, Trait
-from onnxfuse.runtime.versions import runtime_accepts
 
 PROTOBUF_LIMIT = 2**31 - 1
 DEEPEST_CALL = 64  # of functions in functions
 MOST_NODES = 10**6  # after the expansion of functions
 OLDEST_OPSET = 7  # the oldest whose operators ONNX Runtime guarantees
-# Operators whose weights must be finite. Elsewhere (a mask added before Softmax, a bound of Clip) an
-# infinity is meant.
-PARAMETERS = OPS.weighted() - OPS.having(Trait.AFFINE).of_kind(Kind.ELEMENTWISE)
 
 
 def read_file(path: Path) -> bytes:
@@ -72,7 +67,7 @@ def parse(data: bytes, what: str) -> ModelProto:
 
 
 def check_versions(proto: ModelProto, what: str) -> None:
-    """Refuses IR and opset versions that the installed onnx or ONNX Runtime do not know.
+    """Refuses IR and opset versions that the installed onnx does not know.
 
     Raises:
         InputError: a version is missing, too old or too new.
@@ -98,11 +93,6 @@ def check_versions(proto: ModelProto, what: str) -> None:
         raise InputError(
             f"{what} uses opset {opset}, older than {OLDEST_OPSET}, the oldest supported: "
             "convert it with onnx.version_converter"
-        )
-    if not runtime_accepts(opset, proto.ir_version):
-        raise InputError(
-            f"{what} (opset {opset}, IR version {proto.ir_version}) is too new for the installed ONNX "
-            "Runtime: upgrade onnxruntime, or export the model with an older opset"
         )
 
 

@@ -80,7 +80,7 @@ class PassManager:
             for instrument in self.instruments:
                 instrument.started(self.passes, model)
             sample = few_rows(model, context.calibration.fit, 1)
-            cost = measure(model, sample)
+            cost = measure(model, sample, context.runtime)
             for index, pass_ in enumerate(self.passes, start=1):
                 for instrument in self.instruments:
                     instrument.before(index, pass_, model)
@@ -133,7 +133,7 @@ def _step(
         notes=tuple(found.notes),
         verification=checked,
         before=before,
-        after=measure(after, sample) if changed else before,
+        after=measure(after, sample, context.runtime) if changed else before,
     )
 
 

@@ -1,19 +1,34 @@
 """Which versions of ONNX the installed ONNX Runtime accepts."""
 
+from __future__ import annotations
+
 import functools
 
 from onnx import TensorProto, helper
 
-from onnxfuse.errors import NotApplicableError
+from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.ir.model import Model
+from onnxfuse.runtime.session import Runtime
+
+
+def check_runs(model: Model) -> None:
+    """Refuse a model that is too new for ONNX Runtime, though onnx itself knows its versions.
+
+    Raises:
+        InputError: says so.
+    """
+    ir_version = model.source.ir_version
+    if model.opset and not runtime_accepts(model.opset, ir_version):
+        what = f"'{model.path}'" if model.path else "the model"
+        raise InputError(
+            f"{what} (opset {model.opset}, IR version {ir_version}) is too new for the installed ONNX "
+            "Runtime: upgrade onnxruntime, or export the model with an older opset"
+        )
 
 
 @functools.cache
 def runtime_accepts(opset: int, ir_version: int) -> bool:
     """Whether ONNX Runtime accepts these versions; it offers no other way to ask than a model."""
-    from onnxfuse.runtime.session import (
-        Runtime,  # a session is made from a model, and a model from this check
-    )
-
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "versions", [x], [y])
     proto = helper.make_model(graph, ir_version=ir_version, opset_imports=[helper.make_opsetid("", opset)])

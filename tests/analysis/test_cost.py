@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from nets import RUNTIME
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxfuse.analysis.cost import Cost, count, dimension_sizes, measure
@@ -94,8 +95,8 @@ def test_macs_of_one_operator(text: str, weights: dict[str, np.ndarray], expecte
 
 def test_macs_scale_with_the_sizes_given_to_dynamic_dimensions() -> None:
     model = parsed("m (float[N,T,5] x) => (float[N,T,3] y) { y = MatMul(x, w) }", w=zeros(5, 3))
-    assert dimension_sizes(model, {"x": zeros(2, 7, 5)}) == {"N": 2, "T": 7}
-    assert measure(model, {"x": zeros(2, 7, 5)}).macs == 2 * 7 * 15
+    assert dimension_sizes(model, {"x": zeros(2, 7, 5)}, RUNTIME) == {"N": 2, "T": 7}
+    assert measure(model, {"x": zeros(2, 7, 5)}, RUNTIME).macs == 2 * 7 * 15
     unknown = count(model, model.shapes(), {"N": 2})
     assert unknown.macs is None
     assert unknown.macs_reason == "MatMul 'y': the size of dimension 'T' of 'y' is not known"
@@ -138,7 +139,7 @@ def branching(then_out: int, else_out: int, opset: int = 17) -> Model:
 
 @pytest.mark.parametrize(("then_out", "else_out"), [(3, 8), (8, 3)])
 def test_an_if_counts_as_its_heavier_branch_and_both_sets_of_weights(then_out: int, else_out: int) -> None:
-    found = measure(branching(then_out, else_out), {"c": np.array(True), "x": zeros(7, 5)})
+    found = measure(branching(then_out, else_out), {"c": np.array(True), "x": zeros(7, 5)}, RUNTIME)
     assert found.macs == 7 * 5 * 8
     assert found.parameters == 5 * 11
     assert found.nodes == 5
@@ -193,7 +194,7 @@ def test_quantised_weights_are_parameters_and_take_a_byte() -> None:
         d = DequantizeLinear(w, s)
         y = MatMul(x, d)
     }"""
-    found = measure(parsed(text, w=np.zeros((4, 3), np.int8), s=np.float32(1)), {"x": zeros(2, 4)})
+    found = measure(parsed(text, w=np.zeros((4, 3), np.int8), s=np.float32(1)), {"x": zeros(2, 4)}, RUNTIME)
     assert (found.parameters, found.bytes) == (13, 16)
 
 
@@ -263,5 +264,5 @@ def test_latency_refuses_what_cannot_be_timed() -> None:
 def test_a_dimension_that_only_the_output_names_is_told_by_a_run() -> None:
     model = parsed("m (float[N,3] x) => (float[rows,1] y) <float[3,1] w = {1, 2, 3}> { y = MatMul(x, w) }")
     feed = {"x": zeros(5, 3)}
-    assert dimension_sizes(model, feed) == {"N": 5, "rows": 5}
-    assert measure(model, feed).macs == 15
+    assert dimension_sizes(model, feed, RUNTIME) == {"N": 5, "rows": 5}
+    assert measure(model, feed, RUNTIME).macs == 15

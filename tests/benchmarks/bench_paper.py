@@ -34,6 +34,7 @@ from onnxfuse.numerics.sampling import gather
 from onnxfuse.passes.fold import Fold
 from onnxfuse.pipeline.base import Context
 from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.runtime.observed_shapes import shapes_on
 from onnxfuse.runtime.session import Feed, Runtime
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -86,7 +87,7 @@ def fitted(path: Path, runtime: Runtime, quick: bool) -> list[Fitted]:
     calibration = Calibration.open(
         data, model, limit=150 if quick else None, batch_size=16, held_out=TEST_SHARE
     )
-    shapes = model.shapes(next(iter(calibration.fit)).feed)
+    shapes = shapes_on(model, next(iter(calibration.fit)).feed, Runtime("cpu"))
     regions = [region for region in find_regions(model, shapes, max_ops=2)[0] if region.linear_ops == 2]
     # Of regions over the same operators the last takes in the skip.
     widest = list({(region.u, region.kind, region.sites): region for region in regions}.values())

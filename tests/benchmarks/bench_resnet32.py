@@ -143,7 +143,7 @@ def compress(
     changes = result.steps[0].changes
     fused = sum("region" in change.detail for change in changes)
     sample = {original.inputs[0].name: next(iter(test)).feed[original.inputs[0].name][:1]}
-    macs = [measure(model, sample).macs or 0 for model in (original, result.model)]
+    macs = [measure(model, sample, Runtime("cpu")).macs or 0 for model in (original, result.model)]
     error = result.report.output_error
     row = Row(
         asked=q,

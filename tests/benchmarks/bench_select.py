@@ -143,7 +143,9 @@ class Network:
 
     def macs(self, model: Model) -> float:
         sample = {self.input: self.tests[:1]}
-        return (measure(model, sample).macs or 0) / (measure(self.original, sample).macs or 1)
+        return (measure(model, sample, Runtime("cpu")).macs or 0) / (
+            measure(self.original, sample, Runtime("cpu")).macs or 1
+        )
 
     def entry(self, who: str, budget: float, model: Model, took: float) -> tuple[Entry, np.ndarray]:
         scores = self.scores(model)

@@ -136,7 +136,7 @@ def macs(model: ModelProto, feeds: Feeds) -> int:
         RivalError: the model doesn't load, or its shapes don't fit together.
     """
     try:
-        cost = measure(Model.load(model), {name: rows[:1] for name, rows in feeds.items()})
+        cost = measure(Model.load(model), {name: rows[:1] for name, rows in feeds.items()}, Runtime("cpu"))
     except Exception as error:  # whatever a broken file may raise
         raise RivalError(f"the pruned model can't be read: {_told(error)}") from error
     if cost.macs is None:

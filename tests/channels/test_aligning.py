@@ -6,7 +6,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from nets import compute, net, normal, weight
+from nets import RUNTIME, compute, net, normal, weight
 
 from onnxfuse.channels.aligning import align
 from onnxfuse.channels.edits import take
@@ -28,7 +28,7 @@ def branches(hidden: int = 7, seed: int = 3) -> tuple[Model, np.ndarray]:
 
 def test_shuffled_channels_come_back() -> None:
     model, _ = branches()
-    found = find_groups(model, {"x": normal(3, 6)})
+    found = find_groups(model, {"x": normal(3, 6)}, RUNTIME)
     chosen = align(model, found, [("wa1", "wb1"), ("wa2", "wb2")])
     assert [group.name for group in chosen] == ["b1"]
     made = model.copy()
@@ -46,7 +46,7 @@ def test_all_weights_a_group_lies_on_count_together() -> None:
         {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(SHAPES.items())},
     )
     pairs = [("wa1", "wb1"), ("wa2", "wb2")]
-    chosen = align(model, find_groups(model, {"x": normal(3, 6)}), pairs)
+    chosen = align(model, find_groups(model, {"x": normal(3, 6)}, RUNTIME), pairs)
 
     def likeness(order: tuple[int, ...]) -> float:
         at = list(order)
@@ -82,7 +82,9 @@ def test_convolutions_and_their_normalisation(kernel: int) -> None:
         for p in "ab"
     )
     model = net(f"{body} y = Add(a2, b2)", weights, x="float[N,3,5,5] x", y="float[A,B,C,D] y")
-    chosen = align(model, find_groups(model, {"x": normal(2, 3, 5, 5)}), [("ak1", "bk1"), ("ak2", "bk2")])
+    chosen = align(
+        model, find_groups(model, {"x": normal(2, 3, 5, 5)}, RUNTIME), [("ak1", "bk1"), ("ak2", "bk2")]
+    )
     made = model.copy()
     take(made, chosen)
     for name in first:
@@ -93,7 +95,7 @@ def test_channels_that_both_layers_lie_on_stay() -> None:
     """Layers of one residual stream read and write the same channels: there is nothing to put in order."""
     body = "h = Gemm(x, w0) a = Gemm(h, w1) s = Add(a, h) b = Gemm(s, w2) y0 = Add(b, s) y = Gemm(y0, w3)"
     model = net(body, {"w0": (6, 8), "w1": (8, 8), "w2": (8, 8), "w3": (8, 4)})
-    assert align(model, find_groups(model, {"x": normal(3, 6)}), [("w1", "w2")]) == {}
+    assert align(model, find_groups(model, {"x": normal(3, 6)}, RUNTIME), [("w1", "w2")]) == {}
 
 
 def test_layers_in_a_row_share_channels_and_only_free_ends_move() -> None:
@@ -102,7 +104,7 @@ def test_layers_in_a_row_share_channels_and_only_free_ends_move() -> None:
         "h = Gemm(x, w0) a = Gemm(h, w1) r = Relu(a) b = Gemm(r, w2) s = Relu(b) y = Gemm(s, w3)",
         {"w0": (6, 8), "w1": (8, 8), "w2": (8, 8), "w3": (8, 4)},
     )
-    chosen = align(model, find_groups(model, {"x": normal(3, 6)}), [("w1", "w2")])
+    chosen = align(model, find_groups(model, {"x": normal(3, 6)}, RUNTIME), [("w1", "w2")])
     made = model.copy()
     take(made, chosen)
     x = {"x": normal(9, 6, seed=8)}
@@ -116,6 +118,6 @@ def test_a_graph_output_keeps_its_order() -> None:
     body = "h = Gemm(x, w0) a = Relu(h) y = Gemm(a, w1) g = Gemm(a, w2) r = Relu(g) z = Gemm(r, w3)"
     shapes = {"w0": (6, 8), "w1": (8, 5), "w2": (8, 5), "w3": (5, 3)}
     model = net(body, shapes, y="float[A,B] y, float[C,D] z")
-    found = find_groups(model, {"x": normal(3, 6)})
+    found = find_groups(model, {"x": normal(3, 6)}, RUNTIME)
     assert align(model, found, [("w2", "w1")]) == {}
     assert [group.name for group in align(model, found, [("w1", "w2")])] == ["g"]

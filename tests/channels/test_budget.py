@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from channel_cases import CASES, found, sized
-from nets import net, normal
+from nets import RUNTIME, net, normal
 
 from onnxfuse.analysis.cost import measure
 from onnxfuse.channels import budget
@@ -24,7 +24,7 @@ def three() -> tuple[Model, list[Group], Total]:
     model = net(
         BODY, sized("w0:8,3,1,1 w1:6,8,3,3 w2:8,6,1,1 w3:2,8,1,1"), "float[N,3,4,4] x", "float[A,B,C,D] y"
     )
-    groups = find_groups(model, {"x": normal(2, 3, 4, 4)})
+    groups = find_groups(model, {"x": normal(2, 3, 4, 4)}, RUNTIME)
     return model, groups.free, budget.macs(model, groups, groups.free)
 
 
@@ -46,7 +46,7 @@ def test_costs_are_those_of_the_network_cut(name: str) -> None:
         take(
             cut, {group: np.sort(random.choice(group.size, width, False)) for group, width in wanted.items()}
         )
-        before, after = measure(model, feed), measure(cut, feed)
+        before, after = measure(model, feed, RUNTIME), measure(cut, feed, RUNTIME)
         assert parameters.at(full) - parameters.at(wanted) == before.parameters - after.parameters
         if macs is not None and before.macs is not None and after.macs is not None:
             assert (macs.at(full), macs.at(wanted)) == (before.macs, after.macs)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from architectures import ARCHITECTURES, export
 from channel_cases import close, drawn, parameters
-from nets import Feed, compute
+from nets import RUNTIME, Feed, compute
 
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import find_groups
@@ -49,7 +49,7 @@ def samples(name: str, batch: int) -> Feed:
 def check(name: str, how: str) -> tuple[int, ...]:
     """Sizes of the groups; the cut of each, and of all at once, equals the masked network."""
     model = exported(name, how)
-    groups = find_groups(model, samples(name, 3))
+    groups = find_groups(model, samples(name, 3), RUNTIME)
     for choice in (*(drawn([group], 0.6) for group in groups.free), drawn(groups.free, 0.75, seed=1)):
         cut, masked = model.copy(), mask(model, choice)
         take(cut, choice)

@@ -11,7 +11,7 @@ import onnx.checker
 from channel_cases import close, ints, norm, parameters
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nets import compute, context, net, normal
+from nets import RUNTIME, compute, context, net, normal
 
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import find_groups
@@ -215,7 +215,7 @@ def networks(draw: st.DrawFn) -> Model:
 )
 @given(networks(), st.data())
 def test_every_cut_is_the_masked_network(model: Model, data: st.DataObject) -> None:
-    groups = find_groups(model, {"x": normal(2, 3, 4, 4)})
+    groups = find_groups(model, {"x": normal(2, 3, 4, 4)}, RUNTIME)
     choice = {}
     for group in groups.free:
         # One index of each leaf stays, so that no axis becomes empty.

@@ -20,9 +20,9 @@ from onnxfuse.ir.model import Model
 
 
 def seen(model: Model, feed: Feed, name: str) -> tuple[Group, list[Consumer], dict[Any, Statistics]]:
-    groups = find_groups(model, feed)
+    groups = find_groups(model, feed, RUNTIME)
     group = groups[name]
-    readers = consumers(model, group, shapes_at(model, feed))
+    readers = consumers(model, group, shapes_at(model, feed, RUNTIME))
     batches = Calibration.open(feed, model, held_out=0.0).fit
     return group, readers, statistics(model, [c.view for c in readers], batches, RUNTIME)
 
@@ -72,7 +72,7 @@ def test_costs_of_a_grouped_convolution() -> None:
     body = "a = Conv(x, w0, b0) r = Relu(a) y = Conv<group=2>(r, w1)"
     model = net(body, sized("w0:8,3,1,1 b0:8 w1:6,4,2,2"), "float[N,3,5,5] x", "float[A,B,C,D] y")
     feed = {"x": normal(60, 3, 5, 5)}
-    groups = find_groups(model, feed)
+    groups = find_groups(model, feed, RUNTIME)
     inner = next(group for group in groups.free if group.size == 4)
     _, found = ranked(model, feed, inner.name)
     r, y = compute(model, feed, "r", "y")
@@ -185,8 +185,8 @@ def test_padding_tokens_are_left_out() -> None:
     x = normal(40, 7, 5)
     x[:, 4:] = 100
     feed = {"x": x, "m": mask}
-    groups = find_groups(model, feed)
-    (consumer,) = consumers(model, groups["a"], shapes_at(model, feed))
+    groups = find_groups(model, feed, RUNTIME)
+    (consumer,) = consumers(model, groups["a"], shapes_at(model, feed, RUNTIME))
     batches = Calibration.open(feed, model, held_out=0.0).fit
     known = statistics(model, [consumer.view], batches, RUNTIME, mask="m")
     (r,) = compute(model, feed, "r")

@@ -24,7 +24,7 @@ from channel_cases import (
     positive,
     sized,
 )
-from nets import compute, net, normal, weight
+from nets import RUNTIME, compute, net, normal, weight
 from onnx import numpy_helper
 
 from onnxfuse.channels.dims import leaves
@@ -663,7 +663,7 @@ def test_time_is_linear_in_the_number_of_nodes() -> None:
         feed: dict[str, Any] = {"x": normal(2, 3, 4, 4)}
         model.shapes()
         start = time.process_time()
-        groups = find_groups(model, feed)
+        groups = find_groups(model, feed, RUNTIME)
         assert len(groups.free) == count // 4 + 1
         take(model, drawn(groups.free, 0.5))
         return time.process_time() - start

@@ -39,7 +39,7 @@ def test_equal_blocks_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         k = Conv<pads=[1,1,1,1]>(s, w3) l = Relu(k) m = Conv(l, w4) y = Add(m, s)"""
     weights = sized("w0:4,3,1,1 w1:8,4,3,3 w2:4,8,1,1 w3:8,4,3,3 w4:4,8,1,1")
     model = net(body, weights, "float[N,3,5,5] x", "float[A,B,C,D] y")
-    groups = find_groups(model, {"x": normal(2, 3, 5, 5)})
+    groups = find_groups(model, {"x": normal(2, 3, 5, 5)}, RUNTIME)
     calls = []
     real = timing._timed
     monkeypatch.setattr(timing, "_timed", lambda *given: calls.append(given[1].name) or real(*given))
@@ -53,6 +53,6 @@ def test_equal_blocks_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_width_that_is_faster_is_found() -> None:
     body = "a = MatMul(x, w0) r = Relu(a) y = MatMul(r, w1)"
     model = net(body, sized("w0:512,2048 w1:2048,512"), "float[N,512] x")
-    groups = find_groups(model, {"x": normal(2, 512)})
+    groups = find_groups(model, {"x": normal(2, 512)}, RUNTIME)
     times = rewarded(model, groups, {groups["a"]: [2048, 256]}, RUNTIME, {"x": normal(8, 512)})
     assert list(times[groups["a"]]) == [2048, 256]

@@ -36,6 +36,7 @@ from onnxfuse.ir.nodes import Node
 from onnxfuse.numerics.sampling import sample_positions
 from onnxfuse.ops.linear import LinearOp, linear_op
 from onnxfuse.pipeline.base import Context
+from onnxfuse.runtime.observed_shapes import shapes_on
 from onnxfuse.runtime.spool import Spool
 from onnxfuse.verification.predictions import check_predictions
 
@@ -759,7 +760,7 @@ def test_shapes_that_only_a_run_shows_make_sites_too() -> None:
     ctx = context(model, {"x": normal(80, 6), "i": np.ones(80, np.float32)})
     rewritten = perturbed(model, "w0")
     feed: Feed = next(iter(ctx.calibration.fit)).feed
-    sites, skipped = refit_sites(model, rewritten, feed=feed)
+    sites, skipped = refit_sites(model, rewritten, known=shapes_on(model, feed, RUNTIME))
     assert [s.tensor for s in sites] == ["h", "y"], skipped
     solve(model, rewritten, sites, ctx)
 

@@ -6,11 +6,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from nets import RUNTIME
 from onnx import ModelProto, numpy_helper
 
 from onnxfuse.errors import InputError
 from onnxfuse.ir import external_data, shapes
 from onnxfuse.ir.model import Model
+from onnxfuse.runtime.observed_shapes import shapes_on
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(3, 4)).astype(np.float32)
@@ -119,7 +121,7 @@ def test_dynamic_dimensions_stay_dynamic() -> None:
         }"""
         )
     )
-    model.shapes({"x": np.ones((2, 3, 8, 8), np.float32)})
+    shapes_on(model, {"x": np.ones((2, 3, 8, 8), np.float32)}, RUNTIME)
     part = model.extract(["a"], ["y"])
     assert shapes.info_of(part.graph.input[0]).shape == ("N", 3, None, None)
     for size in ((1, 3, 4, 4), (5, 3, 7, 2)):
@@ -136,7 +138,7 @@ def test_an_unknown_type_needs_a_run() -> None:
     )
     with pytest.raises(InputError, match="type of tensor 'a' is unknown"):
         model.extract(["a"], ["y"])
-    model.shapes({"x": X})
+    shapes_on(model, {"x": X}, RUNTIME)
     part = model.extract(["a"], ["y"])
     assert shapes.info_of(part.graph.input[0]).shape == (None, None)
     np.testing.assert_array_equal(run(part, {"a": X})["y"], np.maximum(X, 0))

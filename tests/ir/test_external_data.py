@@ -12,6 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxfuse.errors import InputError
 from onnxfuse.ir import external_data
 from onnxfuse.ir.model import Model
+from onnxfuse.ops.finite import check_finite
 
 W = np.arange(12, dtype=np.float32).reshape(3, 4)
 TARGET = np.array([-1, 2], np.int64)
@@ -178,7 +179,7 @@ def test_a_data_file_that_shrinks_after_loading(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="too short"):
         model.weight(model.tensor("w"))
     with pytest.raises(InputError, match="too short"):
-        model.check_finite()
+        check_finite(model)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_references_in_bodies_and_attributes_are_checked_too(tmp_path: Path) -> 
 
 def test_non_finite_values_in_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path)
-    Model.load(path).check_finite()
+    check_finite(Model.load(path))
     monkeypatch.setattr(external_data, "CHUNK", 16)
     data = tmp_path / "weights.bin"
     for value, word in ((math.nan, "NaN"), (math.inf, "infinite")):
@@ -237,4 +238,4 @@ def test_non_finite_values_in_external_data(tmp_path: Path, monkeypatch: pytest.
         bad[-1, -1] = value
         data.write_bytes(data.read_bytes()[:100] + bad.tobytes() + data.read_bytes()[148:])
         with pytest.raises(InputError, match=f"'w' has an? {word}"):
-            Model.load(path).check_finite()
+            check_finite(Model.load(path))

@@ -3,13 +3,14 @@
 import numpy as np
 import onnx
 import pytest
+from nets import RUNTIME
 from onnx import ModelProto, helper, numpy_helper
 
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.ir import protos, shapes
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.runtime.observed_shapes import run
+from onnxfuse.runtime.observed_shapes import observed, shapes_on
 
 FLOAT = np.dtype(np.float32)
 
@@ -163,53 +164,53 @@ def test_a_run_completes_what_inference_leaves_open(monkeypatch: pytest.MonkeyPa
     model = Model.load(pooled())
     assert model.shapes()["c"].shape == ("N", 3, None, None)
     feed = {"x": np.ones((2, 3, 8, 10), np.float32)}
-    found = model.shapes(feed)
+    found = shapes_on(model, feed, RUNTIME)
     assert found["c"] == TensorInfo("c", FLOAT, ("N", 3, 4, 5))
     assert found["z"].shape == (4, 2 * 3 * 4 * 5)
     assert found["y"].shape == ("N", 3, 1, 1)
     assert found["x"].shape == ("N", 3, "H", "W")
     assert all(info.complete for info in found.values())
     zeros = {"x": np.zeros((2, 3, 8, 10), np.float32)}  # the same shapes, other values
-    assert model.shapes(zeros)["z"].shape == (4, 0)
+    assert shapes_on(model, zeros, RUNTIME)["z"].shape == (4, 0)
     assert model.shapes()["c"].shape == ("N", 3, None, None)
 
 
 def test_runs_are_not_repeated_until_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    original = run
+    original = observed
 
     def spy(*args: object) -> dict[str, TensorInfo]:
         runs.append(1)
         return original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("onnxfuse.runtime.observed_shapes.run", spy)
+    monkeypatch.setattr("onnxfuse.runtime.observed_shapes.observed", spy)
     model = Model.load(pooled())
     feed = {"x": np.ones((2, 3, 8, 10), np.float32)}
-    model.shapes(feed)
-    model.copy().shapes(feed)
-    model.shapes(dict(feed))
+    shapes_on(model, feed, RUNTIME)
+    shapes_on(model.copy(), feed, RUNTIME)
+    shapes_on(model, dict(feed), RUNTIME)
     assert len(runs) == 1
     model.nodes[0].attrs["strides"] = [4, 4]
-    assert model.shapes(feed)["c"].shape == ("N", 3, 2, 3)
+    assert shapes_on(model, feed, RUNTIME)["c"].shape == ("N", 3, 2, 3)
     assert len(runs) == 2
 
 
 def test_a_complete_model_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("onnxfuse.runtime.observed_shapes.run")
+    monkeypatch.delattr("onnxfuse.runtime.observed_shapes.observed")
     model = Model.load(parse("g (float[N,4] x) => (float[N,4] y) { y = Relu(x) }"))
-    assert model.shapes({"x": np.ones((2, 4), np.float32)})["y"].shape == ("N", 4)
+    assert shapes_on(model, {"x": np.ones((2, 4), np.float32)}, RUNTIME)["y"].shape == ("N", 4)
 
 
 def test_what_a_run_refuses() -> None:
     model = Model.load(pooled())
     with pytest.raises(InputError):
-        model.shapes({"wrong": np.ones(3, np.float32)})
+        shapes_on(model, {"wrong": np.ones(3, np.float32)}, RUNTIME)
     custom = parse(
         "g (float[N] x) => (float y) { y = my.own.Foo(x) }",
         'ir_version: 8, opset_import: ["" : 17, "my.own" : 1]',
     )
     with pytest.raises(NotApplicableError):
-        Model.load(custom).shapes({"x": np.ones(3, np.float32)})
+        shapes_on(Model.load(custom), {"x": np.ones(3, np.float32)}, RUNTIME)
 
 
 # After edits

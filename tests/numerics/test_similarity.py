@@ -10,7 +10,7 @@ import numpy as np
 import ot
 import pytest
 import scipy.linalg
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from onnxfuse.numerics import similarity
@@ -215,6 +215,7 @@ def test_rotation_is_orthogonal_procrustes(pair: tuple[np.ndarray, np.ndarray]) 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @FEW
 @given(pair=equal_pairs)
+@example(pair=(draw(6, 1, seed=867), draw(6, 1, seed=868)))  # two rows as near as a solver's tolerance
 def test_self_symmetry_and_range(criterion: Criterion, pair: tuple[np.ndarray, np.ndarray]) -> None:
     a, b = pair
     found = distance(a, b, criterion)

@@ -12,7 +12,7 @@ import onnx.parser
 import pytest
 import torch
 from channel_cases import Case, check, drawn, found
-from nets import compute, normal
+from nets import RUNTIME, compute, normal
 from onnx import numpy_helper
 
 from onnxfuse.analysis.cost import measure
@@ -91,7 +91,7 @@ def test_scaled_silu_in_a_region_and_behind_a_channel() -> None:
     (group,) = (group for group in found(case, model) if not group.frozen)
     assert group.size == 8
     check(case, model, drawn([group], 0.5))
-    assert measure(model, {"x": normal(2, 3, 6, 6)}).macs == 2 * 36 * (8 * 3 + 4 * 8)
+    assert measure(model, {"x": normal(2, 3, 6, 6)}, RUNTIME).macs == 2 * 36 * (8 * 3 + 4 * 8)
 
 
 # FusedConv, FusedGemm, FusedMatMul ------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_channels_and_macs_of_fused_operators(name: str) -> None:
     groups = [group for group in found(case, model) if not group.frozen]
     assert tuple(group.size for group in groups) == free
     check(case, model, drawn(groups, 0.5))
-    assert measure(model, {"x": normal(1, *((3, 6, 6) if maps else (5,)))}).macs == macs
+    assert measure(model, {"x": normal(1, *((3, 6, 6) if maps else (5,)))}, RUNTIME).macs == macs
     torch_agrees(model, normal(3, *((3, 6, 6) if maps else (5,))))
 
 
@@ -162,13 +162,13 @@ def test_macs_of_products(attributes: str, a: Shape, b: Shape, y: Shape) -> None
     body = f"y = com.microsoft.FusedMatMul{attributes}(x, w)"
     model = load(body, f"float[{x}] x", f"float[{result}] y", w=b)
     assert compute(model, {"x": normal(*a)})[0].shape == y
-    assert measure(model, {"x": normal(*a)}).macs == int(np.prod(y)) * 3
+    assert measure(model, {"x": normal(*a)}, RUNTIME).macs == int(np.prod(y)) * 3
 
 
 def test_what_products_of_transposed_batches_cost_is_not_known() -> None:
     body = "y = com.microsoft.FusedMatMul<transBatchA=1>(x, w)"
     model = load(body, "float[2,4,3] x", "float[4,2,5] y", w=(4, 3, 5))
-    found_ = measure(model, {"x": normal(2, 4, 3)})
+    found_ = measure(model, {"x": normal(2, 4, 3)}, RUNTIME)
     assert found_.macs is None
     assert "transposed batches" in (found_.macs_reason or "")
     groups = found(Case("", {}, (), 1), model)

@@ -64,7 +64,7 @@ def op_of(model: Model, name: str) -> LinearOp:
 
 
 def parameters(model: Model, ctx: Context) -> int:
-    return measure(model, fitted(ctx)).parameters
+    return measure(model, fitted(ctx), RUNTIME).parameters
 
 
 def of_rank(rank: int, *shape: int, seed: int) -> np.ndarray:

@@ -69,7 +69,7 @@ def cuts(result: PassResult | StepReport) -> dict[str, tuple[int, list[int]]]:
 
 def share_of_macs(model: Model, cut: Model, ctx: Context) -> float:
     sample = {name: value[:1] for name, value in fitted(ctx).items()}
-    after, before = measure(cut, sample).macs, measure(model, sample).macs
+    after, before = measure(cut, sample, RUNTIME).macs, measure(model, sample, RUNTIME).macs
     assert after is not None
     assert before
     return after / before
@@ -83,7 +83,7 @@ def test_without_compensation_the_result_is_the_network_with_zeroed_weights() ->
     found, report = step(model, ctx, ratio=0.25, compensate=False)
     assert report.committed, report.reason
     assert report.contract is Contract.MASKED
-    groups = find_groups(model, fitted(ctx))
+    groups = find_groups(model, fitted(ctx), RUNTIME)
     choice = {
         groups[name]: np.setdiff1d(np.arange(groups[name].size), removed)
         for name, (_, removed) in cuts(report).items()

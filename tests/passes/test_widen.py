@@ -103,7 +103,7 @@ def test_exact_on_every_kind_of_graph(name: str, scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", CASES)
 def test_exact_in_float64(name: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxfuse.runtime.observed_shapes.run", shapes_in_float64)
+    monkeypatch.setattr("onnxfuse.runtime.observed_shapes.observed", shapes_in_float64)
     case = CASES[name]
     model = doubled(case.model())
     feed = wide(case.feed(model, 4))

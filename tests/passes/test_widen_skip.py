@@ -118,7 +118,7 @@ def test_exact_and_nothing_else_grows(name: str, opset: int, ratio: float) -> No
 
 @pytest.mark.parametrize("name", CASES)
 def test_exact_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxfuse.runtime.observed_shapes.run", shapes_in_float64)
+    monkeypatch.setattr("onnxfuse.runtime.observed_shapes.observed", shapes_in_float64)
     case = CASES[name]
     model = doubled(case.model())
     calibration = context(model, [wide(case.feed(model, 4))], held_out=0.0)

@@ -62,7 +62,7 @@ def find_regions(
 
     Args:
         model: is not changed.
-        shapes: what `Model.shapes(feed)` returns; None takes `Model.shapes()`, which may leave per-token
+        shapes: of `observed_shapes.shapes_on`; None takes `Model.shapes()`, which may leave per-token
             regions with reshapes undecided.
         max_ops: most linear operators in a region.
         max_nodes: most nodes in a growth.
