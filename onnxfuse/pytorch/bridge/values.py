@@ -15,20 +15,16 @@ NumPy moves host values about (take, concatenate, reshape), whatever their eleme
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.ir.protos import operator_key
-from onnxfuse.ops.table import Key
-
-if TYPE_CHECKING:
-    from onnxfuse.pytorch.bridge.importer import Scope
+from onnxfuse.pytorch.bridge.operator import Operator
 
 Host = np.ndarray
 """An object array of numbers and of torch.fx nodes that yield numbers."""
@@ -65,29 +61,6 @@ class Value:
         return self.load is not None
 
 
-@dataclass(frozen=True)
-class Operator:
-    """A node, be it of the main graph or of a body: what a rule needs of it."""
-
-    op: str
-    domain: str
-    label: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def key(self) -> Key:
-        """The key of its rule."""
-        return operator_key(self.domain, self.op)
-
-    @property
-    def kind(self) -> str:
-        """How messages name the operator: "Conv", "com.acme::Op"."""
-        return f"{self.domain}::{self.op}" if self.domain else self.op
-
-
 def object_array(elements: Any) -> Host:
     """An object array of nested sequences of numbers and nodes, never of sequences."""
     array = np.empty(_shape_of(elements), object)
@@ -106,6 +79,33 @@ def _shape_of(elements: Any) -> tuple[int, ...]:
 def is_fixed(host: Host) -> bool:
     """Whether all elements are numbers already."""
     return not any(isinstance(element, fx.Node) for element in host.flat)
+
+
+class Scope(Protocol):
+    """The graph being built, as far as a rule needs it."""
+
+    graph: fx.Graph
+
+    def tensor(self, value: Value) -> fx.Node:
+        """The value as a tensor."""
+
+    def host(self, value: Value) -> Host | None:
+        """The numbers of the value, if they are known on the host: shapes, and small constants."""
+
+    def size(self, node: fx.Node, axis: int) -> fx.Node:
+        """The node that yields one size of a tensor."""
+
+    def module(self, module: nn.Module, operator: Operator, args: tuple[Any, ...]) -> fx.Node:
+        """A call of a module, registered under the name of its node."""
+
+    def body(self, key: str, operator: Operator) -> tuple[fx.GraphModule, list[Any]]:
+        """A body as a module, and the arguments to call it with: what it captures."""
+
+    def inline(self, key: str, operator: Operator) -> list[Value]:
+        """The outputs of a body that is run right here."""
+
+    def device(self) -> fx.Node:
+        """The node that yields the device of the first input."""
 
 
 class Call:
@@ -222,7 +222,7 @@ class Call:
         """A call of a method of the first argument."""
         return self.scope.graph.call_method(name, args)
 
-    def module(self, module: torch.nn.Module, *args: Any) -> fx.Node:
+    def module(self, module: nn.Module, *args: Any) -> fx.Node:
         """A call of a module that holds no weights: where train and eval mode differ, or for bodies."""
         return self.scope.module(module, self.operator, args)
 
@@ -241,7 +241,7 @@ class Call:
             return None
         return [self.scope.size(self.tensor(index), axis) for axis in range(rank)]
 
-    def body(self, key: str) -> tuple[torch.nn.Module, list[Any]]:
+    def body(self, key: str) -> tuple[nn.Module, list[Any]]:
         """The body in that attribute as a module of its own, and the arguments to call it with."""
         return self.scope.body(key, self.operator)
 

@@ -19,7 +19,8 @@ from torch import fx, nn
 from onnxfuse.data.calibration import Batch, Calibration, Data
 from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.ir.model import Model, Source
-from onnxfuse.pytorch.bridge.weights import Weight, stored, to_array, to_tensor, torch_type
+from onnxfuse.pytorch.bridge.tensors import to_array, to_tensor, torch_type
+from onnxfuse.pytorch.bridge.weights import Weight, stored
 from onnxfuse.runtime.session import Runtime
 from onnxfuse.verification.compare import compare_run
 

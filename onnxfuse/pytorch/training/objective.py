@@ -35,7 +35,7 @@ from onnxfuse.errors import InputError, NotApplicableError, unknown_name
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ops.table import OPS, Kind
-from onnxfuse.pytorch.bridge.weights import to_tensor
+from onnxfuse.pytorch.bridge.tensors import to_tensor
 from onnxfuse.pytorch.training.sampling import Pool, Shuffled
 from onnxfuse.runtime.feeds import format_shape
 from onnxfuse.runtime.session import Feed, Runtime, Session

@@ -35,7 +35,8 @@ from onnxfuse.numerics.significance import PairedDifference, paired_difference
 from onnxfuse.progress import Progress
 from onnxfuse.pytorch.bridge.importer import to_torch
 from onnxfuse.pytorch.bridge.rules.normalization import BatchNorm
-from onnxfuse.pytorch.bridge.weights import Weight, is_trainable, stored, to_tensor
+from onnxfuse.pytorch.bridge.tensors import to_tensor
+from onnxfuse.pytorch.bridge.weights import Weight, is_trainable, stored
 from onnxfuse.pytorch.bridge.writeback import check, write_weights
 from onnxfuse.pytorch.training.checkpoint import Checkpoint
 from onnxfuse.pytorch.training.keeping import projection

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from onnxfuse.data.calibration import Batch
 from onnxfuse.errors import InputError
 from onnxfuse.progress import NoProgress, Progress
-from onnxfuse.pytorch.bridge.weights import to_tensor
+from onnxfuse.pytorch.bridge.tensors import to_tensor
 from onnxfuse.pytorch.training.processes import processes
 from onnxfuse.pytorch.training.records import Epoch
 from onnxfuse.verification.metrics import Metric

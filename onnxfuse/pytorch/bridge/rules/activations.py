@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onnxfuse.pytorch.bridge.operands import like, number, refuse_wide_unsigned
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Value
 
 # --- activations with parameters ----------------------------------------------------------------------------

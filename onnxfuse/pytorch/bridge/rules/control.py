@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, is_fixed
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge import hostmath
 from onnxfuse.pytorch.bridge.operands import like, number, operands, plain, refuse_wide_unsigned, spread
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Value
 
 # --- arithmetic ---------------------------------------------------------------------------------------------

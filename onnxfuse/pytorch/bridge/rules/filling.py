@@ -12,9 +12,9 @@ from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.hostmath import INTEGERS, fixed, hosted
 from onnxfuse.pytorch.bridge.operands import like, moved
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
+from onnxfuse.pytorch.bridge.tensors import torch_type
 from onnxfuse.pytorch.bridge.values import MOST_ON_HOST, Call, Host, Value, object_array
-from onnxfuse.pytorch.bridge.weights import torch_type
 
 
 def _expand_host(call: Call, array: Host, target: Host) -> Value | None:

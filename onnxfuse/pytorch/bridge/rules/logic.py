@@ -12,9 +12,9 @@ import torch
 
 from onnxfuse.pytorch.bridge import hostmath
 from onnxfuse.pytorch.bridge.operands import operands, plain, refuse_wide_unsigned, spread
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
+from onnxfuse.pytorch.bridge.tensors import torch_type
 from onnxfuse.pytorch.bridge.values import Call, Host, Value
-from onnxfuse.pytorch.bridge.weights import torch_type
 
 
 def _comparison(kind: str, function: Callable[..., Any], host: hostmath.Scalar) -> None:

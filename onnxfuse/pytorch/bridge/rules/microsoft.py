@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.rules.linear import conv, gemm
 from onnxfuse.pytorch.bridge.rules.windows import known_shape
 from onnxfuse.pytorch.bridge.values import Call

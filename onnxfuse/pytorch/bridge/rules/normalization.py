@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.rules.windows import known_shape
 from onnxfuse.pytorch.bridge.values import Call
 

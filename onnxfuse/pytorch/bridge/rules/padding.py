@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.operands import like
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Value
 
 _PAD_MODES = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}

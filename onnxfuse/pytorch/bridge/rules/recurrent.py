@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call
 
 _ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {

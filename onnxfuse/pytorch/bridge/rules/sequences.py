@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.operands import number
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Value, object_array
 
 
