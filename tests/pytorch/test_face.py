@@ -12,7 +12,8 @@ import onnxfuse.pytorch
 
 def test_records_are_read_without_torch() -> None:
     code = (
-        "import sys; import onnxfuse.pytorch; from onnxfuse.pytorch.training.records import Epoch, Retraining; "
+        "import sys; import onnxfuse.pytorch; "
+        "from onnxfuse.pytorch.training.records import Epoch, Retraining; "
         "assert 'torch' not in sys.modules; "
         "from onnxfuse.pytorch import to_torch; assert 'torch' in sys.modules"
     )
