@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -220,6 +221,17 @@ class _Rows:
                 count = self._file.readinto(data)
                 data = data[count:]
         return found
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """The batches of a pool, in order, as often as they are asked for."""
+
+    pool: Pool
+    size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.pool.in_order(self.size)
 
 
 class Shuffled:
