@@ -46,7 +46,7 @@ def to_torch(
 
     Args:
         model: is left as it is.
-        trainable: which stored tensors become Parameters; default `weights.is_trainable`.
+        trainable: which stored tensors become Parameters; default `onnxfuse.pytorch.is_trainable`.
         outputs: names of tensors to return instead of the model's outputs; inner ones may be among them.
         shared_gradients: whether operators that `merge` gave one weight have the shares in its gradient that
             it noted on them; without, the gradient is their sum, as usual.
@@ -122,7 +122,7 @@ def _needed(model: Model, outputs: Sequence[str]) -> set[Any]:
 
 
 def _complete(module: nn.Module, source: nn.Module) -> None:
-    """Makes up for what torch.fx leaves undone when it copies what the graph uses: weights that nothing uses,
+    """Make up for what torch.fx leaves undone when it copies what the graph uses: weights that nothing uses,
     and constants that are not part of the state."""
     constants = module.get_submodule(CALLED) if CALLED in module._modules else nn.Module()
     constants._non_persistent_buffers_set.update(constants._buffers)

@@ -42,14 +42,20 @@ class Keys:
 
     @staticmethod
     def _legal(name: str) -> str:
-        """What torch.fx writes into source code between double quotes, and torch splits at dots."""
+        """The name as torch.fx can write it between double quotes, without empty parts between its dots."""
         clean = re.sub(r"[\"'\\{}]|[^\x20-\x7e]", "_", name)
         parts = clean.split(".")
         return clean if all(parts) else clean.replace(".", "_") or "_"
 
 
 def put(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
-    """Registers a Parameter or buffer under an attribute path."""
+    """Register a Parameter or buffer.
+
+    Args:
+        module: holds it; modules on the way to it are made.
+        key: its attribute path.
+        tensor: becomes a buffer, if it is no Parameter.
+    """
     *above, leaf = key.split(".")
     for name in above:
         if name not in module._modules:

@@ -17,7 +17,7 @@ from onnxfuse.ops.table import Key
 
 @dataclass(frozen=True)
 class Operator:
-    """A node, be it of the main graph or of a body: what a rule needs of it."""
+    """A node of the main graph or of a body, as far as a rule needs it."""
 
     op: str
     domain: str
@@ -34,7 +34,7 @@ class Operator:
 
     @property
     def kind(self) -> str:
-        """How messages name the operator: "Conv", "com.acme::Op"."""
+        """The operator's name in messages: "Conv", "com.acme::Op"."""
         return f"{self.domain}::{self.op}" if self.domain else self.op
 
 

@@ -28,7 +28,7 @@ HostFunction = Callable[..., Any]
 
 @dataclass(frozen=True)
 class TorchRule:
-    """How to import one operator (module docstring). `elementwise`: its weight slots may also hold masks."""
+    """The rule of one operator (module docstring). `elementwise`: its weight slots may also hold masks."""
 
     function: Function
     weights: tuple[int, ...] = ()

@@ -132,7 +132,7 @@ class GraphScope:
     # running nodes
 
     def run_body(self, graph: GraphProto) -> list[Value]:
-        """Imports a body's nodes; its outputs."""
+        """The outputs of a body, whose nodes are imported here."""
         infos = {v.name: shapes.info_of(v) for v in (*graph.value_info, *graph.output)}
         for proto in graph.initializer:
             self.keep(proto.name, partial(onnx.numpy_helper.to_array, proto))
@@ -163,7 +163,7 @@ class GraphScope:
         return all(self.host(value) is not None for value in values)
 
     def keep(self, name: str, load: Callable[[], np.ndarray]) -> None:
-        """Notes a stored value of this scope."""
+        """Note a stored value of this scope."""
         weight = self.store.weights.get((self.path, name))
         if weight is None:
             array = load()
@@ -180,7 +180,7 @@ class GraphScope:
         return found
 
     def run(self, operator: Operator, infos: dict[str, shapes.TensorInfo]) -> None:
-        """Imports one node."""
+        """Import one node."""
         rule = TABLE.get(operator.key)
         inputs = [self.look_up(name) if name else None for name in operator.inputs]
         share = operator.metadata.get(GRADIENT_KEY) if self.store.shared_gradients else None

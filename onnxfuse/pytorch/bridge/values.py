@@ -134,7 +134,7 @@ class Call:
 
     @property
     def outputs(self) -> int:
-        """How many outputs are listed, optional ones that are left out included."""
+        """The number of outputs listed, optional ones that are left out included."""
         return len(self.operator.outputs)
 
     def wants(self, index: int) -> bool:
@@ -142,14 +142,14 @@ class Call:
         return index < self.outputs and bool(self.operator.outputs[index])
 
     def refuse(self, reason: str) -> NoReturn:
-        """NotApplicableError that names the node."""
+        """Raise a NotApplicableError that names the node."""
         raise NotApplicableError(f"node {self.operator.label} can't be imported to PyTorch: {reason}")
 
     def rank(self, index: int) -> int | None:
         return self.value(index).rank
 
     def known_sizes(self, index: int) -> tuple[int | None, ...] | None:
-        """What is known at import of an input's shape: for what depends on a size being 0 or 1."""
+        """The sizes of an input as far as the import knows them: for what depends on one being 0 or 1."""
         return self.value(index).sizes
 
     def dtype(self, index: int) -> torch.dtype | None:
@@ -186,7 +186,7 @@ class Call:
         return list(found.reshape(-1))
 
     def sizes(self, index: int) -> list[Any] | fx.Node:
-        """Like `numbers`; for what is computed from tensors, a node that yields the list when it runs."""
+        """The list of `numbers`; for what is computed from tensors, a node that yields it when it runs."""
         if self.host(index) is None and not self.value(index).stored:
             return self.method("tolist", self.tensor(index))
         return self.numbers(index)
@@ -231,7 +231,7 @@ class Call:
         return self.emit(operator.getitem, node, index)
 
     def device(self) -> fx.Node:
-        """Where the tensors of this graph live."""
+        """The node that yields the device of this graph's tensors."""
         return self.scope.device()
 
     def shape(self, index: int) -> list[fx.Node] | None:

@@ -5,7 +5,7 @@ module holds it, and its name in the state_dict. The key is the tensor's own nam
 allow it; ties come for free, since a tensor that several nodes share is one attribute.
 
 What is trainable is a predicate of `Weight`. The default, `is_trainable`, takes float tensors of more than
-one element in a weight slot of some operator (`rules`), as long as they don't look like masks.
+one element in a weight slot of some operator (its rule says which), as long as they don't look like masks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MATRIX = {(("", op), slot) for op, slot in (("Gather", 0), *itertools.product((
 
 
 @dataclass(frozen=True)
-class Use:
+class WeightUse:
     """A place where a stored tensor goes in, by itself or through operators that only hand it on."""
 
     op: str
@@ -73,7 +73,7 @@ class Weight:
     scope: tuple[tuple[str, str], ...]
     initializer: bool
     load: Callable[[], np.ndarray]
-    uses: list[Use] = field(default_factory=list)
+    uses: list[WeightUse] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -214,7 +214,7 @@ class _Finder:
         for slot, name in enumerate(node.inputs):
             for weight in env.get(name, ()) if (node.key, slot) not in _UNREAD else ():
                 if node.key not in _CARRIERS:
-                    weight.uses.append(Use(node.kind, slot, node.label))
+                    weight.uses.append(WeightUse(node.kind, slot, node.label))
                 elif slot == 0 or node.op == "Concat":
                     carried.append(weight)
         if carried:

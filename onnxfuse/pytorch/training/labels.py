@@ -60,7 +60,7 @@ class Labels:
         return self.sample is not None and _squeezed(self.sample.shape) == _squeezed(shape)
 
     def why_no_classes(self) -> str:
-        """What is wrong with floating-point labels as class numbers, by the first that shows it."""
+        """The reason why floating-point labels are no class numbers, by the first that shows it."""
         advice = "--loss ce wants class numbers as integers, --loss mse takes floats"
         for place, labels in self._all():
             odd = np.argwhere(labels != np.floor(labels))

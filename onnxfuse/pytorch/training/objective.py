@@ -217,7 +217,7 @@ _MAKERS = {"ce": _ce, "mse": _mse, "distill": _distill}
 
 
 class _Known:
-    """What is known of both models before a loss is chosen: their outputs on one batch."""
+    """Both models and their outputs on one batch, as known before a loss is chosen."""
 
     def __init__(
         self,
@@ -254,9 +254,9 @@ class _Known:
         ends = {ours.normalized(name), theirs.normalized(name)}
         array = self.ours[name]
         # A matrix for each sample may be anything, features too: class numbers that fit tell.
-        labelled = self.labels.integral and self.labels.fit_classes(array, ours.axis)
+        labeled = self.labels.integral and self.labels.fit_classes(array, ours.axis)
         flat = array.ndim == 2 and array.shape[1] > 1
-        plain = (flat or labelled) and not is_activated(self.model, name)
+        plain = (flat or labeled) and not is_activated(self.model, name)
         if ends == {True} or (ends == {False} and plain):
             about = f"divergence of {ours.named(name)} from the teacher, temperature {TEMPERATURE:g}"
             return LossTerm(ours.tensor, theirs.tensor, softened_divergence(ours, theirs), about)
@@ -330,7 +330,7 @@ class _Known:
 
 
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
-    """Like `unknown_name`, for more names than a line can list."""
+    """The message of `unknown_name`, for more names than a line can list."""
     near = difflib.get_close_matches(name, list(names), n=3)
     guess = f"; did you mean {', '.join(repr(n) for n in near)}?" if near else ""
     return f"there is no {kind} named '{name}'{guess}"

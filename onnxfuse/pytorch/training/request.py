@@ -16,7 +16,7 @@ _MOST = 1e9  # what nobody means; torch fails on numbers beyond float32
 
 @dataclass(frozen=True)
 class Request:
-    """How to retrain; `onnxfuse.retrain` says what each means.
+    """The options of a retraining; `onnxfuse.retrain` says what each means.
 
     Raises:
         InputError: a number out of range, or a name that there isn't.
@@ -65,7 +65,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Training:
-    """What to train on, and how; `labels` is what messages call the array of labels."""
+    """A request with the samples to train on; `labels` is what messages call the array of labels."""
 
     request: Request
     samples: Calibration

@@ -26,14 +26,14 @@ from onnxfuse.ir.model import Model
 from onnxfuse.numerics.significance import PairedDifference
 from onnxfuse.progress import Progress
 from onnxfuse.pytorch.bridge.importer import to_torch
-from onnxfuse.pytorch.bridge.writeback import check, write_weights
+from onnxfuse.pytorch.bridge.writeback import check_module, copy_with_weights
 from onnxfuse.pytorch.training.checkpoint import Checkpoint
 from onnxfuse.pytorch.training.fingerprint import fingerprint
 from onnxfuse.pytorch.training.freezing import frozen_norms, trained_weights
 from onnxfuse.pytorch.training.judging import Judge
 from onnxfuse.pytorch.training.keeping import projection
 from onnxfuse.pytorch.training.objective import Objective, make_objective
-from onnxfuse.pytorch.training.processes import choose_device, joined, on_first, processes, started
+from onnxfuse.pytorch.training.processes import choose_device, on_first, process_group, processes, started
 from onnxfuse.pytorch.training.records import Retraining
 from onnxfuse.pytorch.training.request import Request, Training
 from onnxfuse.pytorch.training.sampling import InOrder, Pool, Shuffled, sample_digests
@@ -58,8 +58,8 @@ _COMPARED = 2  # held-out batches that the result is run on beside the module
 
 @dataclass(frozen=True)
 class Retrained:
-    """What came of it: the model with its new weights, or None and the `reason`. `checkpoint` is to be
-    removed once the model is safe."""
+    """The outcome of a retraining: the model with its new weights, or None and the `reason`. `checkpoint` is
+    to be removed once the model is safe."""
 
     model: Model | None
     record: Retraining
@@ -95,7 +95,7 @@ def retrain(
         NotApplicableError: an operator that can't be imported, or a model that ONNX Runtime can't run.
     """
     device = choose_device(training.request.device)
-    with joined(device), _threads(runtime.threads):
+    with process_group(device), _threads(runtime.threads):
         return _Retrainer(model, training, runtime, teacher, unseen, progress, device).run(checkpoint)
 
 
@@ -151,13 +151,13 @@ class _Retrainer:
             fate = left_out if self.pool.leaves_out else "too many to be left out, so their error flatters"
             self.warnings.append(f"{shared} training samples are held out by --calib: {fate}")
 
-    def _judge(self, labelled: bool) -> Judge:
-        """What results are measured by. It has measured the start: a metric that fails does so now."""
+    def _judge(self, labeled: bool) -> Judge:
+        """The judge of results. It has measured the start: a metric that fails does so now."""
         request = self.request
         names = [info.name for info in self.model.outputs]
         found = Judge(self.runtime, self.objective, self.held, request.batch_size, names)
         spec = request.metric
-        if spec is None and labelled and self.held is not None:
+        if spec is None and labeled and self.held is not None:
             _, labels = next(self.held.labels())
             spec = "mse" if labels.dtype.kind == "f" else "top1"
         if spec is None:
@@ -221,7 +221,7 @@ class _Retrainer:
         if reason is None:
             try:
                 loss, metric = on_first(self._verified, self.device)
-                result = write_weights(self.module, self.model)
+                result = copy_with_weights(self.module, self.model)
             except VerificationError as failure:
                 reason = str(failure)
         if metric is not None and metric.scores.high < 0:
@@ -234,9 +234,11 @@ class _Retrainer:
 
     def _verified(self) -> tuple[PairedDifference | None, MetricChange | None]:
         """The result's loss and metric beside the start's; ONNX Runtime computes what the module does."""
-        result = write_weights(self.module, self.model)
+        result = copy_with_weights(self.module, self.model)
         pool = self.held or self.pool
-        check(self.module, result, islice(pool.in_order(self.request.batch_size), _COMPARED), self.runtime)
+        check_module(
+            self.module, result, islice(pool.in_order(self.request.batch_size), _COMPARED), self.runtime
+        )
         return self.judge.change(result, self.request.settings.seed)
 
     def _fingerprint(self, world: int, precision: torch.dtype | None) -> str:
@@ -285,7 +287,7 @@ class _Retrainer:
 
 
 def _not_better(trained: Trained) -> str | None:
-    """Why there is nothing worth writing, None if there is."""
+    """The reason why nothing is worth writing, None if something is."""
     if trained.best > 0:
         return None
     said = f"training never got better than the start{_losses(trained)}"

@@ -18,7 +18,7 @@ _FROM_ONE = 1e-3  # how far from 1 the probabilities of a sample may add up to
 
 @dataclass(frozen=True)
 class Scores:
-    """Where the class scores of an output are.
+    """The place of an output's class scores.
 
     Attributes:
         tensor: holds them; the output itself, or what goes into its Softmax.
@@ -55,10 +55,16 @@ def softmax_of(model: Model, output: str) -> Node | None:
 
 
 def find_scores(model: Model, output: str, values: Mapping[str, np.ndarray]) -> Scores | None:
-    """Where the class scores of an output are, judged by the graph and by the values of one batch.
+    """The place of an output's class scores, judged by the graph and by the values of one batch; None where
+    it has no axis for classes.
 
     The classes are on the axis of the graph's own Softmax; without one on the last axis of up to three, else
     on axis 1, where images have their channels.
+
+    Args:
+        model: the output's.
+        output: its name.
+        values: of the outputs on one batch, by name.
     """
     array = values[output]
     if array.ndim < 2:

@@ -78,7 +78,7 @@ def shrink(call: Call) -> Value:
 
 
 def shrunk(x: Tensor, limit: float, bias: float) -> Tensor:
-    """What lies beyond +-limit moved by the bias towards 0, all else 0."""
+    """The elements beyond +-limit, moved by the bias towards 0; all else is 0."""
     moved = torch.where(x < -limit, x + bias, x - bias).to(x.dtype)
     return torch.where((x < -limit) | (x > limit), moved, torch.zeros_like(x))
 

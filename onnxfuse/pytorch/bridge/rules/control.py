@@ -11,7 +11,7 @@ from onnxfuse.pytorch.bridge.values import Call, is_fixed
 
 
 class Branches(nn.Module):
-    """Runs one of two bodies.
+    """One of two bodies, chosen when it runs.
 
     Args:
         then, otherwise: the bodies; each returns a tuple.

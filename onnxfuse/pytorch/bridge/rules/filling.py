@@ -56,7 +56,7 @@ def _is_own(call: Call, x: fx.Node, axis: int, size: fx.Node) -> bool:
 
 
 def expanded(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Broadcasts both ways: a 1 among the sizes keeps the tensor's own."""
+    """The tensor broadcast both ways: a 1 among the sizes keeps its own."""
     return x.expand(torch.broadcast_shapes(x.shape, tuple(sizes)))
 
 

@@ -181,7 +181,7 @@ def _initial(x: Tensor, r: Tensor, state: Tensor | None, batch_first: bool) -> T
 def _run(
     layer: Callable[..., Any], x: Tensor, state: Any, flat: list[Tensor], direction: str, batch_first: bool
 ) -> tuple[Tensor, ...]:
-    """Runs a layer of torch; all outputs in ONNX's layout."""
+    """The outputs of a layer of torch, all in ONNX's layout."""
     time = 1 if batch_first else 0
     if direction == "reverse":
         x = x.flip(time)
@@ -248,7 +248,7 @@ def _by_steps(
     batch_first: bool,
     cell: Callable[[int, Tensor], Callable[..., tuple[Tensor, ...]]],
 ) -> tuple[Tensor, ...]:
-    """Runs a cell step by step.
+    """The outputs of a cell, run step by step.
 
     Args:
         lengths: of the sequences; beyond them outputs are zero and states stay.

@@ -1,4 +1,4 @@
-"""Sequences of tensors, which unoptimised exports write for chunk and split: plain Python lists."""
+"""Sequences of tensors, which unoptimized exports write for chunk and split: plain Python lists."""
 
 from __future__ import annotations
 
