@@ -51,7 +51,7 @@ def like(call: Call, node: fx.Node, index: int = 0) -> Value:
     return Value("", call.dtype(index), call.rank(index), node)
 
 
-def broadcast(call: Call, node: fx.Node, dtype: torch.dtype | None) -> Value:
+def broadcasted(call: Call, node: fx.Node, dtype: torch.dtype | None) -> Value:
     """The result of an operator that broadcasts its inputs."""
     ranks = [call.rank(index) for index in range(len(call.inputs))]
     return Value("", dtype, None if None in ranks else max(r for r in ranks if r is not None), node)

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call
 
-_ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+_CELL_ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "Sigmoid": lambda x, alpha, beta: torch.sigmoid(x),
     "Tanh": lambda x, alpha, beta: torch.tanh(x),
     "Relu": lambda x, alpha, beta: torch.relu(x),
@@ -120,7 +120,7 @@ def _activations(call: Call, default: Sequence[str]) -> list[Activation] | None:
         return None
     found = []
     for name in names:
-        if name not in _ACTIVATIONS:
+        if name not in _CELL_ACTIVATIONS:
             call.refuse(f"activation '{name}' is not supported")
         if name in _USES_ALPHA and not alphas and name not in _DEFAULTS:
             call.refuse(f"activation '{name}' needs activation_alpha")
@@ -288,7 +288,7 @@ def _gate_functions(
     """The activations of one direction, after clipping."""
 
     def function(name: str, alpha: float, beta: float) -> Callable[[Tensor], Tensor]:
-        plain = _ACTIVATIONS[name]
+        plain = _CELL_ACTIVATIONS[name]
         if clip is None:
             return lambda x: plain(x, alpha, beta)
         return lambda x: plain(x.clamp(-clip, clip), alpha, beta)

@@ -19,7 +19,7 @@ from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call
 
 _HALF_WAY = 1e-6
-_LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
+_MODES = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 
 @rule("Upsample")
@@ -111,7 +111,7 @@ def _all_beyond_one(sizes: Sequence[Any]) -> bool:
 def _torch_mode(rank: int, how: dict[str, Any], scales: Sequence[float] | None) -> dict[str, Any] | None:
     """The mode of interpolate that computes the same; None if there is none."""
     mode, coordinates = how["mode"], how["coordinates"]
-    if rank not in _LINEAR or how.get("antialias"):
+    if rank not in _MODES or how.get("antialias"):
         return None
     if mode == "nearest":
         # For sizes, torch multiplies by a rounded ratio where ONNX divides: other elements, now and then.
@@ -122,7 +122,7 @@ def _torch_mode(rank: int, how: dict[str, Any], scales: Sequence[float] | None) 
     if not (corners or coordinates == "half_pixel" or (coordinates == "pytorch_half_pixel" and grows)):
         return None
     if mode == "linear":
-        return {"mode": _LINEAR[rank], "align_corners": corners}
+        return {"mode": _MODES[rank], "align_corners": corners}
     plain = mode == "cubic" and rank == 4 and not how["exclude_outside"]
     if plain and math.isclose(how["cubic"], -0.75):
         return {"mode": "bicubic", "align_corners": corners}
