@@ -5,7 +5,7 @@ of a convolution the first keeps kernel, strides and pads, and the second is 1x1
 that O'Neill et al. 2021 ("Compressing Deep Neural Networks via Layer Fusion") compare theirs with.
 
 1. **Train** each pair on the operator's own inputs, in the model as it is, with noise on them; see
-   `onnxfuse.pytorch.autoencoder`.
+   `onnxfuse.pytorch.training.autoencoder`.
 2. **Walk** (`onnxfuse.walk`): from the first pair on, the second operators and all linear operators behind
    are solved again, from the inputs that the rewritten network gives them to what the original computes. That
    is the paper's order, where a layer's reconstruction accounts for the errors of those before it. With

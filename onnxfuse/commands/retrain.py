@@ -53,8 +53,8 @@ def retrain(
         data: samples, as `Calibration.open` takes them, with an array `labels` or without.
         teacher: a model of the same inputs and outputs to learn from: the original of a compressed one.
         loss: "ce", cross-entropy against class numbers; "mse"; "distill", to follow the teacher
-            (`onnxfuse.pytorch.objective` defines them). None: distill with a teacher, else ce for integer
-            labels and mse for floats.
+            (`onnxfuse.pytorch.training.objective` defines them). None: distill with a teacher, else ce for
+            integer labels and mse for floats.
         epochs: passes over the data.
         lr: the highest learning rate; None is 1e-4 for adamw, 1e-3 for sgd; random weights want ten times as
             much.

@@ -1,7 +1,7 @@
 """What a training has to leave as it is inside the weights that it moves.
 
 `prune` and `cluster` note on nodes that the zeros of their weights are to stay zeros, or that numbers which
-are equal are to stay equal (`onnxfuse.marks`). After every step of the optimiser such weights are put back
+are equal are to stay equal (`onnxfuse.ir.marks`). After every step of the optimizer such weights are put back
 where that holds: zeros become zeros again, and equal numbers their mean, which moves a shared number by the
 mean of its copies' steps (Han et al. 2016, section 3.3, with a mean for the sum).
 """
@@ -21,7 +21,7 @@ Projection = Callable[[], None]
 
 
 def projection(module: nn.Module, model: Model) -> Projection | None:
-    """What puts a module's weights back after a step; None where nothing is to be kept.
+    """A function that puts a module's weights back after a step; None where nothing is to be kept.
 
     Args:
         module: `to_torch` of the model, its weights not moved yet.
