@@ -32,7 +32,7 @@ def fingerprint(
         decided: settings, objective and device, by their `repr`.
     """
     digest = hashlib.sha256()
-    digest.update(repr((*decided, torch.__version__, module.code)).encode())
+    digest.update(repr((*decided, torch.__version__, _code(module))).encode())
     digest.update(repr([node.metadata.get(KEPT_KEY) for node in model.nodes]).encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
@@ -43,6 +43,17 @@ def fingerprint(
     if teacher is not None:
         _digest_model(digest, teacher)
     return digest.hexdigest()
+
+
+def _code(module: fx.GraphModule) -> str:
+    """The module's code with our own functions by their bare names: where they are defined is no matter."""
+    code: str = module.code
+    for node in module.graph.nodes:
+        home = getattr(node.target, "__module__", None) or ""
+        if node.op == "call_function" and home.split(".")[0] == "onnxfuse":
+            name = node.target.__name__
+            code = code.replace(f"{home}.{name}".replace(".", "_"), name)
+    return code
 
 
 def _digest_model(digest: hashlib._Hash, model: Model) -> None:
