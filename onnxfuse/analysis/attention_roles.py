@@ -11,7 +11,8 @@ import numpy as np
 from onnxfuse.analysis.layers import MULTIPLYING
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.ops.linear import LinearOp, Shapes, optional_input
+from onnxfuse.ir.shapes import Shapes
+from onnxfuse.ops.linear import LinearOp, optional_input
 from onnxfuse.ops.table import OPS, Kind
 
 ROLES = ("query", "key", "value", "output")

@@ -23,7 +23,7 @@ from onnxfuse.errors import NotApplicableError
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.shape_inference import weightless
-from onnxfuse.ir.shapes import TensorInfo, info_of
+from onnxfuse.ir.shapes import Shapes, TensorInfo, info_of
 from onnxfuse.ops.linear import is_main_domain, optional_input, weight_type
 from onnxfuse.ops.table import OPS, Kind, Trait
 from onnxfuse.runtime.session import Runtime
@@ -112,7 +112,7 @@ def overridable(model: Model, tensor: Tensor) -> bool:
     return model.source.ir_version >= 4 and model.listed.get(tensor.name) is tensor
 
 
-def freeze(model: Model, tensor: Tensor, value: np.ndarray) -> None:
+def to_initializer(model: Model, tensor: Tensor, value: np.ndarray) -> None:
     """Turn a tensor whose producer was removed into an initializer of the same name.
 
     Bodies that capture it find it by that name. ValueError: it still has a producer.
@@ -140,10 +140,10 @@ def _fold_shapes(model: Model, folded: Folded) -> None:
         tensor = node.outputs[0]
         folded.shape_nodes.append(label(node))
         model.remove([node])
-        freeze(model, tensor, value)
+        to_initializer(model, tensor, value)
 
 
-def static_value(model: Model, node: Node, shapes: Mapping[str, TensorInfo]) -> np.ndarray | None:
+def static_value(model: Model, node: Node, shapes: Shapes) -> np.ndarray | None:
     """The value of a node that reads a shape, where the dimensions it needs are static."""
     if node.op == "Shape":
         dims = _shape_read(node, shapes)
@@ -163,7 +163,7 @@ def static_value(model: Model, node: Node, shapes: Mapping[str, TensorInfo]) -> 
     return _gathered(model, node, dims) if node.op == "Gather" else _sliced(model, node, dims)
 
 
-def _shape_read(node: Node, shapes: Mapping[str, TensorInfo]) -> tuple[int | str | None, ...] | None:
+def _shape_read(node: Node, shapes: Shapes) -> tuple[int | str | None, ...] | None:
     info = shapes.get(node.inputs[0].name)
     if info is None or info.shape is None:
         return None
@@ -251,7 +251,7 @@ def _is_candidate(model: Model, node: Node) -> bool:
 
 
 def _weigh(
-    model: Model, node: Node, sizes: Mapping[Tensor, int], shapes: Mapping[str, TensorInfo]
+    model: Model, node: Node, sizes: Mapping[Tensor, int], shapes: Shapes
 ) -> tuple[str | None, dict[Tensor, int]]:
     """(why the node can't be evaluated, bytes of each of its outputs)."""
     if any(_stored_outside(t) and sizes[t] > GROWTH for t in node.inputs if t.name):
@@ -296,7 +296,7 @@ def _store(model: Model, chosen: list[Node], folded: Folded) -> None:
     model.remove({node for _, node in wanted} - failing)
     for tensor, node in wanted:
         if node not in failing:
-            freeze(model, tensor, values[tensor.name])
+            to_initializer(model, tensor, values[tensor.name])
             folded.stored.append(tensor.name)
     model.prune()
     left = set(model.nodes)
@@ -326,10 +326,10 @@ __all__ = [
     "GROWTH",
     "Folded",
     "fold_constants",
-    "freeze",
     "integers",
     "label",
     "overridable",
     "param",
     "proven_shapes",
+    "to_initializer",
 ]

@@ -20,17 +20,17 @@ from onnxfuse.ir.external_data import BITS, byte_size
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ir.protos import DEFAULT_DOMAINS, bodies, light_graph, operator_key
-from onnxfuse.ir.shapes import TensorInfo, info_of
+from onnxfuse.ir.shapes import Shapes, TensorInfo, info_of
 from onnxfuse.ops.facet import Facet, keyed
 from onnxfuse.ops.table import OPS, Key, Kind, Op
 from onnxfuse.ops.view import ProtoView
 from onnxfuse.runtime import observed_shapes
 
 if TYPE_CHECKING:
-    from onnxfuse.runtime.session import Feed, Runtime
+    from onnxfuse.ir.model import Feed
+    from onnxfuse.runtime.session import Runtime
 
 
-Shapes = Mapping[str, TensorInfo]
 Sizes = Mapping[str, int]
 
 

@@ -43,7 +43,7 @@ class Likeness:
         return f"{self.role}, {'/'.join(map(str, rows))} x {self.shapes[0][1]}"
 
 
-def survey(model: Model, criterion: Criterion, by_heads: bool, seed: int) -> tuple[Likeness, ...]:
+def similarities(model: Model, criterion: Criterion, by_heads: bool, seed: int) -> tuple[Likeness, ...]:
     """All layers that have any to be compared with, in the order of the graph.
 
     Args:
@@ -105,7 +105,7 @@ def _distances(matrices: list[np.ndarray], criterion: Criterion, seed: int) -> D
     return tuple(map(tuple, found))
 
 
-def nearest(likeness: Likeness, layer: int) -> list[tuple[float, int]]:
+def nearest_layers(likeness: Likeness, layer: int) -> list[tuple[float, int]]:
     """The others that a layer can be compared with, the nearest first: distance and place."""
     known = enumerate(likeness.distances[layer])
     return sorted((value, other) for other, value in known if value is not None and other != layer)

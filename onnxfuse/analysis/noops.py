@@ -6,7 +6,7 @@ tell, the node does something.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,10 +14,9 @@ from onnxfuse.analysis.constant_folding import integers, param
 from onnxfuse.ir.external_data import numpy_dtype
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.ir.shapes import Shapes
 from onnxfuse.ops.linear import is_main_domain, optional_input, weight_type
 
-Shapes = Mapping[str, TensorInfo]
 NoOpRule = Callable[[Model, Node, Shapes], Tensor | None]
 
 

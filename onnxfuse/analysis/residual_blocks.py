@@ -17,8 +17,9 @@ from onnxfuse.analysis.normalization import NORMALIZATIONS
 from onnxfuse.analysis.regions.linear_rules import CURVED, SCALING
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
+from onnxfuse.ir.shapes import Shapes
 from onnxfuse.ops.channel_affine import training_mode
-from onnxfuse.ops.linear import LinearOp, Shapes, is_main_domain, linear_op, weight_type
+from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op, weight_type
 from onnxfuse.ops.table import OPS, Trait
 
 _ENTRIES = CURVED | NORMALIZATIONS

@@ -10,7 +10,7 @@ import onnx
 
 from onnxfuse.ir.external_data import is_external, location, model_tensors
 
-CHUNK = 1 << 20
+READ_AT_ONCE = 1 << 20
 LEVEL = 6
 """Of compression: gzip's default."""
 
@@ -41,6 +41,6 @@ def _gzipped(path: Path) -> int:
     packer = zlib.compressobj(LEVEL, wbits=31)  # 31: a gzip header
     total = 0
     with path.open("rb") as file:
-        while piece := file.read(CHUNK):
+        while piece := file.read(READ_AT_ONCE):
             total += len(packer.compress(piece))
     return total + len(packer.flush())

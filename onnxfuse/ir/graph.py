@@ -15,7 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto
 
 from onnxfuse.ir import protos, shapes
-from onnxfuse.ir.nodes import CONSTANT_FORMS, Constant, Node, Stored, Tensor, Variable
+from onnxfuse.ir.nodes import CONSTANT_FORMS, Constant, Node, StoredValues, Tensor, Variable
 from onnxfuse.ir.protos import DEFAULT_DOMAINS
 from onnxfuse.ir.shapes import TensorInfo
 
@@ -69,7 +69,7 @@ class Graph:
         graph = self.source.graph
         for stored in (*graph.initializer, *graph.sparse_initializer):
             name = stored.values.name if isinstance(stored, SparseTensorProto) else stored.name
-            self._tensors[name] = constant = Constant(name, Stored(stored, self.folder))
+            self._tensors[name] = constant = Constant(name, StoredValues(stored, self.folder))
             self.initializers[constant] = None
         self.declared = {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
         for value in graph.input:
@@ -101,7 +101,7 @@ class Graph:
         return node
 
     def _attribute_tensor(self, proto: TensorProto) -> Constant:
-        return Constant(proto.name, Stored(proto, self.folder))
+        return Constant(proto.name, StoredValues(proto, self.folder))
 
     def _tensor_named(self, name: str) -> Tensor:
         if not name:

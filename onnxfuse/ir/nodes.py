@@ -39,7 +39,7 @@ CONSTANT_FORMS: dict[str, Callable[[Any], np.ndarray]] = {
 _stamps = itertools.count()
 
 
-class Stored(LazyValues):
+class StoredValues(LazyValues):
     """Values that still lie in the proto, or the data file, that they came from."""
 
     def __init__(self, tensor: TensorProto | SparseTensorProto, folder: Path | None) -> None:
@@ -90,21 +90,21 @@ class Constant(Tensor, gs.Constant):
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
-    _values: np.ndarray | Stored
+    _values: np.ndarray | StoredValues
 
-    def __init__(self, name: str, values: np.ndarray | Stored) -> None:
+    def __init__(self, name: str, values: np.ndarray | StoredValues) -> None:
         super().__init__(name, values)
-        self.origin = values if isinstance(values, Stored) else None
+        self.origin = values if isinstance(values, StoredValues) else None
         self.stamp = next(_stamps)  # differs between any two values that a constant ever had
 
     @property
-    def stored(self) -> Stored | None:
+    def stored(self) -> StoredValues | None:
         """Where the values lie if they are those of the file, else None."""
-        return self._values if isinstance(self._values, Stored) else None
+        return self._values if isinstance(self._values, StoredValues) else None
 
     @property
     def values(self) -> np.ndarray:
-        return self._values.load() if isinstance(self._values, Stored) else self._values
+        return self._values.load() if isinstance(self._values, StoredValues) else self._values
 
     @values.setter
     def values(self, array: np.ndarray) -> None:

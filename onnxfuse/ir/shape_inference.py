@@ -17,7 +17,7 @@ from onnxfuse.ir import protos
 from onnxfuse.ir.export import declared_inputs, header, is_sparse
 from onnxfuse.ir.graph import Graph
 from onnxfuse.ir.nodes import Constant
-from onnxfuse.ir.shapes import Dim, TensorInfo, info_of, merge
+from onnxfuse.ir.shapes import AxisSize, TensorInfo, info_of, merge
 
 
 def infer(graph: Graph) -> dict[str, TensorInfo]:
@@ -86,5 +86,5 @@ def _inferred(light: ModelProto, named: set[str]) -> dict[str, TensorInfo]:
     return result
 
 
-def _placeholder(dim: Dim, named: set[str]) -> bool:
+def _placeholder(dim: AxisSize, named: set[str]) -> bool:
     return isinstance(dim, str) and dim.startswith("unk__") and dim not in named

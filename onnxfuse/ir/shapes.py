@@ -1,5 +1,6 @@
 """What is known of a tensor's type and shape, and how two sources of that knowledge combine."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,8 @@ from onnx import TensorShapeProto, ValueInfoProto, helper
 
 from onnxfuse.ir.external_data import numpy_dtype
 
-Dim = int | str | None
+AxisSize = int | str | None
+"""The size of an axis: a number, the name of a dynamic dimension, or None where it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,16 @@ class TensorInfo:
 
     name: str
     dtype: np.dtype | None
-    shape: tuple[Dim, ...] | None
+    shape: tuple[AxisSize, ...] | None
 
     @property
     def complete(self) -> bool:
         """Whether nothing is unknown (a named dynamic dimension is known)."""
         return self.dtype is not None and self.shape is not None and None not in self.shape
+
+
+Shapes = Mapping[str, TensorInfo]
+"""What is known of tensors, by name."""
 
 
 def info_of(value: ValueInfoProto) -> TensorInfo:
@@ -37,7 +43,7 @@ def info_of(value: ValueInfoProto) -> TensorInfo:
     return TensorInfo(value.name, numpy_dtype(tensor.elem_type), shape)
 
 
-def _dim(dim: TensorShapeProto.Dimension) -> Dim:
+def _dim(dim: TensorShapeProto.Dimension) -> AxisSize:
     if dim.WhichOneof("value") == "dim_value":
         return dim.dim_value if dim.dim_value >= 0 else None
     return dim.dim_param if isinstance(dim.dim_param, str) and dim.dim_param not in ("", "?") else None
@@ -61,7 +67,7 @@ def merge(first: TensorInfo, second: TensorInfo | None) -> TensorInfo:
     return TensorInfo(first.name, dtype, tuple(_more_precise(a, b) for a, b in pairs))
 
 
-def _more_precise(first: Dim, second: Dim) -> Dim:
+def _more_precise(first: AxisSize, second: AxisSize) -> AxisSize:
     if first is None or (isinstance(first, str) and isinstance(second, int)):
         return second
     return first

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from onnxfuse.numerics.affine import Array
 
-MOST_STEPS = 1000
+LLOYD_STEPS = 1000
 
 STARTS = 16
 """Stretches of the line, for each centre, by which the density is told."""
@@ -38,7 +38,7 @@ def kmeans(numbers: npt.NDArray[Any], count: int) -> Array:
     sums = np.concatenate([[0.0], np.cumsum(shifted)])
     squares = np.concatenate([[0.0], np.cumsum(shifted**2)])
     centres = _start(shifted, count)
-    for _ in range(MOST_STEPS):
+    for _ in range(LLOYD_STEPS):
         ends = _ends(shifted, centres)
         sizes = np.diff(ends)
         filled = sizes > 0

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def spread(kernel: np.ndarray) -> float:
+def deviation_of(kernel: np.ndarray) -> float:
     """Standard deviation of a kernel; of one with equal weights, such as a single one, their size."""
     wide = kernel.astype(np.float64)
     return float(wide.std() or np.abs(wide).max(initial=0.0))
@@ -23,7 +23,7 @@ def spread(kernel: np.ndarray) -> float:
 
 def behind(kernel: np.ndarray, inputs: int) -> float:
     """Standard deviation for a new kernel behind this one, each of whose outputs sums up so many inputs."""
-    return min(spread(kernel), float(np.sqrt(2 / inputs)))
+    return min(deviation_of(kernel), float(np.sqrt(2 / inputs)))
 
 
 def uniform(random: np.random.Generator, shape: Sequence[int], deviation: float) -> np.ndarray:

@@ -42,7 +42,8 @@ import scipy.linalg
 import scipy.optimize
 import scipy.spatial.distance
 
-Array = npt.NDArray[np.float64]
+from onnxfuse.numerics.affine import Array
+
 Criterion = Literal["euclidean", "covariance", "kl", "wasserstein", "aligned", "centroids"]
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)

@@ -18,7 +18,7 @@ writing goes back to the operator's own layout, dtype and initializer names.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,10 +26,9 @@ import numpy as np
 
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
-from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.ir.shapes import Shapes
 
 LinearKind = Literal["conv", "conv_transpose", "dense", "token"]
-Shapes = Mapping[str, TensorInfo]
 
 _FLOATING = ("float16", "float32", "float64", "bfloat16")
 
@@ -295,7 +294,7 @@ _OPERATORS = {"Conv": _conv, "ConvTranspose": _conv, "Gemm": _gemm, "MatMul": _m
 WEIGHTED = frozenset(_OPERATORS)
 """Names of the operators, in ONNX's own domain, that `linear_op` can describe."""
 
-LINEAR = WEIGHTED - {"ConvTranspose"}
+LINEAR_OPERATORS = WEIGHTED - {"ConvTranspose"}
 """Those that it describes without being asked for transposed ones."""
 
 

@@ -19,7 +19,8 @@ from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Model
 
 if TYPE_CHECKING:
-    from onnxfuse.runtime.session import Feed, Runtime
+    from onnxfuse.ir.model import Feed
+    from onnxfuse.runtime.session import Runtime
 
 
 # --- latency ------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def latency(
     sessions = [runtime.session(model) for model in models]
     runs = [session.bind(feed).run for session in sessions]
     times = interleaved(runs, repeats=repeats, seconds=seconds, warmup=warmup, seed=seed)
-    return Latency(summarise(times, seed), len(times), tuple(sessions[0].providers), runtime.threads)
+    return Latency(timings_from(times, seed), len(times), tuple(sessions[0].providers), runtime.threads)
 
 
 def interleaved(
@@ -98,7 +99,7 @@ def interleaved(
     return np.array(times)
 
 
-def summarise(times: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[Timing, ...]:
+def timings_from(times: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[Timing, ...]:
     """Timings from nanoseconds of shape (rounds, models). Ratios are taken round by round, so that what slows
     a whole round (another process) cancels; medians, because what slows a single run must not count."""
     ratios = times / times[:, :1]

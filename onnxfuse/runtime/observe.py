@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.progress import Advance, NoProgress
-from onnxfuse.runtime.session import Feed, Runtime
+from onnxfuse.runtime.session import Runtime
 
 
 class Fed(Protocol):

@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.shapes import info_of
 from onnxfuse.runtime.failures import failing_clearly, one_line
 from onnxfuse.runtime.feeds import check_feed
@@ -38,7 +38,6 @@ from onnxfuse.runtime.providers import (
     short_name,
 )
 
-Feed = dict[str, np.ndarray]
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 

@@ -46,8 +46,8 @@ from onnxfuse.verification.tally import Deviation, Differences, Tally, add_sprea
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import Batch
-    from onnxfuse.ir.model import Model
-    from onnxfuse.runtime.session import Feed, Runtime, Session
+    from onnxfuse.ir.model import Feed, Model
+    from onnxfuse.runtime.session import Runtime, Session
 
 
 def _feeds(model: Model, batches: Iterable[Batch], run: Run) -> Iterator[tuple[Feed, Any, int]]:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxfuse.verification.records import Floor
-from onnxfuse.verification.tally import Differences, is_float, leaves, widened
+from onnxfuse.verification.tally import Differences, is_float, named_arrays, widened
 
 if TYPE_CHECKING:
-    from onnxfuse.ir.model import Model
-    from onnxfuse.runtime.session import Feed, Runtime, Session
+    from onnxfuse.ir.model import Feed, Model
+    from onnxfuse.runtime.session import Runtime, Session
 
 
 MULTIPLE = 8.0
@@ -44,7 +44,7 @@ class NoiseFloors:
             again = variant(feed)
             pair.add({name: outputs[name] for name in again}, again)
         for name, value in outputs.items():
-            for leaf, array in leaves(name, value):
+            for leaf, array in named_arrays(name, value):
                 if is_float(array) and array.size:
                     size = np.abs(widened(array)) * _epsilon(array.dtype)
                     square, peak, count = self.smallest.get(leaf, (0.0, 0.0, 0))

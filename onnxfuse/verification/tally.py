@@ -10,16 +10,16 @@ import numpy as np
 # --- outputs, one at a time ---------------------------------------------------------------------------------
 
 
-def leaves(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+def named_arrays(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays in an output: itself, or the elements of a sequence, a map or an optional."""
     if value is None:
         return
     if isinstance(value, Mapping):
         for key in sorted(value):
-            yield from leaves(f"{name}[{key!r}]", value[key])
+            yield from named_arrays(f"{name}[{key!r}]", value[key])
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from leaves(f"{name}[{index}]", item)
+            yield from named_arrays(f"{name}[{index}]", item)
     else:
         yield name, np.asarray(value)
 
@@ -123,7 +123,7 @@ class Differences:
 
     def add(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
         for name, value in a.items():
-            left, right = dict(leaves(name, value)), dict(leaves(name, b[name]))
+            left, right = dict(named_arrays(name, value)), dict(named_arrays(name, b[name]))
             for leaf in left.keys() ^ right.keys():
                 owner, other = self.labels if leaf in left else self.labels[::-1]
                 tally = self.tallies.setdefault(leaf, Tally())
@@ -134,7 +134,7 @@ class Differences:
 
 def add_spreads(spreads: dict[str, Deviation], outputs: Mapping[str, Any], rows: int) -> None:
     for name, value in outputs.items():
-        for leaf, array in leaves(name, value):
+        for leaf, array in named_arrays(name, value):
             if is_float(array):
                 spreads.setdefault(leaf, Deviation()).add(widened(array), rows)
 

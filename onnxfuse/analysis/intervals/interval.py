@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onnxfuse.ir.shapes import Dim
+from onnxfuse.ir.shapes import AxisSize
 
-LIMIT = 1 << 18
+MOST_INDICES = 1 << 18
 """The most indices that bounds of one tensor are kept for; a larger tensor gets one pair for all."""
 
 POSITIONS = 1 << 22  # values that a mean over an unknown number of positions is taken to add up
 CURVE, DIP = 16, 128  # roundings of a curve's approximation, and of a product with one
 
-Dims = tuple[Dim, ...]
+Dims = tuple[AxisSize, ...]
 
 
 class Format(NamedTuple):

@@ -11,8 +11,7 @@ from onnxfuse.analysis.constant_folding import integers
 from onnxfuse.analysis.intervals.interval import FORMATS, UNBOUNDED, Dims, Format, Interval
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.ops.linear import Shapes
+from onnxfuse.ir.shapes import Shapes, TensorInfo
 from onnxfuse.ops.view import ModelNodeView
 
 
@@ -60,8 +59,8 @@ class IntervalNode(ModelNodeView):
         return auto or any(self.attribute("pads", ())) or bool(self.attribute("ceil_mode", 0))
 
 
-Found = Interval | Sequence[Interval | None] | None
-IntervalRule = Callable[[IntervalNode], Found]
+IntervalResult = Interval | Sequence[Interval | None] | None
+IntervalRule = Callable[[IntervalNode], IntervalResult]
 
 
 def type_info(shapes: Shapes, tensor: Tensor) -> TensorInfo:

@@ -45,7 +45,7 @@ def fitted(found: Interval | None, info: TensorInfo, selecting: bool) -> Interva
     found = found.map(lambda bound: bound.reshape((*missing, *bound.shape)))
     sizes = zip(found.shape, info.shape, strict=True)
     wrong = [i for i, (n, dim) in enumerate(sizes) if n != 1 and isinstance(dim, int) and n != dim]
-    return found.hull(range(len(info.shape)) if found.low.size > interval.LIMIT else wrong)
+    return found.hull(range(len(info.shape)) if found.low.size > interval.MOST_INDICES else wrong)
 
 
 def clean(low: np.ndarray, high: np.ndarray) -> Interval:
@@ -61,7 +61,7 @@ def _up(high: np.ndarray, form: Format) -> np.ndarray:
     return np.where(np.isinf(high) | (whole & (np.abs(high) >= form.normal)), high, wide)
 
 
-def rounded(low: np.ndarray, high: np.ndarray, form: Format) -> Interval:
+def rounded_bounds(low: np.ndarray, high: np.ndarray, form: Format) -> Interval:
     found = clean(low, high)
     return Interval(-_up(-found.low, form), _up(found.high, form))
 
@@ -72,7 +72,7 @@ def times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def corners(function: Callable[[Any, Any], np.ndarray], a: Interval, b: Interval, form: Format) -> Interval:
     values = [function(x, y) for x in (a.low, a.high) for y in (b.low, b.high)]
-    return rounded(functools.reduce(np.minimum, values), functools.reduce(np.maximum, values), form)
+    return rounded_bounds(functools.reduce(np.minimum, values), functools.reduce(np.maximum, values), form)
 
 
 def _sum_up(products: np.ndarray, bias: np.ndarray, form: Format, extra: int) -> np.ndarray:

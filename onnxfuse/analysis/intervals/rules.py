@@ -43,9 +43,9 @@ from onnxfuse.analysis.intervals.rounding import clean, fitted, unbounded
 from onnxfuse.analysis.intervals.shape_rules import SHAPE_RULES, picked, picked_or_zero
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Tensor
-from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.ir.shapes import Shapes, TensorInfo
 from onnxfuse.ops.facet import Facet, keyed
-from onnxfuse.ops.linear import Shapes, weight_type
+from onnxfuse.ops.linear import weight_type
 from onnxfuse.ops.table import OPS, Kind, Op, Trait
 
 
@@ -90,7 +90,7 @@ def _stored(model: Model, tensor: Tensor) -> Interval:
     value = model.weight(tensor) if dtype.kind in "biuf" or dtype.name in FORMATS else None
     if value is None or value.size == 0:
         return unbounded(TensorInfo(tensor.name, None, shape))
-    if value.size > interval.LIMIT:
+    if value.size > interval.MOST_INDICES:
         exact = Interval(*(np.full((1,) * value.ndim, float(v)) for v in (value.min(), value.max())))
     else:
         array = value.astype(np.float64)

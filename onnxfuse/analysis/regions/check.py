@@ -16,7 +16,8 @@ from onnxfuse.errors import OnnxfuseError
 from onnxfuse.ir.model import Model
 
 if TYPE_CHECKING:
-    from onnxfuse.runtime.session import Feed, Runtime
+    from onnxfuse.ir.model import Feed
+    from onnxfuse.runtime.session import Runtime
 
 
 @dataclass(frozen=True)

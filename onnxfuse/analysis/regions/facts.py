@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from onnx.reference import ReferenceEvaluator
 
-from onnxfuse.analysis.regions.view import COUNTING, DRAWING, FOLDED_ELEMENTS, Flow, Shape, View
+from onnxfuse.analysis.regions.view import COUNTING, DRAWING, FOLDED_ELEMENTS, DataView, Flow, Shape
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
@@ -18,7 +18,7 @@ from onnxfuse.ops.view import ModelNodeView
 
 
 @dataclass
-class Facts:
+class GraphFacts:
     """What rules may ask about a graph: shapes, constants, and which tensors hold no data.
 
     `shapes` is what is known of every tensor, a run's sizes included; `static` holds only sizes that are the
@@ -100,7 +100,7 @@ class RegionNode(ModelNodeView):
     `bit` is the bit in `Flow.linears` that this node gets if it proves to be a linear operator.
     """
 
-    facts: Facts
+    facts: GraphFacts
     node: Node
     flows: Sequence[Flow | None]
     bit: int = 0
@@ -112,7 +112,7 @@ class RegionNode(ModelNodeView):
     def flow(self, index: int = 0) -> Flow | None:
         """Flow of a data input; None for one that carries shapes only."""
         found = self.flows[index] if index < len(self.flows) else None
-        return None if found is None or found.view is View.SHAPE else found
+        return None if found is None or found.view is DataView.SHAPE else found
 
     def data(self) -> list[Flow]:
         """Flows of all data inputs."""
@@ -154,8 +154,8 @@ class RegionNode(ModelNodeView):
         return None if rank is None else axis + rank
 
 
-Result = Flow | str | list[Flow | None]
-RegionRule = Callable[[RegionNode], Result]
+FlowResult = Flow | str | list[Flow | None]
+RegionRule = Callable[[RegionNode], FlowResult]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def sample(flow: Flow, reason: str, *, rank: int | None, curved: bool = False, t
     """The flow with its geometry lost, for a reason."""
     return replace(
         flow,
-        view=View.SAMPLE,
+        view=DataView.SAMPLE,
         layout=(),
         axes=(),
         rank=rank,
@@ -207,11 +207,11 @@ def _meet(a: Flow, b: Flow) -> Flow | str:
         tail=False,
         lost=a.lost or b.lost,
     )
-    if a.view is View.TOKEN:
+    if a.view is DataView.TOKEN:
         return both
     if a.rank is None or a.rank != b.rank:
         return "tensors of different ranks meet, the batch axis is not certain"
-    if a.view is View.SAMPLE or b.view is View.SAMPLE:
+    if a.view is DataView.SAMPLE or b.view is DataView.SAMPLE:
         return sample(both, both.lost, rank=a.rank)
     if len(a.axes) != len(b.axes) or any(
         x != y and x is not None and y is not None for x, y in zip(a.layout, b.layout, strict=True)

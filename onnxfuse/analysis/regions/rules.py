@@ -39,7 +39,7 @@ RULES = Facet(keyed({**LINEAR_RULES, **SHAPE_RULES}), lambda op: LINEAR_DEFAULTS
 """By operator: how its outputs' flows come from its inputs'."""
 
 
-def apply(site: RegionNode) -> list[Flow | None] | str:
+def apply_rule(site: RegionNode) -> list[Flow | None] | str:
     """Flows of a node's outputs, or the reason why the node can't be inside a region."""
     node = site.node
     entry = RULES.get(node.key)

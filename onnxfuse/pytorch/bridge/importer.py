@@ -25,7 +25,7 @@ from torch import fx, nn
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.ir import shapes
 from onnxfuse.ir.marks import GRADIENT_KEY
-from onnxfuse.ir.model import Model, Source
+from onnxfuse.ir.model import LoadableModel, Model
 from onnxfuse.pytorch.bridge.rules import TABLE
 from onnxfuse.pytorch.bridge.values import MOST_ON_HOST, Call, Host, Operator, Value, is_fixed, object_array
 from onnxfuse.pytorch.bridge.weights import (
@@ -49,7 +49,7 @@ def operators() -> set[str]:
 
 
 def to_torch(
-    model: Model | Source,
+    model: Model | LoadableModel,
     *,
     trainable: Callable[[Weight], bool] | None = None,
     outputs: Sequence[str] | None = None,

@@ -32,13 +32,13 @@ from torch.nn import functional as F
 
 from onnxfuse.data.calibration import Batch
 from onnxfuse.errors import InputError, NotApplicableError, unknown_name
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.pytorch.bridge.weights import to_tensor
 from onnxfuse.pytorch.training.sampling import Pool, Shuffled
 from onnxfuse.runtime.feeds import format_shape
-from onnxfuse.runtime.session import Feed, Runtime, Session
+from onnxfuse.runtime.session import Runtime, Session
 from onnxfuse.verification.interface import interface_problems
 
 KINDS = ("ce", "mse", "distill")

@@ -25,8 +25,8 @@ import torch
 from torch import fx, nn
 
 from onnxfuse.analysis.normalization import lacks_normalization
-from onnxfuse.data.calibration import Batch, Batches, Calibration, Data, Samples
-from onnxfuse.data.sources import batch_axes, fixed_batch
+from onnxfuse.data.batch_axes import batch_axes, fixed_batch
+from onnxfuse.data.calibration import Batch, BatchStream, Calibration, Data, Samples
 from onnxfuse.errors import InputError, ModelWarning, NotApplicableError, VerificationError, unknown_name
 from onnxfuse.ir.marks import KEPT_KEY
 from onnxfuse.ir.model import Model
@@ -145,7 +145,7 @@ def retrain(
     *,
     teacher: Model | None = None,
     checkpoint: Path | None = None,
-    unseen: Batches | None = None,
+    unseen: BatchStream | None = None,
     progress: Progress | None = None,
 ) -> Retrained:
     """Retrain a model.
@@ -178,7 +178,7 @@ class _Retraining:
         training: Training,
         runtime: Runtime,
         teacher: Model | None,
-        unseen: Batches | None,
+        unseen: BatchStream | None,
         progress: Progress | None,
         device: torch.device,
     ) -> None:
@@ -526,7 +526,7 @@ def _attribute(node: Any) -> str | None:
 # --- details ------------------------------------------------------------------------------------------------
 
 
-def _digests(model: Model, batches: Batches | None) -> set[bytes]:
+def _digests(model: Model, batches: BatchStream | None) -> set[bytes]:
     if batches is None:
         return set()
     return {digest for batch in batches for digest in sample_digests(batch.feed, model.inputs)}
