@@ -1,7 +1,7 @@
 """What a model costs: parameters, multiply-accumulates and bytes (latency: `runtime.latency`).
 
 Multiply-accumulates (MACs) are counted by rules, one for each operator that multiplies by weights or
-contracts two tensors; element-wise operators, normalisations, pooling and data movement count as 0, as is
+contracts two tensors; element-wise operators, normalizations, pooling and data movement count as 0, as is
 usual. Where a rule needs a size that is not known, or an operator has no rule and could hide work (one that
 multiplies, one that is in no table, a local function, a loop of unknown length), the count is None and says
 why: a number that leaves something out would be worse. An `If` counts as its heavier branch.

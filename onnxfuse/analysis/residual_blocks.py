@@ -1,7 +1,7 @@
 """Residual blocks v = u + F(u) of a graph, and copies of them that compute u.
 
 A copy stands behind the block: v' = v + F'(E(v)), where F' is F with weights of its own, and E is the
-activation or normalisation between the last sum and u, if there is one, also copied, so that F' reads what F
+activation or normalization between the last sum and u, if there is one, also copied, so that F' reads what F
 was trained to read. It is the identity because the last operator of F' is zero: the weights and bias of a
 linear operator, or scale and bias of a BatchNormalization. These learn from the first step on, for their
 gradient is what they read times the gradient of v', and what lies before them from the second on. The
@@ -34,7 +34,7 @@ class Block:
     Attributes:
         add: the sum.
         u: what goes around.
-        entry: the node that makes u of the last sum, if it is an activation or a normalisation.
+        entry: the node that makes u of the last sum, if it is an activation or a normalization.
         branch: the nodes of F in topological order, and those that only prepare weights for it.
         last: the tensors to be zero in a copy, in order: weight and bias, or scale and bias.
     """

@@ -2,7 +2,7 @@
 
 Weights are alike only where they serve alike: each layer has a role. Of a convolution or a dense layer that
 is its operator's kind (`LinearOp.kind`); of a projection around an attention, what it makes: query, key or
-value, or the output behind. Attention is recognised by what it computes, softmax(Q K^T) V, in one pass over
+value, or the output behind. Attention is recognized by what it computes, softmax(Q K^T) V, in one pass over
 the nodes: every tensor carries a mark that says which linear operator its values come from, or that they are
 such a product, its softmax, or what was attended to. Where unlike marks come together nothing is said, and
 the role stays the operator's kind.

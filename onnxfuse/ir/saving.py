@@ -266,7 +266,7 @@ _INITIALIZER = GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
 
 
 def _write_model(file: BinaryIO, shell: ModelProto, weights: Sequence[TensorProto | WeightToWrite]) -> None:
-    """Serialises `shell` with the weights as its initializers, one at a time."""
+    """Serializes `shell` with the weights as its initializers, one at a time."""
     head = ModelProto()
     protos.copy_fields(shell, head, ("graph",))
     body = shell.graph.SerializeToString()

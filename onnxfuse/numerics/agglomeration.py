@@ -23,7 +23,7 @@ def agglomerate(distances: np.ndarray, *, adjacent: bool = False) -> list[Merger
 
     Args:
         distances: (n, n), symmetric; infinite where two must not meet.
-        adjacent: whether only neighbours in the given order can meet, so that clusters are runs.
+        adjacent: whether only neighbors in the given order can meet, so that clusters are runs.
 
     Returns:
         At most n - 1 steps; members are indices, in order. On ties the earliest in order meet first.

@@ -5,7 +5,7 @@ layer's input, v_s the variance of its output and W0 the mean of the weights,
 
     W = (sum_s W_s C_s / v_s + r W0) (sum_s C_s / v_s + r I)^-1,
 
-which minimises the summed relative error of all outputs (RegMean, Jin et al. 2023, equation 2, for the layers
+which minimizes the summed relative error of all outputs (RegMean, Jin et al. 2023, equation 2, for the layers
 of one network instead of the same layer of several).
 """
 

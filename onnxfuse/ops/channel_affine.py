@@ -140,7 +140,7 @@ def _batch_norm(model: Model, node: Node, channels: int, axis: int, rank: int | 
     if training_mode(node):
         return "BatchNormalization is in training mode"
     if axis != 1 and (rank is None or axis % rank != 1):
-        return "BatchNormalization does not normalise the axis that the operator computes"
+        return "BatchNormalization does not normalize the axis that the operator computes"
     values = []
     for tensor in node.inputs[1:5]:
         value = model.weight(tensor)

@@ -203,7 +203,7 @@ def channel_vector(shape: Sequence[int], channels: int, axis: int, rank: int | N
     )
 
 
-# ---- recognising -----------------------------------------------------------------------------------------
+# ---- recognizing -----------------------------------------------------------------------------------------
 
 
 def _weight_shape(model: Model, tensor: Tensor) -> tuple[int, ...] | str:

@@ -73,8 +73,8 @@ def _nudged(feed: Feed, random: np.random.Generator) -> Feed:
     def nudge(array: np.ndarray) -> np.ndarray:
         if array.dtype.kind != "f":
             return array
-        towards = np.where(random.random(array.shape) < 0.5, -np.inf, np.inf).astype(array.dtype)
-        return np.asarray(np.nextafter(array, towards))
+        toward = np.where(random.random(array.shape) < 0.5, -np.inf, np.inf).astype(array.dtype)
+        return np.asarray(np.nextafter(array, toward))
 
     return {name: nudge(array) for name, array in feed.items()}
 

@@ -223,7 +223,7 @@ def _attention(site: RegionNode) -> FlowResult:
     return replace(met, tail=False, curved=True, aligned=False, scores=False)
 
 
-# Pooling, normalisation, reduction ----------------------------------------------------------------
+# Pooling, normalization, reduction ----------------------------------------------------------------
 
 
 _AVERAGING = OPS.of_kind(Kind.POOL, Kind.REDUCE).having(Trait.AFFINE)
