@@ -73,9 +73,6 @@ def is_own(model: Model, tensor: Tensor) -> bool:
     return dtype.kind == "f" and len(shape) > 0
 
 
-# Finding --------------------------------------------------------------------------------------------
-
-
 def _between(model: Model, u: Tensor, end: Tensor) -> set[Node]:
     """The nodes on paths from u to `end`; none where there is no path."""
     order: list[Node] = []

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from onnxfuse.runtime.session import Runtime
 
 
-# --- latency ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Timing:
     """One model's times. `median_ms` and the quartiles are of single runs, in milliseconds; `ratio` is the

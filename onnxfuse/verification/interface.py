@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from onnxfuse.runtime.session import Runtime
 
 
-# --- the questions ------------------------------------------------------------------------------------------
-
-
 def structure_problem(before: Model, after: Model, runtime: Runtime) -> str | None:
     """Why `after` is no valid rewrite of `before`, judged without running it; None if it is one.
 

@@ -64,9 +64,6 @@ class NoiseFloors:
         return floors
 
 
-# --- variants that change nothing that matters --------------------------------------------------------------
-
-
 def _nudged(feed: Feed, random: np.random.Generator) -> Feed:
     """Every floating-point input moved to a neighboring float, up or down at random."""
 

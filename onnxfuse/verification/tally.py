@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-# --- outputs, one at a time ---------------------------------------------------------------------------------
-
 
 def named_arrays(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays in an output: itself, or the elements of a sequence, a map or an optional."""

@@ -77,9 +77,6 @@ class Interval:
         return np.broadcast_to(np.moveaxis(zero, axis, 0).reshape(zero.shape[axis], -1).all(1), (size,))
 
 
-# ---- bounds ----------------------------------------------------------------------------------------------
-
-
 def constant(low: float, high: float, rank: int = 0) -> Interval:
     return Interval(np.full((1,) * rank, low, np.float64), np.full((1,) * rank, high, np.float64))
 

@@ -12,7 +12,6 @@ from onnxfuse.analysis.intervals.rounding import scaled_by, sums
 from onnxfuse.ops.channel_affine import training_mode
 from onnxfuse.ops.linear import WEIGHTED, LinearOp, linear_op
 
-# ---- operators with weights ------------------------------------------------------------------------------
 
 _BLOCK = 1 << 20  # products of weights and bounds in memory at a time
 _LARGEST = 1 << 26  # weights of one operator that is looked at
@@ -93,9 +92,6 @@ def _batch_norm(site: IntervalNode) -> Interval | None:
     products = Interval(*(np.stack(parts[:2], -1) for parts in terms))
     y = sums(products, terms[0][2], site.format, 5)
     return y if rank else y.hull()
-
-
-# ---- element by element ----------------------------------------------------------------------------------
 
 
 LINEAR_RULES: Mapping[str, IntervalRule] = {

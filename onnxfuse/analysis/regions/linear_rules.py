@@ -323,9 +323,6 @@ def _reduce(site: RegionNode) -> FlowResult:
     return sample(flow, f"{op} takes in the whole image", rank=rank, curved=curved)
 
 
-# Axes moved, cut and joined -----------------------------------------------------------------------
-
-
 LINEAR_DEFAULTS = {
     **dict.fromkeys((Kind.ACTIVATION, Kind.ELEMENTWISE), Entry(_pointwise, every_input=True)),
     Kind.REDUCE: Entry(_reduce),
