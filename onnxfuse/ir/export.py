@@ -65,7 +65,16 @@ def _weight(tensor: Constant) -> WeightToWrite:
 def between(
     graph: Graph, inputs: Sequence[str], outputs: Sequence[str], type_of: Callable[[str], TensorInfo]
 ) -> ModelProto:
-    """The part of the model from some tensors to others (see `Model.extract`)."""
+    """The part of the model from some tensors to others, as a model (see `Model.extract`).
+
+    Args:
+        graph: is not changed.
+        inputs, outputs: names of tensors.
+        type_of: gives the type and shape of a tensor, for the declarations of inputs.
+
+    Raises:
+        KeyError, InputError: as `Model.extract`.
+    """
     graph.sort()
     sources = [graph.tensor(name) for name in dict.fromkeys(inputs)]
     targets = [graph.tensor(name) for name in dict.fromkeys(outputs)]
@@ -89,7 +98,7 @@ def between(
 def _between(
     graph: Graph, sources: Iterable[Tensor], targets: Sequence[Tensor]
 ) -> tuple[set[Node], set[Tensor]]:
-    """The nodes on the way from the sources to the targets, and the initializers they use."""
+    """The nodes on the way from the sources to the targets, and the initializers that they use."""
     nodes: set[Node] = set()
     used: set[Tensor] = set()
     seen = set(sources)

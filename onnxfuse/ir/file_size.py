@@ -1,4 +1,4 @@
-"""What a model takes on disk."""
+"""The bytes that a model takes on disk, as it is and compressed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ class FileSize:
 
 
 def file_size(path: Path, *, gzipped: bool) -> FileSize:
-    """Bytes of a model and of the data files it refers to; `gzipped`: also of all of them packed one by one,
-    read in pieces.
+    """The size of a model file together with the data files that it refers to.
+
+    Args:
+        path: the model file.
+        gzipped: whether to compress them too, one by one; they are read in pieces.
 
     Raises:
         OSError: a file can't be read.

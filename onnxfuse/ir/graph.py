@@ -44,6 +44,13 @@ class Graph:
     """
 
     def __init__(self, source: ModelProto, path: Path | None, folder: Path | None) -> None:
+        """The nodes and tensors of a proto, linked.
+
+        Args:
+            source: the proto; it is kept, and not to be modified.
+            path: the file it came from, None if it came from none.
+            folder: where its external data lies.
+        """
         self.path = path
         self.folder = folder
         self.source = source
@@ -339,6 +346,7 @@ class without_collector:
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
+    """A view of the array that can't be written to."""
     view = array.view()
     view.flags.writeable = False
     return view

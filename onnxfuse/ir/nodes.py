@@ -168,6 +168,15 @@ class Node(gs.Node):
         domain: str = "",
         metadata: dict[str, str] | None = None,
     ) -> None:
+        """A node that no proto stands behind yet.
+
+        Args:
+            op, domain: the operator; "" is the default domain.
+            name: may be empty, and need not be unique.
+            attrs: plain values by name.
+            inputs, outputs: its tensors; `Variable("")` for an optional one that is left out.
+            metadata: its metadata_props.
+        """
         super().__init__(op, name, attrs, list(inputs), list(outputs), domain)
         self.metadata = metadata or {}
         self.origin: NodeProto | None = None

@@ -1,4 +1,4 @@
-"""What is known of a tensor's type and shape, and how two sources of that knowledge combine."""
+"""The type and shape of a tensor as far as they are known, and the ways to combine two such records."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ AxisSize = int | str | None
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor.
+    """A tensor's name, type and shape, as far as they are known.
 
     `shape` has sizes, names of dynamic dimensions, and None for what is unknown; None as a whole says that
     not even the rank is known. `dtype` None: the type is unknown, or not that of a dense tensor.
@@ -35,7 +35,7 @@ Shapes = Mapping[str, TensorInfo]
 
 
 def info_of(value: ValueInfoProto) -> TensorInfo:
-    """A declared value as a TensorInfo; "" and "?" and negative sizes count as unknown."""
+    """The record of a declared value; "" and "?" and negative sizes count as unknown."""
     if value.type.WhichOneof("value") != "tensor_type":
         return TensorInfo(value.name, None, None)
     tensor = value.type.tensor_type
@@ -50,14 +50,14 @@ def _dim(dim: TensorShapeProto.Dimension) -> AxisSize:
 
 
 def value_info(info: TensorInfo) -> ValueInfoProto:
-    """A declaration; unknown dimensions stay open."""
+    """The declaration of a tensor; unknown dimensions stay open."""
     if info.dtype is None:
         return ValueInfoProto(name=info.name)
     return helper.make_tensor_value_info(info.name, helper.np_dtype_to_tensor_dtype(info.dtype), info.shape)
 
 
 def merge(first: TensorInfo, second: TensorInfo | None) -> TensorInfo:
-    """What either says. Where they contradict, the first wins, except that a size beats a name."""
+    """Both records in one. Where they contradict, the first wins, except that a size beats a name."""
     if second is None:
         return first
     dtype = first.dtype if first.dtype is not None else second.dtype

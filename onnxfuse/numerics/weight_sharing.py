@@ -86,7 +86,10 @@ def gradient_shares(weights: Sequence[np.ndarray], mode: Mode, counts: Sequence[
     """The share of each operator's gradient in that of the common weight, weight by weight.
 
     Equal ones; or, of "freeze" (O'Neill et al. 2021, equation 6), gamma for the layer that was kept, the
-    others together what is left. Arguments as `one_weight`.
+    others together what is left.
+
+    Args:
+        weights, mode, counts: as in `one_weight`.
     """
     number = sum(counts)
     if mode != "freeze":

@@ -12,7 +12,6 @@ from onnxfuse.analysis.intervals.rounding import scaled_by, sums
 from onnxfuse.ops.channel_affine import training_mode
 from onnxfuse.ops.linear import WEIGHTED, LinearOp, linear_op
 
-
 _BLOCK = 1 << 20  # products of weights and bounds in memory at a time
 _LARGEST = 1 << 26  # weights of one operator that is looked at
 
