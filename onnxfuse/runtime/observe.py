@@ -31,6 +31,11 @@ class TappedModel:
     def __init__(self, model: Model, tensors: Iterable[str], runtime: Runtime) -> None:
         """Make a session that computes `tensors`, and nothing that none of them depends on.
 
+        Args:
+            model: is left as it is.
+            tensors: names of tensors of the main graph.
+            runtime: runs it.
+
         Raises:
             InputError: no tensor of that name.
             NotApplicableError: ONNX Runtime refuses the model.

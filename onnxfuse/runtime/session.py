@@ -152,6 +152,13 @@ class Session:
         declared: Iterable[onnx.ValueInfoProto],
         device_id: int,
     ) -> None:
+        """Takes over a session of ONNX Runtime's.
+
+        Args:
+            session: runs the model.
+            declared: the model's inputs as its proto declares them.
+            device_id: which GPU.
+        """
         self._session = session
         self._device_id = device_id
         fed = {arg.name for arg in session.get_inputs()}  # without the initializers that are listed as inputs
@@ -202,6 +209,14 @@ class Bound:
         outputs: Sequence[str],
         device_id: int,
     ) -> None:
+        """Copies `feed` to where the model runs.
+
+        Args:
+            session: runs the model.
+            feed: one array for each input.
+            outputs: names of the outputs that are computed.
+            device_id: which GPU.
+        """
         device = "cuda" if session.get_providers()[0] in GPU_PROVIDERS else "cpu"
         self._session = session
         self._outputs = outputs
