@@ -24,6 +24,11 @@ def handed_on(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
     """The tensor that equals the node's first output whatever is fed; None where the node does something.
 
     Usually one of the node's inputs; for a Squeeze that undoes an Unsqueeze, what went into that.
+
+    Args:
+        model: has the node.
+        node: the node.
+        shapes: of the model's tensors; only static sizes count.
     """
     rule = _RULES.get(node.op) if is_main_domain(node) else None
     return None if rule is None else rule(model, node, shapes)

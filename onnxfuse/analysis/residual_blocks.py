@@ -154,7 +154,7 @@ def _linear_at(model: Model, node: Node, shapes: Shapes) -> LinearOp | None:
 
 
 def _is_unary(model: Model, node: Node) -> bool:
-    """Whether it computes what it computes from its first input and stored values."""
+    """Whether a node has one operand, its first input, beside stored values."""
     return all(model.is_weight(t) for t in node.inputs[1:] if t.name) and not node.bodies
 
 

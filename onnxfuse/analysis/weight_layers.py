@@ -69,8 +69,11 @@ def kin(layers: Sequence[WeightLayer]) -> list[list[WeightLayer]]:
 
 
 def heads(model: Model, layer: WeightLayer) -> int | None:
-    """Into how many heads a layer that makes queries, keys or values splits each of them; how many heads the
-    inputs of an output layer come from. None of other layers, and where the graph does not tell."""
+    """The number of heads in each part of a layer that makes queries, keys or values.
+
+    Of an output layer, the number of heads that its inputs come from; None of other layers, and where the
+    graph does not tell.
+    """
     parts = layer.role.split("+")
     if not set(parts) <= set(ROLES) or ("output" in parts and len(parts) > 1):
         return None

@@ -39,6 +39,14 @@ class BatchStream:
     """A re-iterable stream of batches of one source."""
 
     def __init__(self, source: Source, units: np.ndarray, size: int, first_index: int) -> None:
+        """A stream of some units of a source.
+
+        Args:
+            source: has the samples.
+            units: their numbers, ascending.
+            size: units in a batch.
+            first_index: the number of the first batch.
+        """
         self._source = source
         self._units = units
         self._size = size
@@ -91,6 +99,14 @@ class Calibration:
     def __init__(
         self, fit: BatchStream, held_out: BatchStream, labels: str | None, synthetic: bool, description: str
     ) -> None:
+        """Takes over both halves; `open` makes them.
+
+        Args:
+            fit, held_out: the samples.
+            labels: the name of the label array, None without.
+            synthetic: whether they are made up.
+            description: one line for reports.
+        """
         self.fit = fit
         self.held_out = held_out
         self.samples = fit.samples + held_out.samples

@@ -40,7 +40,13 @@ class FeedSource:
         inputs: Sequence[TensorInfo],
         checked: Sequence[tuple[str | None, int]] | None = None,
     ) -> None:
-        """Check every item, unless that was done: `checked` is what `check_item` said of each.
+        """Check every item, unless that was done.
+
+        Args:
+            name: names the samples in errors.
+            items: feed dicts.
+            inputs: of the model.
+            checked: what `check_item` returned for each; None checks now.
 
         Raises:
             InputError: an item does not fit the inputs, or there are none.
@@ -75,7 +81,16 @@ class FeedSource:
 
 
 def check_item(item: Any, where: str, inputs: Sequence[TensorInfo]) -> tuple[str | None, int]:
-    """(name of the labels, number of samples) of a feed. Raises InputError unless it fits `inputs`."""
+    """The name of a feed's labels, None without, and its number of samples.
+
+    Args:
+        item: the feed.
+        where: names it in errors.
+        inputs: of the model.
+
+    Raises:
+        InputError: it does not fit the inputs.
+    """
     if not isinstance(item, Mapping):
         raise InputError(f"{where} is a {type(item).__name__}; each must be a dict of arrays by input name")
     label = label_name(where, item, inputs)
@@ -123,7 +138,17 @@ class _Kept(Sequence[Feed]):
 
 
 def spooled(name: str, items: Iterable[Any], inputs: Sequence[TensorInfo], limit: int | None) -> FeedSource:
-    """Run through `items` once and keep them, until there are `limit` samples."""
+    """Feeds that are run through once and kept, until there are enough.
+
+    Args:
+        name: names the samples in errors.
+        items: feed dicts.
+        inputs: of the model.
+        limit: the number of samples that are enough; None keeps all.
+
+    Raises:
+        InputError: an item does not fit the inputs, or there are none.
+    """
     kept = _Kept()
     checked = []
     for number, item in enumerate(items):

@@ -45,7 +45,7 @@ class StoredArray:
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """What goes wrong while a file is read, reported as an InputError that names it."""
+    """Report what goes wrong while a file is read as an InputError that names it."""
     try:
         yield
     except _READ_ERRORS as error:

@@ -20,8 +20,12 @@ from onnxfuse.ir.shapes import TensorInfo
 
 
 def open_source(source: Any, inputs: Sequence[TensorInfo], limit: int | None) -> Source:
-    """The samples that `source` stands for: a path, `script.py:function`, an array, a dict of arrays, or
-    feeds.
+    """The samples that `source` stands for.
+
+    Args:
+        source: a path, `script.py:function`, an array, a dict of arrays, or feeds.
+        inputs: of the model.
+        limit: the number of samples after which a stream that must be spooled ends; None reads all.
 
     Raises:
         InputError: nothing there, of no known kind, or it does not fit `inputs`.

@@ -78,6 +78,11 @@ class RowSource:
     ) -> None:
         """Match arrays with inputs.
 
+        Args:
+            name: names the samples in errors.
+            arrays: by input name the parts that follow one another.
+            inputs: of the model.
+
         Raises:
             InputError: names, types, shapes or row counts do not fit the model, or there are no rows.
         """

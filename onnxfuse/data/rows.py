@@ -1,4 +1,4 @@
-"""A few rows of a batch."""
+"""A few rows of a batch, for what needs a run but no statistics."""
 
 from __future__ import annotations
 

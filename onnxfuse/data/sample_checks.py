@@ -15,7 +15,16 @@ LABELS = ("labels", "y", "label", "targets")
 
 
 def label_name(name: str, arrays: Iterable[str], inputs: Sequence[TensorInfo]) -> str | None:
-    """The name of the label array among `arrays`, once every other one is an input and none is missing."""
+    """The name of the label array, None without one.
+
+    Args:
+        name: names the samples in errors.
+        arrays: names of the arrays.
+        inputs: of the model.
+
+    Raises:
+        InputError: an input has no array, or an array is neither an input's nor the labels'.
+    """
     wanted = [info.name for info in inputs]
     listed = ", ".join(f"'{w}'" for w in wanted)
     if missing := [w for w in wanted if w not in arrays]:
@@ -41,9 +50,12 @@ def located(where: str) -> Iterator[None]:
 
 
 def require_finite(array: np.ndarray, where: str, rows: np.ndarray | int | None = None) -> None:
-    """Raise InputError where `array` holds NaN or infinity.
+    """Raise InputError where an array holds NaN or infinity.
 
-    `rows` are the numbers that its rows have in the data, or the number of the one row that it is.
+    Args:
+        array: of any type.
+        where: names it in the message.
+        rows: the numbers that its rows have in the data, or that of the one row that it is.
     """
     if array.dtype.kind not in "fc" or np.isfinite(array).all():
         return

@@ -1,4 +1,4 @@
-"""Where samples come from, read as a stream.
+"""Sources of samples, read as a stream.
 
 A source is either *rows* (`row_source`: arrays by input name whose rows are samples; batches are cut from
 them) or *feeds* (`feed_source`: one dict of arrays after another, each a batch as it is). Both are addressed
@@ -31,7 +31,7 @@ class Source(Protocol):
     exact: bool  # a batch of fewer units can't be run
 
     def samples(self, units: np.ndarray) -> int:
-        """How many samples these units hold."""
+        """The number of samples in these units."""
         ...
 
     def read(self, groups: Iterable[np.ndarray]) -> Iterator[Reading]:

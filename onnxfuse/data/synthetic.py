@@ -153,7 +153,7 @@ def _item_size(model: Model, name: str) -> int:
 
 
 def _draw(model: Model, info: TensorInfo) -> Draw:
-    """How to make values for an input."""
+    """The recipe for an input's values."""
     dtype = info.dtype
     if dtype is None or dtype.kind not in "fbiu":
         raise InputError(f"samples for input '{info.name}' cannot be made up; give real ones with --calib")

@@ -20,7 +20,7 @@ from onnxfuse.ir.saving import WeightToWrite
 from onnxfuse.ir.shapes import Shapes, TensorInfo
 
 ShapesOf = Callable[[], Shapes]
-"""Where the shapes of all tensors come from, asked for only if an edit makes a declared one doubtful."""
+"""A source of all tensors' shapes, asked for only if an edit makes a declared one doubtful."""
 
 _CONTENTS = ("node", "initializer", "sparse_initializer", "input", "output", "value_info")
 

@@ -1,4 +1,4 @@
-"""Where a tensor's bytes live, and how to get at them.
+"""The bytes of stored tensors, inline or in data files beside the model.
 
 A `TensorProto` keeps its values inline (`raw_data` or a typed field) or as a reference into a data file
 beside the model (`external_data`: location, offset, length). A reference is never followed unless somebody

@@ -12,7 +12,7 @@ from onnxfuse.ir.external_data import is_external, location, model_tensors
 
 READ_AT_ONCE = 1 << 20
 LEVEL = 6
-"""Of compression: gzip's default."""
+"""Level of compression: gzip's default."""
 
 
 @dataclass(frozen=True)

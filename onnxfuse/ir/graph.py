@@ -1,4 +1,4 @@
-"""The graph of a model: its nodes and tensors, linked, and what there is to be seen in it.
+"""The graph of a model: its nodes and tensors, linked, and the questions that can be asked of it.
 
 It is made of the original proto and of linked nodes and tensors (`nodes`). `editing` changes it, `export`
 makes protos of it, `model` is what everybody works with. Weights may be initializers, initializers that are
@@ -127,12 +127,12 @@ class Graph:
 
     @property
     def inputs(self) -> list[TensorInfo]:
-        """What a user feeds: initializers that are also listed as inputs are not among them."""
+        """The tensors that a user feeds; initializers that are also listed as inputs are not among them."""
         return [shapes.info_of(self.declared[t.name]) for t in self._inputs]
 
     @property
     def outputs(self) -> list[TensorInfo]:
-        """What a user gets, in order."""
+        """The tensors that a user gets, in order."""
         return [shapes.info_of(v) for v in self.source.graph.output]
 
     @property

@@ -22,7 +22,7 @@ Feed = dict[str, np.ndarray]
 """Arrays by the name of the input, output or inner tensor that they belong to."""
 
 LoadableModel = str | os.PathLike[str] | bytes | ModelProto
-"""What `Model.load` takes: a path, the bytes of a file, or a proto."""
+"""A model for `Model.load`: a path, the bytes of a file, or a proto."""
 
 
 class Model(EditableGraph):

@@ -99,7 +99,7 @@ class Constant(Tensor, gs.Constant):
 
     @property
     def stored(self) -> StoredValues | None:
-        """Where the values lie if they are those of the file, else None."""
+        """The values as they lie in the file; None once they were replaced."""
         return self._values if isinstance(self._values, StoredValues) else None
 
     @property
@@ -226,7 +226,7 @@ class Node(gs.Node):
 
     @property
     def label(self) -> str:
-        """How messages name it: by its name, or else its first output."""
+        """The node in messages: its name, or else its first output, and its operator."""
         return f"'{self.name or (self.outputs[0].name if self.outputs else '')}' ({self.op})"
 
     @property

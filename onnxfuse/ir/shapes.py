@@ -31,7 +31,7 @@ class TensorInfo:
 
 
 Shapes = Mapping[str, TensorInfo]
-"""What is known of tensors, by name."""
+"""Types and shapes of tensors, by name."""
 
 
 def info_of(value: ValueInfoProto) -> TensorInfo:

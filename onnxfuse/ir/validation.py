@@ -153,7 +153,7 @@ def check_functions(proto: ModelProto, what: str) -> None:
     sizes: dict[tuple[str, str], int] = {}
 
     def size(nodes: Iterable[NodeProto], depth: int) -> int:
-        """How many nodes these are when every call is replaced by what it runs."""
+        """The number of nodes once every call is replaced by the function's nodes."""
         total = 0
         for node in nodes:
             total += 1 + sum(size(body.node, depth) for body in protos.bodies(node))

@@ -21,7 +21,7 @@ from onnxfuse.numerics.similarity import freeze_share
 Mode = Literal["fit", "mean", "freeze", "mix"]
 
 RIDGE = 1e-3
-"""Of "fit", relative to the mean diagonal of the summed covariances."""
+"""The ridge of "fit", relative to the mean diagonal of the summed covariances."""
 
 
 def one_weight(

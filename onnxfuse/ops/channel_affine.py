@@ -78,7 +78,7 @@ def training_mode(node: Node) -> bool:
 def carried_channels(
     path: Sequence[Node], channels: int, op: LinearOp, shapes: Shapes, *, increasing: bool
 ) -> np.ndarray | str:
-    """The channel of (N, C, *S) behind each input feature of `op`, int64 (op.in_features,), or why there is none.
+    """For each input feature of `op` its channel of (N, C, *S), or why there is no such map.
 
     An average commutes with every affine map per channel unless it averages padding in; a maximum commutes
     with an increasing one. The rearrangements are played through on one sample that holds channel numbers.
@@ -89,6 +89,9 @@ def carried_channels(
         op: the operator that reads the features.
         shapes: of the model's tensors.
         increasing: whether the map per channel is increasing, so that a maximum commutes with it.
+
+    Returns:
+        int64 (op.in_features,), or the reason.
     """
     pools = [n for n in path if n.op in POOLS]
     moves = path[len(pools) :]

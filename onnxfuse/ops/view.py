@@ -17,7 +17,7 @@ from onnxfuse.ops.table import Key
 
 
 class NodeView:
-    """What a node says: its operator, its attributes, which optional inputs are there."""
+    """A node's operator, its attributes, and which optional inputs are there."""
 
     @property
     def key(self) -> Key:

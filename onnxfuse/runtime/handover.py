@@ -71,8 +71,8 @@ def _serialized(proto: onnx.ModelProto) -> bytes | None:
 def handed_over(proto: onnx.ModelProto, options: ort.SessionOptions) -> tuple[bytes, list[ort.OrtValue]]:
     """The bytes of a model, and the values that are handed over apart from them.
 
-    A model that fits one message has none of these. Of a larger one they are the large initializers, which are
-    put in `options`; keep them until the session is made.
+    A model that fits one message has none of these. Of a larger one they are the large initializers. They
+    are put in `options`; keep them until the session is made.
 
     Raises:
         NotApplicableError: it is too large even without its large initializers.

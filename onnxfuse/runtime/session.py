@@ -42,7 +42,7 @@ _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Runtime:
-    """Where and how models run: one provider, one number of threads. Cheap to make; makes `Session`s."""
+    """A provider and a number of threads to run models with. Cheap to make; makes `Session`s."""
 
     def __init__(self, provider: str = "auto", threads: int | None = None, device_id: int = 0) -> None:
         """Settle on a provider.

@@ -1,4 +1,4 @@
-"""Which versions of ONNX the installed ONNX Runtime accepts."""
+"""The versions of ONNX that the installed ONNX Runtime accepts, found by asking it."""
 
 from __future__ import annotations
 

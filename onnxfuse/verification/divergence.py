@@ -1,4 +1,4 @@
-"""The search for the first tensor in which two models differ."""
+"""The search for the first tensor in which two models differ, to explain a comparison that failed."""
 
 from __future__ import annotations
 

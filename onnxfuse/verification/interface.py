@@ -1,4 +1,4 @@
-"""Checks that two models have the same interface, and that one is valid."""
+"""Comparison without a run: do two models have the same inputs and outputs, and is a rewrite valid?"""
 
 from __future__ import annotations
 

@@ -166,6 +166,11 @@ def _scores(who: str, value: Any) -> np.ndarray:
 def evaluate(session: Session, batches: Iterable[Batch], metric: Metric) -> np.ndarray:
     """The score of every sample, in the order of the batches: float64 (samples,).
 
+    Args:
+        session: runs the model.
+        batches: the samples, with labels where the metric needs them.
+        metric: gives the scores of a batch.
+
     Raises:
         InputError: the metric does not suit outputs and labels, or returns too few or too many scores.
     """

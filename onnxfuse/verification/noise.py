@@ -1,4 +1,8 @@
-"""The noise floor: how far a model is from itself when nothing but rounding differs."""
+"""The noise floor: how far a model is from itself when nothing but rounding differs.
+
+`compare` says why it is the unit of tolerance and how large it may be; here are the variants that ought to
+compute the same, and the sums over them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 
 
 MULTIPLE = 8.0
-"""How many noise floors a difference may reach; the module docstring has the evidence."""
+"""The most noise floors that a difference may reach; `compare` has the evidence."""
 
 BATCH_SIZES = (1, 3)
 """Rows that the first batch is cut to, beside its full size, where the model's batch axis is dynamic."""
@@ -77,8 +81,14 @@ def _nudged(feed: Feed, random: np.random.Generator) -> Feed:
 
 
 def noise_variants(model: Model, runtime: Runtime, base: Session, **kind: Any) -> list[Run]:
-    """Runs that ought to give what `base` does, a session of `model`; `kind` are the options that it was made
-    with."""
+    """Runs that ought to give the same as a session.
+
+    Args:
+        model: the session's model.
+        runtime: made the session.
+        base: the session.
+        **kind: the options that it was made with.
+    """
     random = np.random.default_rng(0)
     runs: list[Run] = [runtime.session(model, optimize=False, **kind).run]
     if runtime.threads > 1:

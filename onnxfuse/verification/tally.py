@@ -1,4 +1,7 @@
-"""Sums over batches: differences and deviations of outputs."""
+"""Sums over batches: differences of outputs between two runs, and their deviations in one.
+
+Outputs need not be tensors: sequences and maps are tallied by element.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ def is_float(array: np.ndarray) -> bool:
 
 
 def widened(array: np.ndarray) -> np.ndarray:
+    """The array in float64, or complex128."""
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
@@ -78,6 +82,13 @@ class Tally:
         self.problem: str | None = None
 
     def add(self, name: str, a: np.ndarray, b: np.ndarray, labels: tuple[str, str]) -> None:
+        """Take in one batch.
+
+        Args:
+            name: of the output.
+            a, b: its value in both runs.
+            labels: what messages call the two.
+        """
         self.problem = self.problem or mismatch(name, a, b, labels)
         if self.problem:
             return
@@ -96,7 +107,13 @@ class Tally:
 
 
 def mismatch(name: str, a: np.ndarray, b: np.ndarray, labels: tuple[str, str]) -> str | None:
-    """A difference of kind between two arrays, or a value that no comparison survives."""
+    """A difference of kind between two arrays (type, shape, NaN, infinity), in words; None without one.
+
+    Args:
+        name: of the output.
+        a, b: the arrays.
+        labels: what the message calls the two.
+    """
     if a.dtype != b.dtype:
         return f"'{name}' is {a.dtype} in {labels[0]} and {b.dtype} in {labels[1]}"
     if a.shape != b.shape:
@@ -131,6 +148,13 @@ class Differences:
 
 
 def add_spreads(spreads: dict[str, Deviation], outputs: Mapping[str, Any], rows: int) -> None:
+    """Take one batch of outputs into their deviations.
+
+    Args:
+        spreads: by output; new ones are added.
+        outputs: the batch's.
+        rows: its number of samples.
+    """
     for name, value in outputs.items():
         for leaf, array in named_arrays(name, value):
             if is_float(array):
@@ -138,4 +162,5 @@ def add_spreads(spreads: dict[str, Deviation], outputs: Mapping[str, Any], rows:
 
 
 def quotient(value: float, unit: float) -> float:
+    """`value` in units of `unit`; of a unit of 0, infinity or 0."""
     return value / unit if unit > 0 else (np.inf if value > 0 else 0.0)

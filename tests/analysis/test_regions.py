@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxfuse.analysis.regions.check import check_geometry
-from onnxfuse.analysis.regions.growing import Growth
+from onnxfuse.analysis.regions.growing import RegionGrowth
 from onnxfuse.analysis.regions.region import Region, describe_region
 from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.ir.model import Model
@@ -768,14 +768,14 @@ def long_model(nodes: int) -> Model:
 def count_steps(monkeypatch: pytest.MonkeyPatch, model: Model) -> tuple[int, int]:
     """Regions found, and nodes looked at on the way."""
     steps = 0
-    original = Growth.step
+    original = RegionGrowth.step
 
     def counted(self: Any, index: int) -> Any:
         nonlocal steps
         steps += 1
         return original(self, index)
 
-    monkeypatch.setattr(Growth, "step", counted)
+    monkeypatch.setattr(RegionGrowth, "step", counted)
     count = len(find_regions(model)[0])
     monkeypatch.undo()
     return count, steps

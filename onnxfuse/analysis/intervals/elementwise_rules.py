@@ -1,4 +1,8 @@
-"""Intervals through element-wise operators."""
+"""Intervals through element-wise operators.
+
+Monotone functions take the bounds of their operand; those that first fall and then rise (Swish, Gelu) need
+their turning point and least value too. Curves are widened by the error of a runtime's approximation.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Intervals through operators that are affine with stored weights."""
+"""Intervals through operators that are affine with stored weights.
+
+A bound of y = W x + b takes for each product the bound of x that makes it largest; `rounding.sums` adds them
+up.
+"""
 
 from __future__ import annotations
 

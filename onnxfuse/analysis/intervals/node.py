@@ -1,4 +1,4 @@
-"""A node as the rules of intervals see it."""
+"""The view of a node that rules of intervals get, and what a rule returns."""
 
 from __future__ import annotations
 
@@ -64,4 +64,5 @@ IntervalRule = Callable[[IntervalNode], IntervalResult]
 
 
 def type_info(shapes: Shapes, tensor: Tensor) -> TensorInfo:
+    """The record of a tensor, an empty one where nothing is known of it."""
     return shapes.get(tensor.name) or TensorInfo(tensor.name, None, None)

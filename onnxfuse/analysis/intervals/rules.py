@@ -56,7 +56,7 @@ def intervals(model: Model, shapes: Shapes) -> dict[str, Interval]:
         model: the model.
         shapes: of its tensors, as `Model.shapes` or `cost.shapes_at` gives them. They are believed: where
             they have the sizes of one feed, the bounds hold for feeds of those sizes. Where a file may
-            declare inner tensors wrongly, `constants.proven_shapes` is the one to give.
+            declare inner tensors wrongly, `constant_folding.proven_shapes` is the one to give.
     """
     known: dict[str, Interval] = {}
     with np.errstate(all="ignore"):
@@ -75,6 +75,7 @@ def intervals(model: Model, shapes: Shapes) -> dict[str, Interval]:
 
 
 def node_results(site: IntervalNode) -> list[Interval | None]:
+    """Bounds of each output of a node, None for what its rule does not tell."""
     rule = RULES.get(site.key)
     try:
         found = None if rule is None else rule(site)

@@ -1,4 +1,7 @@
-"""Intervals through operators that move, pick, pool or sum elements."""
+"""Intervals through operators that move, pick, pool or sum elements.
+
+Bounds are kept by index along the axes that a rule can follow, and joined along the others.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def _average_pool(site: IntervalNode) -> Interval:
 
 
 def _count(site: IntervalNode, axes: Iterable[int]) -> int | None:
-    """How many values lie along these axes of the first input."""
+    """The number of values along these axes of the first input, None if unknown."""
     dims = site.dims(0)
     sizes = None if dims is None else _static([dims[axis] for axis in axes])
     return None if sizes is None else math.prod(sizes)
@@ -266,10 +269,12 @@ def _prefixes(before: Dims, after: Dims) -> list[tuple[int, int]]:
 
 
 def picked(site: IntervalNode) -> Interval:
+    """Bounds of a result whose elements are all among the first input's."""
     return site.at(0).hull()
 
 
 def picked_or_zero(site: IntervalNode) -> Interval:
+    """Bounds of a result whose elements are among the first input's, or 0."""
     return site.at(0).hull().union(ZERO)
 
 

@@ -1,4 +1,8 @@
-"""The check of a region's geometry: it is run alone and compared with the whole."""
+"""The check of a region's geometry by running it.
+
+The rules claim that a Conv or Gemm has v's shape for every u. Here the region and such an operator are run at
+many sizes, and their shapes compared.
+"""
 
 from __future__ import annotations
 

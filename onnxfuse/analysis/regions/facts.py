@@ -1,4 +1,4 @@
-"""What a region's search knows of tensors, and a node as its rules see it."""
+"""The facts about tensors that rules of regions may ask for, and a node as these rules see it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from onnxfuse.ops.view import ModelNodeView
 
 @dataclass
 class GraphFacts:
-    """What rules may ask about a graph: shapes, constants, and which tensors hold no data.
+    """A graph's shapes and constants, and which of its tensors hold no data.
 
     `shapes` is what is known of every tensor, a run's sizes included; `static` holds only sizes that are the
     same in every run. A tensor is `constant` if it depends on weights alone and `data_free` if it depends on
@@ -147,7 +147,13 @@ class RegionNode(ModelNodeView):
         return None if value is None else [int(v) for v in np.asarray(value).reshape(-1)]
 
     def axis_of(self, name: str, default: int, rank: int | None) -> int | None:
-        """An axis attribute counted from the front; None if it is negative and the rank unknown."""
+        """An axis attribute counted from the front; None if it is negative and the rank unknown.
+
+        Args:
+            name: the attribute.
+            default: its value where it is not given.
+            rank: of the tensor, None if unknown.
+        """
         axis = int(self.attribute(name, default))
         if axis >= 0:
             return axis
@@ -167,7 +173,15 @@ class Entry:
 
 
 def sample(flow: Flow, reason: str, *, rank: int | None, curved: bool = False, tail: bool = False) -> Flow:
-    """The flow with its geometry lost, for a reason."""
+    """A flow with its geometry lost.
+
+    Args:
+        flow: that of the operand.
+        reason: why it is lost.
+        rank: of the result.
+        curved: whether the operator is not affine.
+        tail: whether the result can be v.
+    """
     return replace(
         flow,
         view=DataView.SAMPLE,
@@ -182,7 +196,7 @@ def sample(flow: Flow, reason: str, *, rank: int | None, curved: bool = False, t
 
 
 def join(flows: Sequence[Flow]) -> Flow | str:
-    """Tensors that meet element by element, as one flow, or the reason why they can't meet."""
+    """The flow of tensors that meet element by element, or the reason why they can't meet."""
     first = flows[0]
     for second in flows[1:]:
         met = _meet(first, second)

@@ -56,8 +56,8 @@ class _Part:
         other.nodes = []
 
 
-class Growth:
-    """One growth from u, see the module's docstring."""
+class RegionGrowth:
+    """The growth of regions from one u (see the module's docstring)."""
 
     def __init__(
         self, graph: IndexedGraph, u: Tensor, view: DataView, *, max_ops: int, max_nodes: int
@@ -192,6 +192,13 @@ class Growth:
         return bool(tensor.name) and (bool(self.graph.readers(tensor)) or tensor.name in self.graph.outputs)
 
     def admit(self, index: int, node: Node, parts: Sequence[_Part], result: Sequence[Flow | None]) -> _Part:
+        """The part that a node is in once it is taken in; regions that end at it are noted.
+
+        Args:
+            index, node: the node.
+            parts: those it reads, which become one.
+            result: the flows of its outputs.
+        """
         part = parts[0] if parts else _Part()
         was_gated = part.gated and len(parts) == 1 and self.u not in node.inputs
         for other in parts[1:]:
@@ -222,7 +229,13 @@ class Growth:
         return part
 
     def consider(self, part: _Part, node: Node, live: Sequence[tuple[Tensor, Flow]]) -> None:
-        """Note the region that ends here, if one does."""
+        """Note the region that ends at a node, if one does.
+
+        Args:
+            part: the node's.
+            node: the last of the part.
+            live: its outputs with their flows.
+        """
         used = [(t, f) for t, f in live if self.is_used(t)]
         if len(used) != 1 or part.open_edges != len(self.graph.readers(used[0][0])):
             return
@@ -246,7 +259,13 @@ class Growth:
         self.found[tensor] = region
 
     def region(self, part: _Part, v: Tensor, flow: Flow) -> Region | str:
-        """The region that ends at v, or why no affine operator of ours can stand for it."""
+        """The region that ends at v, or why no affine operator of ours can stand for it.
+
+        Args:
+            part: its nodes.
+            v: the tensor that leaves.
+            flow: that of v.
+        """
         kind = self.kind(v, flow)
         if isinstance(kind, _Reason):
             return kind.text

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from onnxfuse.analysis.regions.growing import Growth
+from onnxfuse.analysis.regions.growing import RegionGrowth
 from onnxfuse.analysis.regions.indexed_graph import IndexedGraph, natural_view
 from onnxfuse.analysis.regions.linear_rules import TRANSPARENT
 from onnxfuse.analysis.regions.region import Region, site_name
@@ -77,7 +77,7 @@ class _Search:
         reached: dict[int, str] = {}
         for u, views in self.candidates().items():
             for view in views:
-                growth = Growth(self.graph, u, view, max_ops=self.max_ops, max_nodes=self.max_nodes)
+                growth = RegionGrowth(self.graph, u, view, max_ops=self.max_ops, max_nodes=self.max_nodes)
                 growth.run()
                 regions += growth.regions()
                 for start in growth.starts:

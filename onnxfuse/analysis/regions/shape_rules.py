@@ -1,4 +1,7 @@
-"""Flows through operators that rearrange."""
+"""Flows through operators that rearrange: they move, cut, join, repeat or drop axes and elements.
+
+A map stays one as long as its layout can be told, tokens as long as the last axis is whole.
+"""
 
 from __future__ import annotations
 

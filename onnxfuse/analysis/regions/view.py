@@ -1,4 +1,4 @@
-"""Views and flows: how a tensor of a region lies over its input."""
+"""Views and flows: how a tensor of a region lies over its input (see `rules`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLDED_ELEMENTS = 2**16  # plumbing values are small; anything larger is not wor
 
 
 class DataView(enum.Enum):
-    """What is known of the axes of a tensor inside a region."""
+    """The axes of a tensor inside a region as far as they are known (see `rules`)."""
 
     MAP = "map"
     SAMPLE = "sample"
@@ -31,7 +31,7 @@ class Flow:
 
     Attributes:
         view: what is known of its axes.
-        layout, axes: of a map, see the module's docstring.
+        layout, axes: of a map, see `rules`.
         rank, features: of the tensor, where known.
         lost: of a sample, why it is no map.
         linears: bit i is set if the region's i-th linear operator is among its ancestors.
