@@ -15,6 +15,9 @@ from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.protos import attribute_value, operator_key
 from onnxfuse.ops.table import Key
 
+TO_THE_END = 2**31 - 1
+"""A Slice bound of this size or more lies behind every axis."""
+
 
 class NodeView:
     """A node's operator, its attributes, and which optional inputs are there."""

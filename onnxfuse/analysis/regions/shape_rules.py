@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnxfuse.analysis.regions.facts import Entry, FlowResult, RegionNode, join, sample
-from onnxfuse.analysis.regions.view import TO_THE_END, DataView, Flow, Layout, Shape
+from onnxfuse.analysis.regions.view import DataView, Flow, Layout, Shape
 from onnxfuse.ir.shapes import AxisSize
 from onnxfuse.numerics.receptive_field import Axis
+from onnxfuse.ops.view import TO_THE_END
 
 
 def _transpose(site: RegionNode) -> FlowResult:

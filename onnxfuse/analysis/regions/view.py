@@ -11,7 +11,6 @@ from onnxfuse.ops.table import OPS, Kind
 
 Shape = tuple[AxisSize, ...]
 Layout = tuple[str | int | None, ...]
-TO_THE_END = 2**31 - 1  # a Slice end of this size or more means "to the end"
 COUNTING, DRAWING = OPS.of_kind(Kind.SHAPE), OPS.of_kind(Kind.RANDOM)
 FOLDED_ELEMENTS = 2**16  # plumbing values are small; anything larger is not worth evaluating here
 
