@@ -16,7 +16,7 @@ from onnxfuse.errors import InputError
 from onnxfuse.ir import protos, shapes
 from onnxfuse.ir.graph import Graph
 from onnxfuse.ir.nodes import Constant, Node, Tensor
-from onnxfuse.ir.saving import WeightToWrite
+from onnxfuse.ir.saving import StoredWeight
 from onnxfuse.ir.shapes import Shapes, TensorInfo
 
 ShapesOf = Callable[[], Shapes]
@@ -48,18 +48,18 @@ def shell(graph: Graph, shapes_of: ShapesOf) -> ModelProto:
     return result
 
 
-def weights(graph: Graph) -> list[WeightToWrite]:
+def weights(graph: Graph) -> list[StoredWeight]:
     """The dense initializers as `saving.save` takes them, edited values not yet turned into protos."""
     return [_weight(tensor) for tensor in graph.initializers if not is_sparse(tensor)]
 
 
-def _weight(tensor: Constant) -> WeightToWrite:
+def _weight(tensor: Constant) -> StoredWeight:
     if tensor.stored is not None or tensor.dtype == object:
-        return WeightToWrite(tensor.proto())
+        return StoredWeight(tensor.proto())
     elem_type = helper.np_dtype_to_tensor_dtype(tensor.dtype)
     proto = TensorProto(name=tensor.name, data_type=elem_type, dims=tensor.shape)
     tensor.copy_notes(proto)
-    return WeightToWrite(proto, tensor.values, tensor.origin is not None and tensor.origin.external)
+    return StoredWeight(proto, tensor.values, tensor.origin is not None and tensor.origin.external)
 
 
 def between(

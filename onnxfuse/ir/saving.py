@@ -32,7 +32,7 @@ _PAGE = 4096  # alignment of tensors in a data file, so that a runtime can map t
 
 
 @dataclass(frozen=True)
-class WeightToWrite:
+class StoredWeight:
     """An initializer to write: `proto` as it is, or with `array` for its values."""
 
     proto: TensorProto
@@ -48,7 +48,7 @@ class WeightToWrite:
 
 
 def save(
-    path: Path, shell: ModelProto, weights: Sequence[WeightToWrite], folder: Path | None, source: Path | None
+    path: Path, shell: ModelProto, weights: Sequence[StoredWeight], folder: Path | None, source: Path | None
 ) -> None:
     """Writes a model atomically.
 
@@ -118,8 +118,8 @@ class _Move:
 
 
 def _plan(
-    path: Path, shell: ModelProto, weights: Sequence[WeightToWrite], folder: Path | None
-) -> tuple[str, list[_Move], list[TensorProto | WeightToWrite]]:
+    path: Path, shell: ModelProto, weights: Sequence[StoredWeight], folder: Path | None
+) -> tuple[str, list[_Move], list[TensorProto | StoredWeight]]:
     """The data file's name, the values that move into it, and the initializers in order, moved ones too."""
     stay = folder is not None and _same(folder, path.parent)
     used: set[Path] = set()
@@ -136,7 +136,7 @@ def _plan(
             refer(tensor)
     overflow = shell.ByteSize() + sum(w.nbytes for w in weights) > PROTOBUF_LIMIT
     values: list[_Move] = []
-    kept: list[TensorProto | WeightToWrite] = []
+    kept: list[TensorProto | StoredWeight] = []
     for weight in weights:
         if weight.array is None and external_data.is_external(weight.proto):
             kept.append(proto := _copy(weight.proto))
@@ -154,7 +154,7 @@ def _plan(
     return _data_name(path, used), moves, kept
 
 
-def _goes_out(weight: WeightToWrite, overflow: bool) -> bool:
+def _goes_out(weight: StoredWeight, overflow: bool) -> bool:
     if weight.array is None:
         fixed = weight.proto.data_type in external_data.BITS
         return overflow and fixed and weight.nbytes > INLINE
@@ -176,7 +176,7 @@ def _copy(proto: TensorProto) -> TensorProto:
     return copied
 
 
-def _reference_shell(weight: WeightToWrite) -> TensorProto:
+def _reference_shell(weight: StoredWeight) -> TensorProto:
     """The weight's proto with everything but values; the reference is filled in when they are written."""
     like = weight.proto
     shell = TensorProto(name=like.name, data_type=like.data_type, dims=like.dims)
@@ -265,7 +265,7 @@ _GRAPH = ModelProto.DESCRIPTOR.fields_by_name["graph"].number
 _INITIALIZER = GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
 
 
-def _write_model(file: BinaryIO, shell: ModelProto, weights: Sequence[TensorProto | WeightToWrite]) -> None:
+def _write_model(file: BinaryIO, shell: ModelProto, weights: Sequence[TensorProto | StoredWeight]) -> None:
     """Serializes `shell` with the weights as its initializers, one at a time."""
     head = ModelProto()
     protos.copy_fields(shell, head, ("graph",))
@@ -285,7 +285,7 @@ def _write_model(file: BinaryIO, shell: ModelProto, weights: Sequence[TensorProt
         file.write(tensor.SerializeToString())
 
 
-def _inline(weight: WeightToWrite) -> TensorProto:
+def _inline(weight: StoredWeight) -> TensorProto:
     if weight.array is None:
         return weight.proto
     tensor = numpy_helper.from_array(weight.array, weight.proto.name)
