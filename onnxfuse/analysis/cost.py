@@ -215,7 +215,7 @@ def dimension_sizes(model: Model, feed: Feed, runtime: Runtime) -> dict[str, int
         runtime: runs the model.
 
     Raises:
-        InputError, NotApplicableError: as `observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
     """
     sizes: dict[str, int] = {}
     for info in model.inputs:
@@ -249,7 +249,7 @@ def shapes_at(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInf
         runtime: runs the model.
 
     Raises:
-        InputError, NotApplicableError: as `observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
     """
     return _concrete(observed_shapes.shapes_on(model, feed, runtime), dimension_sizes(model, feed, runtime))
 
@@ -263,7 +263,7 @@ def measure(model: Model, feed: Feed, runtime: Runtime) -> Cost:
         runtime: runs it, for shapes that inference leaves open.
 
     Raises:
-        InputError, NotApplicableError: as `observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
     """
     return count(
         model, observed_shapes.shapes_on(model, feed, runtime), dimension_sizes(model, feed, runtime)

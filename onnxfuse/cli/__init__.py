@@ -4,7 +4,7 @@
 goes to which stream. ONNX and ONNX Runtime are imported by the commands that need them, so that help comes at
 once.
 
-The highest floor: nothing but `onnxfuse.__main__` imports it.
+The highest floor: only `python -m onnxfuse` imports it.
 """
 
 from onnxfuse.cli.app import main

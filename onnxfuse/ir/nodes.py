@@ -8,7 +8,7 @@ out, byte for byte; where something did, only those fields are replaced.
 Three things differ from plain GraphSurgeon, because in a graph under edit identity is what matters:
 
 - Nodes and tensors compare and hash by identity.
-- A subgraph (the body of an `If`, `Loop`, `Scan`) stays a `GraphProto` in `node.attrs`, not to be changed
+- A subgraph (the body of an `If`, `Loop`, `Scan`) stays a `GraphProto` in its attributes, not to be changed
   but replaced (`Model.set_body`). The names that it captures from outside count as uses by its node.
 - Reading a `Constant` loads its values and keeps nothing: a model costs what its edits cost.
 """

@@ -50,7 +50,7 @@ def find_regions(
 
     Args:
         model: is not changed.
-        shapes: of `observed_shapes.shapes_on`; None takes `Model.shapes()`, which may leave per-token
+        shapes: of `runtime.observed_shapes.shapes_on`; None takes `Model.shapes()`, which may leave per-token
             regions with reshapes undecided.
         max_ops: most linear operators in a region.
         max_nodes: most nodes in a growth.
