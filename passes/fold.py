@@ -45,7 +45,7 @@ from onnxfuse.ops.channel_affine import (
     training_mode,
 )
 from onnxfuse.ops.linear import (
-    LINEAR,
+    LINEAR_OPERATORS,
     LinearOp,
     is_main_domain,
     is_shared,
@@ -663,7 +663,7 @@ def constant_if(folding: Folding, node: Node) -> Outcome:
 RULES: dict[str, tuple[Rule, ...]] = dict.fromkeys(OPERATORS, (remove_no_op,))
 for _name in AFFINE_OPERATORS:
     RULES[_name] = (*RULES.get(_name, ()), fold_affine)
-for _name in LINEAR:
+for _name in LINEAR_OPERATORS:
     RULES[_name] = (join_linear,)
 RULES["Transpose"] += (join_transposes,)
 RULES["Reshape"] += (join_reshapes,)

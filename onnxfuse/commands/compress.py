@@ -28,7 +28,7 @@ from onnxfuse.ir.file_size import FileSize, file_size
 from onnxfuse.ops.finite import check_finite
 from onnxfuse.pipeline import recipe as recipes
 from onnxfuse.pipeline.base import Context, Pass
-from onnxfuse.pipeline.instruments import Dumps, Instrument, Journal
+from onnxfuse.pipeline.instruments import Dumps, Instrument, JournalFile
 from onnxfuse.pipeline.manager import PassManager
 from onnxfuse.pipeline.recipe import Passes, Settings
 from onnxfuse.pipeline.records import Outcome
@@ -38,10 +38,9 @@ from onnxfuse.results import Report, Result
 from onnxfuse.runtime.session import Runtime
 
 if TYPE_CHECKING:
-    from onnxfuse.ir.model import Model
+    from onnxfuse.ir.model import Feed, Model
     from onnxfuse.progress import Progress
     from onnxfuse.pytorch.training.retraining import Retrained
-    from onnxfuse.runtime.session import Feed
 
 DEFAULT_PASSES = "fold,fuse"
 SLOWER = "SLOWER THAN THE ORIGINAL"
@@ -167,7 +166,7 @@ def _dumping(folder: PathOrText | None, context: Context) -> list[Instrument]:
     """What writes the models between passes to a folder, and the journal, which `context` is given, too."""
     if folder is None:
         return []
-    journal = Journal(Path(folder) / "journal.jsonl")
+    journal = JournalFile(Path(folder) / "journal.jsonl")
     context.journal = journal
     return [Dumps(Path(folder)), journal]
 

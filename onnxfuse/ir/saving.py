@@ -78,7 +78,7 @@ def save(
 
 
 def check_target(path: Path, source: Path | None) -> None:
-    """Refuses a place that a model can't be written to: for whoever wants to know before a long run.
+    """Refuses a path that a model can't be written to, so that a long run need not end in vain.
 
     Raises:
         InputError: the folder is missing or not writable, or the target is a folder, a device, or the source.
@@ -120,7 +120,7 @@ class _Move:
 def _plan(
     path: Path, shell: ModelProto, weights: Sequence[StoredWeight], folder: Path | None
 ) -> tuple[str, list[_Move], list[TensorProto | StoredWeight]]:
-    """What moves into the data file and what stays: (data file's name, moves, initializers in order)."""
+    """The data file's name, the values that move into it, and the initializers in order, moved ones too."""
     stay = folder is not None and _same(folder, path.parent)
     used: set[Path] = set()
     ranges: dict[Reference, _Move] = {}
@@ -266,7 +266,7 @@ _INITIALIZER = GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
 
 
 def _write_model(file: BinaryIO, shell: ModelProto, weights: Sequence[TensorProto | StoredWeight]) -> None:
-    """Serialises `shell` with the weights as its initializers, one at a time."""
+    """Serializes `shell` with the weights as its initializers, one at a time."""
     head = ModelProto()
     protos.copy_fields(shell, head, ("graph",))
     body = shell.graph.SerializeToString()

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from onnxfuse.data.calibration import Batch, Calibration, Data
 from onnxfuse.errors import InputError, VerificationError
-from onnxfuse.ir.model import Model, Source
+from onnxfuse.ir.model import LoadableModel, Model
 from onnxfuse.pytorch.bridge.tensors import to_array, to_tensor, torch_type
 from onnxfuse.pytorch.bridge.weights import Weight, stored
 from onnxfuse.runtime.session import Runtime
@@ -29,7 +29,7 @@ _SAMPLES = 4
 
 
 def from_torch(
-    module: nn.Module, model: Model | Source, *, calib: Data = None, provider: str = "auto"
+    module: nn.Module, model: Model | LoadableModel, *, calib: Data = None, provider: str = "auto"
 ) -> Model:
     """A copy of the model with the module's weights, its BatchNorm statistics included.
 

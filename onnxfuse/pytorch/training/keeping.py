@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from onnxfuse.ir.marks import VALUES, ZEROS, kept
+from onnxfuse.ir.marks import VALUES, ZEROS, promises
 from onnxfuse.ir.model import Model
 from onnxfuse.pytorch.bridge.weights import stored
 
@@ -30,7 +30,7 @@ def projection(module: nn.Module, model: Model) -> Projection | None:
     keys = {weight.name: weight.key for weight in stored(model) if not weight.scope}
     promised: dict[str, set[str]] = {}
     for node in model.nodes:
-        marks = kept(node) & {ZEROS, VALUES}
+        marks = promises(node) & {ZEROS, VALUES}
         if marks and len(node.inputs) > 1 and node.inputs[1].name in keys:
             promised.setdefault(keys[node.inputs[1].name], set()).update(marks)
     trained = dict(module.named_parameters())

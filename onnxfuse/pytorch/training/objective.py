@@ -30,7 +30,7 @@ from torch import Tensor
 
 from onnxfuse.data.calibration import Batch
 from onnxfuse.errors import InputError, NotApplicableError, unknown_name
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.pytorch.bridge.tensors import to_tensor
 from onnxfuse.pytorch.training.labels import Labels
 from onnxfuse.pytorch.training.losses import (
@@ -43,7 +43,7 @@ from onnxfuse.pytorch.training.losses import (
 from onnxfuse.pytorch.training.sampling import Pool, Shuffled
 from onnxfuse.pytorch.training.scores import find_scores, is_activated, softmax_of
 from onnxfuse.runtime.feeds import format_shape
-from onnxfuse.runtime.session import Feed, Runtime, Session
+from onnxfuse.runtime.session import Runtime, Session
 from onnxfuse.verification.interface import interface_problems
 
 KINDS = ("ce", "mse", "distill")

@@ -19,8 +19,8 @@ import torch
 from torch import fx
 
 from onnxfuse.analysis.normalization import lacks_normalization
-from onnxfuse.data.calibration import Batches, Samples
-from onnxfuse.data.sources import batch_axes, fixed_batch
+from onnxfuse.data.batch_axes import batch_axes, fixed_batch
+from onnxfuse.data.calibration import BatchStream, Samples
 from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.ir.model import Model
 from onnxfuse.numerics.significance import PairedDifference
@@ -75,7 +75,7 @@ def retrain(
     *,
     teacher: Model | None = None,
     checkpoint: Path | None = None,
-    unseen: Batches | None = None,
+    unseen: BatchStream | None = None,
     progress: Progress | None = None,
 ) -> Retrained:
     """Retrain a model.
@@ -108,7 +108,7 @@ class _Retrainer:
         training: Training,
         runtime: Runtime,
         teacher: Model | None,
-        unseen: Batches | None,
+        unseen: BatchStream | None,
         progress: Progress | None,
         device: torch.device,
     ) -> None:
@@ -307,7 +307,7 @@ def _losses(trained: Trained) -> str:
 # --- details ------------------------------------------------------------------------------------------------
 
 
-def _digests(model: Model, batches: Batches | None) -> set[bytes]:
+def _digests(model: Model, batches: BatchStream | None) -> set[bytes]:
     if batches is None:
         return set()
     return {digest for batch in batches for digest in sample_digests(batch.feed, model.inputs)}

@@ -1,12 +1,12 @@
 """Samples for training: every one once in an epoch, in an order drawn anew for each.
 
-A stream (`data.calibration.Batches`) reads well from end to end and badly in random order: a shuffled epoch
-of an `.npz` takes 100 times as long as one in order, since a zip member can only be read forwards. So a
-`Pool` reads the stream once, which also checks all values before training starts, and keeps it: in memory up
-to `MEMORY_LIMIT`, beyond that in a temporary file that gives any row at once. `Shuffled` cuts mini-batches
-from a pool.
+A stream (`data.calibration.BatchStream`) reads well from end to end and badly in random order: a shuffled epoch
+of an `.npz` takes 100 times as long as one in order, since a zip member can only be read forwards. So a `Pool`
+reads the stream once, which also checks all values before training starts, and keeps it: in memory up to
+`MEMORY_LIMIT`, beyond that in a temporary file that gives any row at once. `Shuffled` cuts mini-batches from a
+pool.
 
-Rows are recombined freely. Feeds (`data.sources.Feeds`) stay the batches they are, because the rows of one
+Rows are recombined freely. Feeds (`FeedSource`) stay the batches they are, because the rows of one
 may belong together; only their order is drawn.
 """
 
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxfuse.data.calibration import Batch, Batches
-from onnxfuse.data.sources import Rows, batch_axes
+from onnxfuse.data.batch_axes import batch_axes
+from onnxfuse.data.calibration import Batch, BatchStream
+from onnxfuse.data.row_source import RowSource
 from onnxfuse.errors import InputError
+from onnxfuse.ir.model import Feed
 from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.progress import NoProgress, Progress
-from onnxfuse.runtime.session import Feed
 from onnxfuse.runtime.spool import Spool
 
 MEMORY_LIMIT = 1 << 30
@@ -50,7 +51,7 @@ class Pool:
 
     def __init__(
         self,
-        batches: Batches,
+        batches: BatchStream,
         inputs: Sequence[TensorInfo],
         *,
         without: Collection[bytes] = (),
@@ -71,7 +72,7 @@ class Pool:
             InputError: a value is NaN or infinite, a file is cut short, or temporary space has run out.
         """
         source, self._numbers = batches._source, batches._units
-        self._row_by_row = isinstance(source, Rows)
+        self._row_by_row = isinstance(source, RowSource)
         self.whole = source.batch is not None and not source.exact
         self.step = source.batch if source.exact else None
         self._axes = batch_axes(inputs)
