@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxfuse.pipeline.instruments import plain
+from onnxfuse.pipeline.instruments import json_value
 from onnxfuse.wording import counted, in_bytes, in_macs, milliseconds, printable, rounded, whole
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, np.dtype) else plain(value)
+    return str(value) if isinstance(value, np.dtype) else json_value(value)
 
 
 # --- how records show themselves ----------------------------------------------------------------------------

@@ -31,8 +31,8 @@ from onnxfuse.errors import InputError
 from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.input_rows import input_rows
 from onnxfuse.fitting.rewriting import Mask, finished, first_feed, nothing, settled, unmeasurable, walked
-from onnxfuse.fitting.search import Found
-from onnxfuse.fitting.sites import MOST_COLUMNS, check_mask
+from onnxfuse.fitting.search import SearchResult
+from onnxfuse.fitting.sites import MOST_UNKNOWNS, check_mask
 from onnxfuse.fitting.walk import Solved
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Variable
@@ -128,7 +128,9 @@ class Autoencode(Pass):
         ]
         share = sum(plan.after for plan in plans) / sum(plan.before for plan in plans)
         note = f"{share:.3g} of the parameters of {len(plans)} operators are left"
-        return finished(model, Found(settled(made, changes, solved, left, own=decoders), [note]), skipped)
+        return finished(
+            model, SearchResult(settled(made, changes, solved, left, own=decoders), [note]), skipped
+        )
 
     # Which operators, and how narrow
 
@@ -163,7 +165,7 @@ class Autoencode(Pass):
             return "a grouped convolution"
         if op.pads is None:
             return "its pads depend on an input size that isn't static"
-        if op.columns > MOST_COLUMNS:
+        if op.columns > MOST_UNKNOWNS:
             return f"{op.columns} unknowns for each output are too many to solve for"
         relu = self.options.activation == "relu"
         full = min(op.columns, op.out_features)

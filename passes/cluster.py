@@ -36,7 +36,7 @@ from onnxfuse.fitting.rewriting import (
     walked,
     within_bound,
 )
-from onnxfuse.fitting.search import Found
+from onnxfuse.fitting.search import SearchResult
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.ir.marks import VALUES, ZEROS, keep, kept
 from onnxfuse.ir.model import Model
@@ -110,7 +110,7 @@ class Cluster(Pass):
             where = named(self.options.only)
             return nothing(model, skipped, f"no weight of this model{where} can be clustered")
         if self.options.values is not None:
-            found = Found(self._clustered(model, weights, done, self.options.values, context))
+            found = SearchResult(self._clustered(model, weights, done, self.options.values, context))
         else:
             found = within_bound(
                 LEVELS,

@@ -28,7 +28,7 @@ from onnxfuse.analysis.layers import Layer
 from onnxfuse.findings import Change, Skip
 from onnxfuse.growth.block_copies import copy_block
 from onnxfuse.growth.deepening import add_branches, add_identities, attach, detach, unused_prefix
-from onnxfuse.growth.depth import DeepeningSite, Scheme, find_sites
+from onnxfuse.growth.depth import DeepeningSite, DepthScheme, find_sites
 from onnxfuse.ir.model import Model
 from onnxfuse.pipeline import choosing
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
@@ -45,7 +45,7 @@ class DeepenOptions(PassOptions):
         description="behind which operators with weights, or residual sums, by name or pattern, and how many "
         "times; all: every residual sum, or in a network that has none every operator",
     )
-    scheme: Scheme = Field("r2r", description="residual branches that are zero; identity layers")
+    scheme: DepthScheme = Field("r2r", description="residual branches that are zero; identity layers")
     inner: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         [1.0],
         min_length=1,

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from onnxfuse.findings import Change, Skip
-from onnxfuse.growth.kernels import enlarge, find_kernels, obstacle
+from onnxfuse.growth.kernels import enlarge, find_kernels, kernel_obstacle
 from onnxfuse.ir.model import Model
 from onnxfuse.pipeline import choosing
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
@@ -56,7 +56,7 @@ class Kernel(Pass):
         asked = choosing.choose(self.options.sites, known, "convolution")
         for weight, (words, size) in asked.items():
             names = tuple(known[weight])
-            reason = obstacle(model, weight, size, shapes)
+            reason = kernel_obstacle(model, weight, size, shapes)
             if reason is None:
                 changes.append(Change(names, enlarge(model, weight, size, shapes)))
                 done.append(words)

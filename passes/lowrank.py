@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from onnxfuse.channels.consumers import View
+from onnxfuse.channels.consumers import RowView
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.factoring import Product, find_products, measured, put_factors, rank_costs
@@ -37,7 +37,7 @@ from onnxfuse.fitting.rewriting import (
     walked,
     within_bound,
 )
-from onnxfuse.fitting.search import Found
+from onnxfuse.fitting.search import SearchResult
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.fitting.walk import Solved
 from onnxfuse.ir.model import Model
@@ -188,7 +188,9 @@ class Lowrank(Pass):
 
     # How far
 
-    def _at_rank(self, model: Model, splits: Sequence[_Split], asked: int | float, context: Context) -> Found:
+    def _at_rank(
+        self, model: Model, splits: Sequence[_Split], asked: int | float, context: Context
+    ) -> SearchResult:
         """Every product at this rank, or at this share of its full rank."""
         ranks: list[int | None] = []
         left = []
@@ -199,9 +201,9 @@ class Lowrank(Pass):
                 reason = f"rank {rank} would not make it smaller: at most {product.most} does"
                 left.append(Skip((product.name,), reason))
         made = self._factored(model, splits, ranks, context)
-        return Found(replace(made, skipped=left + made.skipped))
+        return SearchResult(replace(made, skipped=left + made.skipped))
 
-    def _within_budget(self, model: Model, splits: Sequence[_Split], context: Context) -> Found:
+    def _within_budget(self, model: Model, splits: Sequence[_Split], context: Context) -> SearchResult:
         """A share of the parameters or of the MACs."""
         what = "parameters" if self.options.params is not None else "MACs"
         share = self.options.params if self.options.params is not None else self.options.macs
@@ -210,7 +212,7 @@ class Lowrank(Pass):
         goal = share * costs.unfactored
         saving = costs.now - goal
         if saving <= 0:
-            return Found(None, [f"{costs.now / costs.unfactored:.3g} of the {what} are left already"])
+            return SearchResult(None, [f"{costs.now / costs.unfactored:.3g} of the {what} are left already"])
         for _ in range(ATTEMPTS):
             ranks = allocate([split.lost for split in splits], costs.unit, costs.full, saving)
             if ranks is None:
@@ -218,14 +220,14 @@ class Lowrank(Pass):
             made = self._factored(model, splits, ranks, context)
             rest = measured(made.model, context, what)
             if rest <= goal:
-                return Found(made, [f"{rest / costs.unfactored:.3g} of the {what} are left"])
+                return SearchResult(made, [f"{rest / costs.unfactored:.3g} of the {what} are left"])
             saving += rest - goal
         raise VerificationError(
             f"{share:g} of the {what} can't be met: rank 1 throughout leaves "
             f"{costs.least / costs.unfactored:.3g}"
         )
 
-    def _within_error(self, model: Model, splits: Sequence[_Split], context: Context) -> Found:
+    def _within_error(self, model: Model, splits: Sequence[_Split], context: Context) -> SearchResult:
         """As few parameters as the bound on the output error allows."""
         products = [split.product for split in splits]
         costs = rank_costs(model, products, context, "parameters", self.name)
@@ -237,7 +239,7 @@ class Lowrank(Pass):
             if saving > 0 and plan is not None:
                 plans[level] = plan
         if not plans:
-            return Found(None, ["no rank below those that are there makes the model smaller by much"])
+            return SearchResult(None, ["no rank below those that are there makes the model smaller by much"])
         return within_bound(
             list(plans),
             lambda level: self._factored(model, splits, plans[level], context),
@@ -277,12 +279,12 @@ class Lowrank(Pass):
         return settled(made, changes, solved, skipped, own=chosen)
 
 
-def _view(op: LinearOp, shapes: Mapping[str, TensorInfo]) -> View:
+def _view(op: LinearOp, shapes: Mapping[str, TensorInfo]) -> RowView:
     """Rows of what an operator gives."""
     shape = shapes[op.y].shape
     assert shape is not None
     axis = 1 if op.kind == "conv" else len(shape) - 1
-    return View(op.y, axis, op.out_features, token=op.kind == "token")
+    return RowView(op.y, axis, op.out_features, token=op.kind == "token")
 
 
 def _change(split: _Split, rank: int, node: Node, solved: Sequence[Solved], method: str) -> Change:

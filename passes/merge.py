@@ -52,7 +52,7 @@ from onnxfuse.fitting.rewriting import (
     unmeasurable,
     walked,
 )
-from onnxfuse.fitting.search import Found, farthest
+from onnxfuse.fitting.search import SearchResult, farthest
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.fitting.trials import Trials
 from onnxfuse.ir.marks import GRADIENT_KEY, kept
@@ -277,10 +277,10 @@ class Merge(Pass):
 
     # How many
 
-    def _chosen(self, model: Model, plan: _Plan, context: Context) -> Found:
+    def _chosen(self, model: Model, plan: _Plan, context: Context) -> SearchResult:
         """The model with as many layers merged as asked for, or as the bound allows."""
         if self.contract is Contract.EXACT:
-            return Found(self._merged(model, plan, len(plan.steps), context))
+            return SearchResult(self._merged(model, plan, len(plan.steps), context))
         if self.options.layers is not None:
             return self._within_layers(model, plan, self.options.layers, context)
         if self.options.params is not None:
@@ -297,7 +297,7 @@ class Merge(Pass):
             event=("merge probe", "merged"),
         )
 
-    def _within_layers(self, model: Model, plan: _Plan, share: float, context: Context) -> Found:
+    def _within_layers(self, model: Model, plan: _Plan, share: float, context: Context) -> SearchResult:
         """The model in which this share of the layers has lost a weight of its own."""
         wanted = max(round(share * plan.total) - plan.already, 0)
         if wanted > len(plan.steps):
@@ -306,11 +306,11 @@ class Merge(Pass):
                 f"{plan.already + len(plan.steps)} have another that is like them"
             )
         if not wanted:
-            return Found(None, [f"{plan.already} of {plan.total} layers share already"])
+            return SearchResult(None, [f"{plan.already} of {plan.total} layers share already"])
         note = f"{plan.already + wanted} of {plan.total} layers have no weight of their own"
-        return Found(self._merged(model, plan, wanted, context), [note])
+        return SearchResult(self._merged(model, plan, wanted, context), [note])
 
-    def _within_params(self, model: Model, plan: _Plan, share: float, context: Context) -> Found:
+    def _within_params(self, model: Model, plan: _Plan, share: float, context: Context) -> SearchResult:
         """The model with at most this share of the parameters left."""
         full = cost_of(model, {}).parameters
         rest = full - np.cumsum([plan.layers[step.others[0]].size for step in plan.steps])
@@ -322,7 +322,7 @@ class Merge(Pass):
             )
         made = self._merged(model, plan, int(enough[0]) + 1, context)
         note = f"{cost_of(made.model, {}).parameters / full:.3g} of the parameters are left"
-        return Found(made, [note])
+        return SearchResult(made, [note])
 
     # Making it
 

@@ -29,7 +29,7 @@ from onnxfuse.fitting.rewriting import (
     walked,
     within_bound,
 )
-from onnxfuse.fitting.search import Found
+from onnxfuse.fitting.search import SearchResult
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.ir.marks import ZEROS, keep
 from onnxfuse.ir.model import Model
@@ -73,7 +73,7 @@ class Prune(Pass):
             where = named(self.options.only)
             return nothing(model, skipped, f"no weight of this model{where} can be pruned")
         if self.options.amount is not None:
-            found = Found(self._pruned(model, weights, self.options.amount, context))
+            found = SearchResult(self._pruned(model, weights, self.options.amount, context))
         else:
             found = within_bound(
                 LEVELS,

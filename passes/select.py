@@ -30,8 +30,8 @@ from pydantic import Field, PositiveInt
 from onnxfuse.analysis.cost import shapes_at
 from onnxfuse.analysis.intervals.rules import intervals
 from onnxfuse.channels import budget
-from onnxfuse.channels.budget import Curve, Total, Widths
-from onnxfuse.channels.consumers import Consumer, View, consumers
+from onnxfuse.channels.budget import LossCurve, Total, Widths
+from onnxfuse.channels.consumers import Consumer, RowView, consumers
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
 from onnxfuse.channels.importance import Ranking, Statistics, magnitudes, rank
@@ -51,7 +51,7 @@ from onnxfuse.fitting.rewriting import (
     settled,
     walked,
 )
-from onnxfuse.fitting.search import Found, error_bound, farthest
+from onnxfuse.fitting.search import SearchResult, error_bound, farthest
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.fitting.trials import Trials
 from onnxfuse.ir.model import Model
@@ -183,12 +183,12 @@ class Select(Pass):
 
     def _curves(
         self, model: Model, reading: _Reading, dead: Mapping[Group, np.ndarray], context: Context
-    ) -> list[Curve]:
+    ) -> list[LossCurve]:
         """The losses of the groups at their widths, where a goal is to be spent on them; fills in the
         rankings."""
         tried = self.options.ratio is None
         trials = Trials.of(context, self.options.samples) if tried else None
-        found: list[Curve] = []
+        found: list[LossCurve] = []
         for groups, known in reading.seen.parts():
             for group in groups:
                 least = max(1, group.size // LEAST) if tried else self._wanted(group)
@@ -202,7 +202,7 @@ class Select(Pass):
         model: Model,
         group: Group,
         reading: _Reading,
-        known: Mapping[View, Statistics],
+        known: Mapping[RowView, Statistics],
         dead: np.ndarray,
         least: int,
     ) -> Ranking:
@@ -216,10 +216,10 @@ class Select(Pass):
         model: Model,
         groups: Sequence[Group],
         reading: _Reading,
-        known: Mapping[View, Statistics],
+        known: Mapping[RowView, Statistics],
         trials: Trials,
         context: Context,
-    ) -> list[Curve]:
+    ) -> list[LossCurve]:
         """The output change of each group alone at some widths, the others filled in."""
         jobs = [(group, width) for group in groups for width in self._tried_widths(group)]
 
@@ -269,12 +269,14 @@ class Select(Pass):
 
     # Widths under the goal
 
-    def _chosen(self, model: Model, reading: _Reading, curves: Sequence[Curve], context: Context) -> Found:
+    def _chosen(
+        self, model: Model, reading: _Reading, curves: Sequence[LossCurve], context: Context
+    ) -> SearchResult:
         """The model cut to the widths that the goal asks for, or that the bound allows."""
         options = self.options
         if options.ratio is not None:
             wanted = {group: self._wanted(group) for group in reading.groups}
-            return Found(self._cut(model, wanted, reading, context))
+            return SearchResult(self._cut(model, wanted, reading, context))
         if options.latency is not None:
             return self._within_latency(model, reading, curves, options.latency, context)
         share, what, count = options.macs, "MACs", budget.macs
@@ -284,24 +286,24 @@ class Select(Pass):
         full = total.at({group: group.size for group in reading.groups})
         if share is None:
             return self._within_error(model, reading, curves, total, full, context)
-        chosen = budget.choose(curves, total, share * full)
+        chosen = budget.choose_widths(curves, total, share * full)
         if chosen is None:
             least = total.at({curve.group: curve.widths[-1] for curve in curves}) / full
             raise VerificationError(
                 f"{share:g} of the {what} can't be met: the narrowest widths leave {least:.3g}"
             )
         note = f"{total.at(chosen) / full:.3g} of the {what} are left"
-        return Found(self._cut(model, chosen, reading, context), [note])
+        return SearchResult(self._cut(model, chosen, reading, context), [note])
 
     def _within_error(
         self,
         model: Model,
         reading: _Reading,
-        curves: Sequence[Curve],
+        curves: Sequence[LossCurve],
         total: Total,
         full: float,
         context: Context,
-    ) -> Found:
+    ) -> SearchResult:
         """As few MACs as the bound on the output error allows.
 
         Args:
@@ -315,7 +317,7 @@ class Select(Pass):
         plans = {
             level: plan
             for level in LEVELS
-            if (plan := budget.choose(curves, total, level * full)) is not None
+            if (plan := budget.choose_widths(curves, total, level * full)) is not None
         }
         losses = {curve.group: dict(zip(curve.widths, curve.losses, strict=True)) for curve in curves}
         expected = [sum(losses[group][width] for group, width in plan.items()) for plan in plans.values()]
@@ -341,10 +343,10 @@ class Select(Pass):
         self,
         model: Model,
         reading: _Reading,
-        curves: Sequence[Curve],
+        curves: Sequence[LossCurve],
         share: float,
         context: Context,
-    ) -> Found:
+    ) -> SearchResult:
         """Widths that this machine runs faster, tightened until the whole network is as fast as asked for."""
         sample = few_rows(model, context.calibration.fit, 1)
         times = rewarded(
@@ -362,10 +364,10 @@ class Select(Pass):
             .timings[0]
             .median_ms
         )
-        total = budget.milliseconds(times, base)
+        total = budget.latency(times, base)
         goal, reached = share, 1.0
         for _ in range(ATTEMPTS):
-            chosen = budget.choose(fast, total, goal * base)
+            chosen = budget.choose_widths(fast, total, goal * base)
             narrowest = chosen is None
             if chosen is None:
                 chosen = {curve.group: curve.widths[-1] for curve in fast}
@@ -378,7 +380,7 @@ class Select(Pass):
             context.journal("select latency", goal=goal, measured=timing.ratio)
             if timing.ratio_high <= share:
                 note = f"latency is {timing.ratio:.3g} of what it was (at most {share:g} was asked for)"
-                return Found(self._cut(model, chosen, reading, context), [note])
+                return SearchResult(self._cut(model, chosen, reading, context), [note])
             if narrowest:
                 break
             goal *= min(0.99 * share / timing.ratio, 0.98)
@@ -421,7 +423,7 @@ class Select(Pass):
         cut: Model,
         model: Model,
         reading: _Reading,
-        known: Mapping[View, Statistics],
+        known: Mapping[RowView, Statistics],
         choice: Mapping[Group, np.ndarray],
         done: set[object],
     ) -> None:
@@ -439,9 +441,9 @@ class _Seen:
         self._views = {group: [consumer.view for consumer in own] for group, own in readers.items()}
         self._options = options
         self._context = context
-        self._kept: list[tuple[list[Group], dict[View, Statistics]]] = []
+        self._kept: list[tuple[list[Group], dict[RowView, Statistics]]] = []
 
-    def parts(self) -> Iterator[tuple[list[Group], dict[View, Statistics]]]:
+    def parts(self) -> Iterator[tuple[list[Group], dict[RowView, Statistics]]]:
         """Groups with the statistics of all their consumers' views."""
         if not self._options.reads_moments:
             yield list(self._views), {}

@@ -16,7 +16,7 @@ from onnxfuse.channels.groups import Group, find_groups
 from onnxfuse.data.rows import few_rows
 from onnxfuse.findings import Change, Skip
 from onnxfuse.growth import skips
-from onnxfuse.growth.widening import New, additions, obstacle, widen
+from onnxfuse.growth.widening import New, additions, widen, width_obstacle
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.pipeline import choosing
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
@@ -79,7 +79,7 @@ class Widen(Pass):
         skipped: list[Skip] = []
         for group, (words, ratio) in asked.items():
             new = additions(group, self.options.scheme, ratio)
-            reason = obstacle(group, self.options.scheme, new)
+            reason = width_obstacle(group, self.options.scheme, new)
             if reason is None:
                 plan[group] = new
             else:

@@ -33,22 +33,22 @@ Lengths = Mapping[Dim, range]
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class LossCurve:
     """A group's candidate widths, from its size downwards, and the loss at each, 0 at the first."""
 
     group: Group
     widths: Sequence[int]
     losses: Sequence[float]
 
-    def at(self, widths: Collection[int]) -> Curve:
+    def at(self, widths: Collection[int]) -> LossCurve:
         """The curve with those of its widths alone that are among `widths`."""
         own = [(w, loss) for w, loss in zip(self.widths, self.losses, strict=True) if w in widths]
-        return Curve(self.group, [w for w, _ in own], [loss for _, loss in own])
+        return LossCurve(self.group, [w for w, _ in own], [loss for _, loss in own])
 
 
 def curve(
     group: Group, candidates: Sequence[int], points: Sequence[tuple[int, float]], ranking: Ranking
-) -> Curve:
+) -> LossCurve:
     """The loss at all candidate widths from that at some: between them it goes like the ranking's costs.
 
     Args:
@@ -66,11 +66,11 @@ def curve(
         losses = ranking.cost[at] * np.interp(at, removed[1:], factors)
     else:
         losses = np.interp(at, removed, changes)
-    return Curve(group, candidates, np.maximum.accumulate(np.nan_to_num(losses, nan=np.inf)).tolist())
+    return LossCurve(group, candidates, np.maximum.accumulate(np.nan_to_num(losses, nan=np.inf)).tolist())
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class CostTerm:
     """A part of a cost that depends on the widths of some groups."""
 
     groups: tuple[Group, ...]
@@ -80,7 +80,7 @@ class Term:
 class Total:
     """A cost: the sum of its terms."""
 
-    def __init__(self, terms: Sequence[Term], groups: Sequence[Group]) -> None:
+    def __init__(self, terms: Sequence[CostTerm], groups: Sequence[Group]) -> None:
         self._terms = terms
         self._known: dict[tuple[int, tuple[int, ...]], float] = {}
         self._by_group: dict[Group, list[int]] = {group: [] for group in groups}
@@ -139,7 +139,7 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
         if number.place.attribute is not None and number.place.entry is None:
             numbers.setdefault(number.place.node, []).append(number)
 
-    def term(node: Node) -> Term:
+    def term(node: Node) -> CostTerm:
         proto = node.proto(model.opset)
         own = {
             tensor.name: system.axes.get(tensor) for tensor in (*node.inputs, *node.outputs) if tensor.name
@@ -162,7 +162,7 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
                 )
             return count
 
-        return Term(tuple(touched), value)
+        return CostTerm(tuple(touched), value)
 
     return Total([term(n) for n in model.nodes if n.bodies or not is_free(n.key)], groups)
 
@@ -172,12 +172,12 @@ def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> T
     axes = found.system.axes
     owner = {leaf: group for group in groups for leaf in group.leaves}
 
-    def term(name: str) -> Term:
+    def term(name: str) -> CostTerm:
         tensor = model.tensor(name)
         dims = axes.get(tensor)
         touched = dict.fromkeys(owner[leaf] for leaf in _leaves(dims) if leaf in owner)
         size = math.prod(weight_type(model, tensor)[1])
-        return Term(
+        return CostTerm(
             tuple(touched),
             lambda kept: size if dims is None else math.prod(_sizes(dims, kept)),
         )
@@ -187,7 +187,7 @@ def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> T
     return Total([term(name) for name in sorted(counted)], groups)
 
 
-def milliseconds(times: Mapping[Group, Mapping[int, float]], base: float) -> Total:
+def latency(times: Mapping[Group, Mapping[int, float]], base: float) -> Total:
     """Latency: that of the whole network less what each group saves by itself.
 
     Args:
@@ -195,13 +195,13 @@ def milliseconds(times: Mapping[Group, Mapping[int, float]], base: float) -> Tot
         base: milliseconds of the whole network.
     """
 
-    def term(group: Group) -> Term:
+    def term(group: Group) -> CostTerm:
         own = times[group]
-        return Term(
+        return CostTerm(
             (group,), lambda kept: own[sum(len(kept[leaf]) for leaf in group.leaves)] - own[group.size]
         )
 
-    return Total([Term((), lambda kept: base), *map(term, times)], list(times))
+    return Total([CostTerm((), lambda kept: base), *map(term, times)], list(times))
 
 
 def _sizes(dims: Sequence[Dim], kept: Lengths) -> tuple[int, ...]:
@@ -226,7 +226,7 @@ def _leaves(dims: Sequence[Dim] | None) -> Iterator[Dim]:
 # Choosing -----------------------------------------------------------------------------------------
 
 
-def choose(curves: Sequence[Curve], total: Total, target: float) -> Widths | None:
+def choose_widths(curves: Sequence[LossCurve], total: Total, target: float) -> Widths | None:
     """Widths at as little loss as the greedy search finds; None where the narrowest of all are not enough.
 
     Args:
@@ -256,7 +256,7 @@ def choose(curves: Sequence[Curve], total: Total, target: float) -> Widths | Non
     return _given_back(by_group, at, widths, total, target)
 
 
-def _best_move(curve: Curve, at: int, total: Total, widths: Widths) -> tuple[float, int, float] | None:
+def _best_move(curve: LossCurve, at: int, total: Total, widths: Widths) -> tuple[float, int, float] | None:
     """(loss per unit saved, where to, what it saves) of the best step to a narrower width, if any saves."""
     found = []
     for place in range(at + 1, len(curve.widths)):
@@ -267,7 +267,7 @@ def _best_move(curve: Curve, at: int, total: Total, widths: Widths) -> tuple[flo
 
 
 def _given_back(
-    curves: Mapping[Group, Curve], at: dict[Group, int], widths: Widths, total: Total, target: float
+    curves: Mapping[Group, LossCurve], at: dict[Group, int], widths: Widths, total: Total, target: float
 ) -> Widths:
     room = target - total.at(widths)
     while True:

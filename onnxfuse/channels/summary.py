@@ -36,7 +36,7 @@ class GroupSummary:
     sinks: tuple[str, ...]
 
 
-def summarise(found: ChannelGroups) -> tuple[GroupSummary, ...]:
+def summarize_groups(found: ChannelGroups) -> tuple[GroupSummary, ...]:
     """All groups, in order."""
     return tuple(map(_summary, found))
 

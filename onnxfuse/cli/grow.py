@@ -20,7 +20,7 @@ from onnxfuse.cli.options import (
 from onnxfuse.cli.output import finish, progress
 from onnxfuse.errors import InputError
 
-Number = TypeVar("Number", int, float)
+SiteValue = TypeVar("SiteValue", int, float)
 
 
 @grouped
@@ -93,10 +93,13 @@ def grow(
 
 
 def _sites(
-    asked: Sequence[str] | None, option: str, kind: Callable[[str], Number], default: Number | None = None
-) -> dict[str, Number]:
+    asked: Sequence[str] | None,
+    option: str,
+    kind: Callable[[str], SiteValue],
+    default: SiteValue | None = None,
+) -> dict[str, SiteValue]:
     """`SITE=VALUE`, each, as a mapping; without a value the default, if there is one."""
-    found: dict[str, Number] = {}
+    found: dict[str, SiteValue] = {}
     for text in asked or ():
         site, equals, value = text.rpartition("=")
         if not equals and default is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from onnxfuse.cli.options import Calib, Json, Provider, Threads
+from onnxfuse.cli.options import Calib, JsonOption, Provider, Threads
 from onnxfuse.cli.output import show, warn
 from onnxfuse.errors import InputError
 
@@ -42,7 +42,7 @@ def inspect(
     ] = None,
     provider: Provider = "auto",
     threads: Threads = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> int:
     """Show what is in a model.
 

@@ -33,7 +33,7 @@ ReportFolder = Annotated[
     typer.Option(metavar="DIR", help="Write report.json and report.txt; for a failed run, too."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
 def output_option(suffix: str) -> Any:
@@ -67,7 +67,7 @@ class Running:
 class Showing:
     """How a run of passes ends."""
 
-    json: Json = False
+    json: JsonOption = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but don't write the model.")] = (
         False
     )

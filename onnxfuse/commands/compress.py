@@ -28,9 +28,9 @@ from onnxfuse.ir.file_size import FileSize, file_size
 from onnxfuse.ops.finite import check_finite
 from onnxfuse.pipeline import recipe as recipes
 from onnxfuse.pipeline.base import Context, Pass
-from onnxfuse.pipeline.instruments import Dumps, Instrument, Journal
+from onnxfuse.pipeline.instruments import Dumps, Instrument, JournalFile
 from onnxfuse.pipeline.manager import PassManager
-from onnxfuse.pipeline.recipe import Passes, Settings
+from onnxfuse.pipeline.recipe import Passes, RecipeSettings
 from onnxfuse.pipeline.records import Outcome
 from onnxfuse.progress import NoProgress
 from onnxfuse.report.files import check_folder, write_report
@@ -153,21 +153,23 @@ def compress(
     return Result(result, record, verdict.exit_code, verdict.reason, done.written, "compress")
 
 
-def _plan(passes: Passes | None, recipe: PathOrText | None) -> tuple[list[Pass], Settings]:
+def _plan(passes: Passes | None, recipe: PathOrText | None) -> tuple[list[Pass], RecipeSettings]:
     """The passes, and the settings that came with them."""
     if recipe is not None and passes is not None:
         raise InputError("give passes or a recipe, not both")
     if recipe is not None:
         found = recipes.load_recipe(Path(recipe))
         return list(found.passes), found.settings
-    return recipes.make_passes(DEFAULT_PASSES if passes is None else passes), Settings.model_validate({})
+    return recipes.make_passes(DEFAULT_PASSES if passes is None else passes), RecipeSettings.model_validate(
+        {}
+    )
 
 
 def _dumping(folder: PathOrText | None, context: Context) -> list[Instrument]:
     """What writes the models between passes to a folder, and the journal, which `context` is given, too."""
     if folder is None:
         return []
-    journal = Journal(Path(folder) / "journal.jsonl")
+    journal = JournalFile(Path(folder) / "journal.jsonl")
     context.journal = journal
     return [Dumps(Path(folder)), journal]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from onnxfuse.data.calibration import Data
     from onnxfuse.ir.model import Model
     from onnxfuse.pipeline.base import Context, Pass
-    from onnxfuse.pipeline.recipe import Retrain
+    from onnxfuse.pipeline.recipe import RecipeRetraining
     from onnxfuse.pipeline.records import Outcome, StepReport
     from onnxfuse.pytorch.training.retraining import Request, Retrained, Training
 
@@ -57,7 +57,7 @@ def asked_for(
     data: Data,
     epochs: int | None,
     lr: float | None,
-    recipe: Retrain | None,
+    recipe: RecipeRetraining | None,
     *,
     max_error: float | None,
     batch_size: int,

@@ -17,11 +17,11 @@ import numpy as np
 from pydantic import Field
 
 from onnxfuse.analysis.regions.region import site_name
-from onnxfuse.channels.consumers import View
+from onnxfuse.channels.consumers import RowView
 from onnxfuse.channels.importance import Statistics, statistics
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.memory import in_budget
-from onnxfuse.fitting.search import Found, Level, farthest
+from onnxfuse.fitting.search import Level, SearchResult, farthest
 from onnxfuse.fitting.sites import RefitSite, refit_sites
 from onnxfuse.fitting.walk import Solved, refit_change, walk
 from onnxfuse.ir.model import Model
@@ -34,7 +34,7 @@ from onnxfuse.pipeline.goals import Goals
 from onnxfuse.runtime.observed_shapes import shapes_on
 from onnxfuse.runtime.session import Feed
 
-MEMORY = 1 << 30
+COVARIANCE_MEMORY = 1 << 30
 """Bytes of covariances that are kept at a time; a single reader may take more."""
 
 T = TypeVar("T")
@@ -148,8 +148,8 @@ def unmeasurable(model: Model, trial: Model, nodes: Collection[Node], context: C
 
 
 def seen_in_parts(
-    model: Model, views: Mapping[T, Sequence[View]], mask: str | None, context: Context
-) -> Iterator[tuple[list[T], dict[View, Statistics]]]:
+    model: Model, views: Mapping[T, Sequence[RowView]], mask: str | None, context: Context
+) -> Iterator[tuple[list[T], dict[RowView, Statistics]]]:
     """Readers with the statistics of what they read over the fit samples, in as many runs as memory asks for.
 
     Args:
@@ -162,7 +162,7 @@ def seen_in_parts(
         InputError: bad samples.
         NotApplicableError: activations that are not finite.
     """
-    for part in in_budget(views, lambda reader: _covariances(views[reader]), MEMORY):
+    for part in in_budget(views, lambda reader: _covariances(views[reader]), COVARIANCE_MEMORY):
         yield (
             part,
             statistics(
@@ -177,7 +177,7 @@ def seen_in_parts(
         )
 
 
-def _covariances(views: Sequence[View]) -> dict[View, int]:
+def _covariances(views: Sequence[RowView]) -> dict[RowView, int]:
     return {view: 16 * view.columns**2 for view in views if view.correlated}
 
 
@@ -291,13 +291,13 @@ def within_bound(
     context: Context,
     options: Goals,
     said: Callable[[Level], str],
-) -> Found:
+) -> SearchResult:
     """The outcome of `farthest` with notes that name levels by the words of `said`; arguments as there."""
     none = f"not even {said(levels[0])} is"
     return farthest(levels, make, context, options, said=said, none=lambda within, _: f"{none} {within}")
 
 
-def finished(model: Model, found: Found, skipped: Sequence[Skip], idle: str = "") -> PassResult:
+def finished(model: Model, found: SearchResult, skipped: Sequence[Skip], idle: str = "") -> PassResult:
     """The result of a pass.
 
     Args:

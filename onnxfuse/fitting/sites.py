@@ -19,7 +19,7 @@ from onnxfuse.ir.protos import DEFAULT_DOMAINS
 from onnxfuse.ir.shapes import TensorInfo, fill
 from onnxfuse.ops.linear import LINEAR, LinearOp, linear_op
 
-MOST_COLUMNS = 6144
+MOST_UNKNOWNS = 6144
 """More unknowns for each output than this are not solved for: two Gram matrices of that size take 600 MB."""
 
 
@@ -176,7 +176,7 @@ def _unsolvable(op: LinearOp, owned: bool) -> str | None:
         return "its weight has other users, which a refit would change"
     if op.kind == "conv" and op.pads is None:
         return "its pads depend on an input size that isn't static"
-    if op.columns > MOST_COLUMNS:
+    if op.columns > MOST_UNKNOWNS:
         return f"{op.columns} unknowns for each output are too many to solve for"
     return None
 

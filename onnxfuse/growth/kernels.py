@@ -22,7 +22,7 @@ def find_kernels(model: Model) -> dict[Tensor, list[str]]:
     return found
 
 
-def obstacle(model: Model, weight: Tensor, size: int, shapes: Shapes) -> str | None:
+def kernel_obstacle(model: Model, weight: Tensor, size: int, shapes: Shapes) -> str | None:
     """Why a kernel can't become so large; None if it can."""
     if not model.is_weight(weight):
         return f"the weight '{weight.name}' is computed, not constant"

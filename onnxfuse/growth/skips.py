@@ -23,7 +23,7 @@ from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Dim
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
 from onnxfuse.channels.site import TO_THE_END
-from onnxfuse.growth.widening import New, additions, obstacle, widen
+from onnxfuse.growth.widening import New, additions, widen, width_obstacle
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ops.table import OPS, Trait
@@ -79,7 +79,7 @@ def plan(model: Model, feed: Feed, runtime: Runtime, name: str, ratio: float) ->
     for group in near:
         if name in producers(group):
             new = additions(group, "r2r", ratio)
-            reason = obstacle(group, "r2r", new) or _unfoldable(groups, found, group)
+            reason = width_obstacle(group, "r2r", new) or _unfoldable(groups, found, group)
             if reason is None:
                 found.wanted[group] = new
             else:

@@ -45,11 +45,11 @@ from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.numerics.random_weights import spread, uniform
 from onnxfuse.ops.linear import weight_type
 
-Scheme = Literal["r2r", "net2net", "netmorph"]
+WidthScheme = Literal["r2r", "net2net", "netmorph"]
 New = Mapping[Dim, int]
 
 
-def additions(group: Group, scheme: Scheme, ratio: float) -> dict[Dim, int]:
+def additions(group: Group, scheme: WidthScheme, ratio: float) -> dict[Dim, int]:
     """How many channels each leaf of the group gets, to have about `ratio` times as many: at least one, and
     for r2r an even number."""
     step = 2 if scheme == "r2r" else 1
@@ -57,7 +57,7 @@ def additions(group: Group, scheme: Scheme, ratio: float) -> dict[Dim, int]:
     return {leaf: max(step, -(-count // step) * step) for leaf, count in wanted.items()}
 
 
-def obstacle(group: Group, scheme: Scheme, new: New) -> str | None:
+def width_obstacle(group: Group, scheme: WidthScheme, new: New) -> str | None:
     """Why the group can't get so many new channels with the function unchanged; None if it can."""
     if group.frozen is not None:
         return group.frozen
@@ -83,7 +83,7 @@ def obstacle(group: Group, scheme: Scheme, new: New) -> str | None:
 def widen(
     model: Model,
     wanted: Mapping[Group, New],
-    scheme: Scheme,
+    scheme: WidthScheme,
     *,
     noise: float,
     seed: int | Sequence[int],
@@ -138,7 +138,7 @@ def _is_weighted(group: Group, node: Node) -> bool:
     return any(root.name in read for t in constant for root in system.roots.get(t, (t,)))
 
 
-def _fixed(system: System, touch: Touch, scheme: Scheme) -> str | None:
+def _fixed(system: System, touch: Touch, scheme: WidthScheme) -> str | None:
     """Why the weights that read the channels can't be set."""
     tensor = system.model.tensor(touch.weight)
     dtype = weight_type(system.model, tensor)[0]
@@ -163,7 +163,7 @@ def _users(system: System, tensor: Tensor) -> Iterator[Node]:
 # Setting the weights --------------------------------------------------------------------------------
 
 
-def _sources(random: np.random.Generator, size: int, count: int, scheme: Scheme) -> np.ndarray:
+def _sources(random: np.random.Generator, size: int, count: int, scheme: WidthScheme) -> np.ndarray:
     """Which channels the new ones are copies of: all of them once before one comes again; for r2r by twos."""
     needed = count // 2 if scheme == "r2r" else count
     rounds = [random.permutation(size) for _ in range(-(-needed // size))]
@@ -201,7 +201,9 @@ class _Axes:
                     yield touch, leaf, front, algebra.places(touch.dim, leaf, self.kept)
 
 
-def _fill(axes: _Axes, scheme: Scheme, deviation: float, noise: float, random: np.random.Generator) -> None:
+def _fill(
+    axes: _Axes, scheme: WidthScheme, deviation: float, noise: float, random: np.random.Generator
+) -> None:
     """Set the new parts of a weight, in the three steps of the module docstring."""
     if scheme == "net2net":
         for _, leaf, front, places in axes.where(consumer=True):

@@ -11,7 +11,7 @@ from onnxfuse.pipeline.base import PassOptions
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
-Step: TypeAlias = Callable[[Any, float, float], Any]
+GoalStep: TypeAlias = Callable[[Any, float, float], Any]
 """From a goal, how far along the way a step is to come and how far the step before it came (0 to 1): the goal
 of that step, None where there is none."""
 
@@ -23,7 +23,7 @@ class Goals(PassOptions):
         goals: the names of these options, each with how it scales; None: not at all.
     """
 
-    goals: ClassVar[Mapping[str, Step | None]] = {}
+    goals: ClassVar[Mapping[str, GoalStep | None]] = {}
 
     @model_validator(mode="after")
     def _one_goal(self) -> Goals:
@@ -74,7 +74,7 @@ def gone_of_all(goal: float, share: float, done: float) -> float | None:
     return goal * share if goal else None
 
 
-def count(goal: int, share: float, done: float) -> int | None:
+def number_taken(goal: int, share: float, done: float) -> int | None:
     """The number of things that a step takes: at least one at the first step, none at some later ones."""
     before = max(1, round(done * goal)) if done > 0 else 0
     return max(max(1, round(share * goal)) - before, 0) or None

@@ -106,7 +106,7 @@ class Dumps(Instrument):
             model.save(self.folder / f"{index:03d}_{step.name}.onnx")
 
 
-class Journal(Instrument):
+class JournalFile(Instrument):
     """One JSON object a line, written as things happen (`at`: seconds since the start): what passes say
     through `context.journal`, and each step.
 
@@ -126,7 +126,7 @@ class Journal(Instrument):
     def __call__(self, event: str, **figures: Json) -> None:
         at = round(time.perf_counter() - self._start, 6)
         line = {"at": at, "pass": self._pass, "event": event, **figures}
-        self._file.write(json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.write(json.dumps(json_value(line), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def before(self, index: int, pass_: Pass, model: Model) -> None:
@@ -134,24 +134,24 @@ class Journal(Instrument):
         self("start", index=index, options=pass_.options.model_dump(mode="json"))
 
     def after(self, index: int, step: StepReport, model: Model) -> None:
-        self("end", **plain(asdict(step)))
+        self("end", **json_value(asdict(step)))
         self._pass = None
 
     def finished(self) -> None:
         self._file.close()
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """`value` as JSON takes it: NumPy scalars and arrays become numbers and lists, NaN and infinities null,
     enumerations their values, keys strings."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return json_value(value.tolist())
     if isinstance(value, np.generic):
-        return plain(value.item())
+        return json_value(value.item())
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     return value.value if hasattr(value, "value") else value

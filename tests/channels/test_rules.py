@@ -31,7 +31,7 @@ from onnxfuse.channels.dims import leaves
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import Group, find_groups
 from onnxfuse.channels.masking import mask
-from onnxfuse.channels.summary import summarise
+from onnxfuse.channels.summary import summarize_groups
 from onnxfuse.ir.editing import PASS_KEY
 from onnxfuse.ir.model import Model
 from onnxfuse.report.channels_view import channels_view
@@ -633,7 +633,7 @@ def test_both_axes_of_a_recurrent_weight() -> None:
 
 def test_the_view() -> None:
     case = CASES["attention"]
-    text = plain_text(channels_view(summarise(found(case, case.model()))))
+    text = plain_text(channels_view(summarize_groups(found(case, case.model()))))
     assert "5 channel groups, 3 can be cut" in text
     assert "q0: 3, [3] x 4" in text
     assert "reads wo axis 0 x 4" in text

@@ -24,7 +24,7 @@ from onnxfuse.findings import Change, Prediction, Skip
 from onnxfuse.ir.model import Model
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.pipeline.discovery import _entries, discover, load_pass, pass_names
-from onnxfuse.pipeline.instruments import Dumps, Instrument, Journal, RichProgress, plain
+from onnxfuse.pipeline.instruments import Dumps, Instrument, JournalFile, RichProgress, json_value
 from onnxfuse.pipeline.manager import PassManager
 from onnxfuse.pipeline.records import StepReport
 from onnxfuse.runtime.session import Runtime
@@ -447,7 +447,7 @@ def test_dumps_are_numbered_and_hold_committed_passes_only(
 
 def test_the_journal_is_json_lines_of_what_happened(model: Model, context: Context, tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    journal = Journal(path)
+    journal = JournalFile(path)
     context.journal = journal
 
     def rewrite(model: Model, context: Context) -> PassResult:
@@ -480,7 +480,7 @@ def test_places_that_cannot_be_written_are_one_line_errors(tmp_path: Path) -> No
     with pytest.raises(InputError, match="cannot make the folder"):
         Dumps(tmp_path / "file" / "folder")
     with pytest.raises(InputError, match="cannot write the journal"):
-        Journal(tmp_path)
+        JournalFile(tmp_path)
 
 
 def test_seconds_count_for_every_pass(model: Model, context: Context) -> None:
@@ -518,7 +518,7 @@ def test_nobody_watching_is_fine(context: Context) -> None:
 
 def test_plain_makes_json_of_reports() -> None:
     value = {"a": np.float32(0.5), "b": np.array([1, 2]), "c": (float("inf"), Contract.EXACT), 4: None}
-    assert plain(value) == {"a": 0.5, "b": [1, 2], "c": [None, "exact"], "4": None}
+    assert json_value(value) == {"a": 0.5, "b": [1, 2], "c": [None, "exact"], "4": None}
 
 
 class Declared(Pass):
