@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxfuse.pipeline.instruments import json_value
-from onnxfuse.wording import counted, in_bytes, in_macs, milliseconds, printable, rounded, whole
+from onnxfuse.wording import counted, in_bytes, in_macs, milliseconds, printable, three_digits, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,7 +152,7 @@ def _change(name: str, found: PairedDifference) -> tuple[str, str]:
 
 def _differences(found: Comparison) -> Facts:
     return _listed(
-        (f"output '{output.name}'", output.problem or f"relative error {rounded(output.relative)}")
+        (f"output '{output.name}'", output.problem or f"relative error {three_digits(output.relative)}")
         for output in found.outputs
     )
 
@@ -294,7 +294,7 @@ class Result(RunResult):
             yield "latency", f"{times} (x {after.ratio:.3f}{slower})"
         if found.output_error is not None:
             bound = "" if found.output_bound is None else f", {found.output_bound:g} allowed"
-            yield "output error", f"{rounded(found.output_error.worst)}{bound}"
+            yield "output error", f"{three_digits(found.output_error.worst)}{bound}"
         if found.metric is not None:
             yield _change(found.metric.name, found.metric.scores)
         yield from _warnings(found.warnings)
@@ -419,7 +419,7 @@ class LinearSummary:
 
 @dataclass(frozen=True)
 class RegionSummary:
-    """One region that an affine operator could stand for: the text of `regions.describe`, its tensors, and
+    """One region that an affine operator could stand for: the text of `region.describe`, its tensors, and
     the linear operators inside. Regions nest and overlap, so there are more than can be fused."""
 
     text: str

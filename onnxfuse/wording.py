@@ -21,7 +21,7 @@ def counted(number: int, what: str, many: str = "") -> str:
     return f"{number:,} {what if number == 1 else many or what + 's'}"
 
 
-def rounded(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three significant digits."""
     return f"{value:.3g}"
 

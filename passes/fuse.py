@@ -2,7 +2,7 @@
 
 FuseInit (Ghods et al. 2020, Theorem 1) replaces two layers u -> v by the affine map that is closest to them
 in mean square, W = C_vu C_u^-1 and b = mean(v) - W mean(u). The same holds for any region with one entry and
-one exit: more layers, pooling and normalisation inside, a residual block with its skip, the MLP or attention
+one exit: more layers, pooling and normalization inside, a residual block with its skip, the MLP or attention
 block of a transformer per token. For a convolution the columns are patches, and all columns are solved
 jointly; the paper's Theorem 2 solves each input channel alone, which supposes that channels are uncorrelated.
 They are not, and the result is useless; it is there as `mode=paper`.
@@ -13,8 +13,8 @@ Four steps:
 2. **Rank** by the change of the network's *outputs*, per multiply-accumulate saved; local errors say little
    about that. First with each candidate's local fit in place, one forward run each; then, for the best
    disjoint ones, with everything behind it refitted, on a few samples.
-3. **Walk** (`onnxfuse.walk`): the chosen regions are solved again in topological order, from the inputs that
-   the rewritten network gives them, and every linear operator behind them is refitted.
+3. **Walk** (`onnxfuse.fitting.walk`): the chosen regions are solved again in topological order, from the
+   inputs that the rewritten network gives them, and every linear operator behind them is refitted.
 4. **Bound.** Without a number of blocks, the longest prefix of the ranking is fused whose output change on
    held-out samples stays within the error bound; found by bisection, each probe a walk.
 """

@@ -2,8 +2,9 @@
 
 y = W x + b becomes y = A (B x) + b': a convolution of r outputs and one of size 1 behind it, two Gemm or two
 MatMul. That is smaller, and fewer multiply-accumulates, where r (columns + outputs) < columns * outputs. How
-W is split, and how a budget is spread over all operators, is told in `onnxfuse.factors`; how the two are put
-in, in `onnxfuse.fitting.factoring`; `onnxfuse.walk` then makes up for what is lost in the layers behind.
+W is split, and how a budget is spread over all operators, is told in `onnxfuse.numerics.low_rank`; how the
+two are put in, in `onnxfuse.fitting.factoring`; `onnxfuse.fitting.walk` then makes up for what is lost in the
+layers behind.
 
 An operator that was split before counts as the whole that it was: a budget is a share of what the model has
 without factors, and a second run takes more ranks from the pair that is there.
@@ -52,10 +53,10 @@ from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.pipeline.goals import Share, left_of_all
 from onnxfuse.runtime.observed_shapes import shapes_on
 
-LEVELS = tuple(level / 100 for level in range(95, 9, -5))
+PARAMETER_LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 """Shares of the parameters that are tried where only the error bound says how far to go."""
 
-ATTEMPTS = 4
+BUDGET_ATTEMPTS = 4
 """Biases that a refit adds may break a tight budget: it is then tightened by as much, so often."""
 
 
@@ -213,7 +214,7 @@ class Lowrank(Pass):
         saving = costs.now - goal
         if saving <= 0:
             return SearchResult(None, [f"{costs.now / costs.unfactored:.3g} of the {what} are left already"])
-        for _ in range(ATTEMPTS):
+        for _ in range(BUDGET_ATTEMPTS):
             ranks = allocate([split.lost for split in splits], costs.unit, costs.full, saving)
             if ranks is None:
                 break
@@ -233,7 +234,7 @@ class Lowrank(Pass):
         costs = rank_costs(model, products, context, "parameters", self.name)
         lost = [split.lost for split in splits]
         plans = {}
-        for level in LEVELS:
+        for level in PARAMETER_LEVELS:
             saving = costs.now - level * costs.unfactored
             plan = allocate(lost, costs.unit, costs.full, saving)
             if saving > 0 and plan is not None:

@@ -4,10 +4,11 @@ O'Neill et al. 2021 ("Layer fusion") rank pairs of layers by the similarity of t
 alike share one. In the file both nodes then read one initializer, and in PyTorch they have one Parameter: the
 file gets smaller, the network does not get faster.
 
-1. **Alike** (`onnxfuse.alike`): convolutions, dense layers, and in attention queries, keys, values and
-   outputs, each with its like, of one shape and layout.
+1. **Alike** (`onnxfuse.analysis.weight_layers`): convolutions, dense layers, and in attention queries, keys,
+   values and outputs, each with its like, of one shape and layout.
 2. **Rank.** Clusters grow by average distance: that of the weights, by one of the paper's criteria
-   (`onnxfuse.similarity`), or what sharing does to the network's outputs, one forward run for each pair.
+   (`onnxfuse.numerics.similarity`), or what sharing does to the network's outputs, one forward run for each
+   pair.
 3. **Align** (`channels.aligning`). Hidden channels have no order of their own: those of one layer are put in
    that of the other, which changes no function, and is checked to change none.
 4. **Share.** The weight of a cluster is the mean of its members' ("mean"), that of the member nearest to the
@@ -15,10 +16,10 @@ file gets smaller, the network does not get faster.
    for the inputs that all of them see ("fit"; `numerics.weight_sharing`). Biases are averaged and shared
    likewise; BatchNormalization stays each layer's own.
 5. **Make up for it.** Every operator that shares a weight gets the bias that is best for it alone, and those
-   behind it that share nothing are solved again against the original (`onnxfuse.walk`).
-6. **Retrain.** Nodes note what share the gradient through each has in that of the weight (`onnxfuse.marks`):
-   equal ones, or for "freeze" gamma and 1 - gamma (equation 6). Weights that start as one and move by one
-   gradient stay one, so that the paper's averaging at the end has nothing left to do.
+   behind it that share nothing are solved again against the original (`onnxfuse.fitting.walk`).
+6. **Retrain.** Nodes note what share the gradient through each has in that of the weight
+   (`onnxfuse.ir.marks`): equal ones, or for "freeze" gamma and 1 - gamma (equation 6). Weights that start as
+   one and move by one gradient stay one, so that the paper's averaging at the end has nothing left to do.
 """
 
 from __future__ import annotations

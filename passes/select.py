@@ -3,18 +3,19 @@
 A channel is a class of positions over many tensors (`onnxfuse.channels`), and only whole classes are cut:
 
 1. **Dead** channels come first: those that are zero wherever they are read, for every input
-   (`onnxfuse.bounds`), and those that carried nothing on the samples.
+   (`onnxfuse.analysis.intervals`), and those that carried nothing on the samples.
 2. **Rank.** From the moments of what a group's consumers read: what the loss of a channel costs them when
    they make up for it as well as they can, one ranking for all consumers together (`channels.importance`).
 3. **Widths.** Each group is tried alone at a few widths to see what that does to the network's *outputs*; the
-   ranking's costs fill in the others. A budget is then spent where it costs least (`onnxfuse.widths`).
-   Candidates are multiples of a step, since machines compute channels by the vector; under a latency budget
-   only widths that this machine runs faster are candidates (`channels.timing`).
+   ranking's costs fill in the others. A budget is then spent where it costs least
+   (`onnxfuse.channels.budget`). Candidates are multiples of a step, since machines compute channels by the
+   vector; under a latency budget only widths that this machine runs faster are candidates
+   (`channels.timing`).
 4. **Cut** (`channels.take`). The result must equal the original with the removed channels multiplied by zero
    (`channels.mask`): checked for every cut, before any weight is fitted. Without `compensate` that is all.
 5. **Make up for it.** Consumers get the weights that are best for the original's moments. Then every linear
    operator is solved again in topological order, from the inputs it now gets to what the original computes,
-   of which a cut tensor is held against the channels it has kept (`onnxfuse.walk`).
+   of which a cut tensor is held against the channels it has kept (`onnxfuse.fitting.walk`).
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ TRIED = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 MOST_WIDTHS = 16
 """Candidate widths of a group, about."""
 
-LEVELS = tuple(level / 100 for level in range(95, 9, -5))
+MAC_LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 """Shares of the MACs that are tried where only the error bound says how far to go."""
 
-ATTEMPTS = 6
+LATENCY_ATTEMPTS = 6
 """Cuts that are timed to meet a latency budget."""
 
 
@@ -316,7 +317,7 @@ class Select(Pass):
         """
         plans = {
             level: plan
-            for level in LEVELS
+            for level in MAC_LEVELS
             if (plan := budget.choose_widths(curves, total, level * full)) is not None
         }
         losses = {curve.group: dict(zip(curve.widths, curve.losses, strict=True)) for curve in curves}
@@ -334,7 +335,7 @@ class Select(Pass):
             self.options,
             said=said,
             more=lambda level: f"{level:g}",
-            none=lambda within, _: f"not even {1 - LEVELS[0]:.0%} of the MACs go {within}",
+            none=lambda within, _: f"not even {1 - MAC_LEVELS[0]:.0%} of the MACs go {within}",
             guess=sum(loss**0.5 <= error_bound(context)[0] for loss in expected),
             event=("select probe", "macs"),
         )
@@ -366,7 +367,7 @@ class Select(Pass):
         )
         total = budget.latency(times, base)
         goal, reached = share, 1.0
-        for _ in range(ATTEMPTS):
+        for _ in range(LATENCY_ATTEMPTS):
             chosen = budget.choose_widths(fast, total, goal * base)
             narrowest = chosen is None
             if chosen is None:

@@ -1,7 +1,7 @@
 """How wide each channel group is to be, under a budget.
 
 What a width costs the network's outputs is a curve of its own for each group; what it saves depends on the
-widths of its neighbours, for a multiply-accumulate is a product of inputs and outputs. So the best widths
+widths of its neighbors, for a multiply-accumulate is a product of inputs and outputs. So the best widths
 can't be found one by one. They are found greedily: of all steps to a narrower width, the one with the least
 loss per unit saved is taken, until the budget holds; a step may skip widths, so that a bad step in front of
 a good one does not hide it. What the last, coarse step saved too much is given back where that is worth
@@ -97,7 +97,7 @@ class Total:
         other = {**widths, group: width}
         return sum(self._term(i, widths) - self._term(i, other) for i in self._by_group[group])
 
-    def neighbours(self, group: Group) -> set[Group]:
+    def neighbors(self, group: Group) -> set[Group]:
         """Groups whose savings depend on this one's width, itself included."""
         return {group, *(other for index in self._by_group[group] for other in self._terms[index].groups)}
 
@@ -191,7 +191,7 @@ def latency(times: Mapping[Group, Mapping[int, float]], base: float) -> Total:
     """Latency: that of the whole network less what each group saves by itself.
 
     Args:
-        times: of each group its neighbourhood's milliseconds by width (`channels.timing`).
+        times: of each group its neighborhood's milliseconds by width (`channels.timing`).
         base: milliseconds of the whole network.
     """
 
@@ -252,7 +252,7 @@ def choose_widths(curves: Sequence[LossCurve], total: Total, target: float) -> W
         _, at[group], saved = moves[group]
         widths[group] = by_group[group].widths[at[group]]
         now -= saved
-        stale = total.neighbours(group)
+        stale = total.neighbors(group)
     return _given_back(by_group, at, widths, total, target)
 
 

@@ -63,7 +63,7 @@ class Consumer:
     Attributes:
         view: the rows it sees; its `columns` are those of all groups of a grouped convolution together.
         places: int64 (size of the group, columns per channel): the columns that each channel lies on.
-        op: the operator, where its weights and bias can be written (`linear.write_weights`).
+        op: the operator, where its weights and bias can be written (`ops.linear_weights.write_weights`).
         stored: else the weight that multiplies, and its axis, where there is one.
         node: name of the operator's first output.
     """

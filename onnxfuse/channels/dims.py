@@ -130,7 +130,7 @@ def is_position(dim: Dim) -> bool:
     return all(leaf.position for leaf in leaves(dim))
 
 
-def freeze(dim: Dim, reason: str) -> None:
+def freeze_leaves(dim: Dim, reason: str) -> None:
     """No channel of it may be taken; the first reason stays."""
     for leaf in leaves(dim):
         leaf.frozen = leaf.frozen or reason
@@ -157,7 +157,7 @@ def product_of(dims: Sequence[Dim]) -> Dim:
     visible = [d for d in dims if d.size != 1 or is_dynamic(d)]
     for dim in dims:
         if dim not in visible:
-            freeze(dim, "an axis of size 1 is merged with others")
+            freeze_leaves(dim, "an axis of size 1 is merged with others")
     if not visible:
         return Dim(1, frozen="a single index")
     return _composite(DimKind.PRODUCT, visible, math.prod(d.size for d in visible))
@@ -269,7 +269,7 @@ def _factor_sum(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         unify(divided[0][1], inner)
     for outer, _ in divided:
         if outer.size == 1:
-            freeze(outer, "one of several parts stacked on an axis of their own")
+            freeze_leaves(outer, "one of several parts stacked on an axis of their own")
     return [sum_of([outer for outer, _ in divided]), *factor(divided[0][1], sizes[1:])]
 
 

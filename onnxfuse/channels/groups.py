@@ -16,7 +16,7 @@ import numpy as np
 from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Dim, leaves
-from onnxfuse.channels.site import SINGLE, Number, Role, Sink, System, Use
+from onnxfuse.channels.site import SINGLE, AxisUse, Number, Role, Sink, System
 from onnxfuse.channels.tracing import trace
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Tensor
@@ -169,7 +169,7 @@ class _Found:
     touches: list[tuple[Tensor, int, Dim]] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
     numbers: list[Number] = field(default_factory=list)
-    uses: list[Use] = field(default_factory=list)
+    uses: list[AxisUse] = field(default_factory=list)
 
 
 def _groups(system: System) -> Iterator[Group]:
@@ -230,7 +230,7 @@ def _across(dim: Dim, first: Dim, second: Dim) -> bool:
 
 
 def _group(system: System, members: list[Dim], found: list[_Found]) -> Group:
-    uses: dict[Tensor, list[Use]] = {}
+    uses: dict[Tensor, list[AxisUse]] = {}
     for use in (use for own in found for use in own.uses):
         uses.setdefault(use.tensor, []).append(use)
     touches = []

@@ -98,14 +98,14 @@ def of_shape(axes: Sequence[Dim]) -> Numbers:
     return Numbers(np.array([d.size for d in axes], np.int64), tags)
 
 
-def product_of(shape: Numbers) -> Numbers:
+def size_product(shape: Numbers) -> Numbers:
     """What Size gives."""
     dims = shape.depends()
     tag = Mixed(dims) if dims else None
     return Numbers(np.array(shape.value.prod(), np.int64), np.array(tag, object))
 
 
-def evaluate(node: Node, inputs: Sequence[Numbers | None], opset: int) -> list[Numbers] | None:
+def evaluate_lengths(node: Node, inputs: Sequence[Numbers | None], opset: int) -> list[Numbers] | None:
     """What the node computes, where all its inputs are known and it is an operator for such tensors; None for
     others. An absent optional input is given as None."""
     if node.key not in _EVALUATED:

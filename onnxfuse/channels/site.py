@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from onnxfuse.analysis.constant_folding import label
-from onnxfuse.channels.dims import ClashError, Dim, freeze, is_dynamic, leaves, mark_channel, unify
+from onnxfuse.channels.dims import ClashError, Dim, freeze_leaves, is_dynamic, leaves, mark_channel, unify
 from onnxfuse.channels.lengths import Numbers, Tag, of_constant, worth_reading
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
@@ -116,7 +116,7 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class Use:
+class AxisUse:
     """What an axis of a stored tensor is to the operator that multiplies by it: its output ("producer"), its
     input ("consumer") or both at once, channel by channel ("along"). `node` is the operator's name; `axis` is
     None where the tensor was rearranged before it got there."""
@@ -154,7 +154,7 @@ class System:
     written: list[Number] = field(default_factory=list)
     splits: list[EvenSplit] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
-    uses: list[Use] = field(default_factory=list)
+    uses: list[AxisUse] = field(default_factory=list)
 
     def axes_of(self, tensor: Tensor) -> Axes | None:
         """The axes of a tensor; of a stored one or a graph input they are made here."""
@@ -279,7 +279,7 @@ class ChannelNode(ModelNodeView):
     def freeze(self, dims: Iterable[Dim], reason: str) -> None:
         """These can't be taken because of this node."""
         for dim in dims:
-            freeze(dim, f"{reason} ({self.node.label})")
+            freeze_leaves(dim, f"{reason} ({self.node.label})")
 
     def places(self, dims: Iterable[Dim], reason: str) -> None:
         """These are no channels, but places that the operator treats in its own way."""
@@ -339,7 +339,7 @@ class ChannelNode(ModelNodeView):
         mark_channel(dim)
         for root in self.system.roots.get(tensor, (tensor,)):
             at = axis % len(self.axes(slot)) if root is tensor else None
-            self.system.uses.append(Use(root, at, dim, role, label(self.node)))
+            self.system.uses.append(AxisUse(root, at, dim, role, label(self.node)))
 
     def number(
         self,

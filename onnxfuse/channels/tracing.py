@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxfuse.analysis.constant_folding import proven_shapes
 from onnxfuse.channels import lengths
-from onnxfuse.channels.dims import Dim, crossed, equal, freeze, is_dynamic, leaves
+from onnxfuse.channels.dims import Dim, crossed, equal, freeze_leaves, is_dynamic, leaves
 from onnxfuse.channels.rules import RULES
 from onnxfuse.channels.site import SINGLE, Axes, ChannelNode, Number, Pin, StopRuleError, System
 from onnxfuse.ir.model import Feed, Model
@@ -115,7 +115,7 @@ def _put(system: System, tensor: Tensor, axes: Axes | None, reason: str) -> None
         system.axes[tensor] = axes
         for dim in axes:
             if dim.size == 1:
-                freeze(dim, SINGLE)
+                freeze_leaves(dim, SINGLE)
 
 
 def _note_roots(system: System, node: Node) -> None:
@@ -147,11 +147,11 @@ def _numbers_of(site: ChannelNode) -> list[lengths.Numbers] | None:
         if node.op == "Shape":
             part = slice(site.attribute("start"), site.attribute("end"))
             return [lengths.Numbers(shape.value[part], shape.tags[part])]
-        return [lengths.product_of(shape)]
+        return [lengths.size_product(shape)]
     known = [system.numbers_of(t) if t.name else None for t in node.inputs]
     if any(own is None and t.name for own, t in zip(known, node.inputs, strict=True)):
         return None
-    return lengths.evaluate(node, known, system.model.opset)
+    return lengths.evaluate_lengths(node, known, system.model.opset)
 
 
 def _checked(site: ChannelNode, result: list[Axes | None]) -> list[Axes | None]:
@@ -179,10 +179,10 @@ def _freeze_tensor(system: System, tensor: Tensor, reason: str, as_number: str) 
     """All axes of a tensor, and those whose lengths it holds."""
     known = system.numbers_of(tensor)
     for dim in known.depends() if known is not None else ():
-        freeze(dim, as_number)
+        freeze_leaves(dim, as_number)
     for axes in (system.axes_of(tensor), *system.sequences.get(tensor, ())):
         for dim in axes or ():
-            freeze(dim, reason)
+            freeze_leaves(dim, reason)
 
 
 def _pin_used_lengths(site: ChannelNode) -> None:
@@ -219,10 +219,10 @@ def _freeze_crossed(system: System) -> None:
     dynamic size has no fixed places for a mask."""
     for name, dim in _edited(system):
         for leaf in crossed(dim):
-            freeze(leaf, f"'{name}' has it as rows and as columns")
+            freeze_leaves(leaf, f"'{name}' has it as rows and as columns")
     for sink in system.sinks:
         if is_dynamic(sink.dim):
-            freeze(sink.dim, f"'{sink.tensor}' merges it with an axis of dynamic size")
+            freeze_leaves(sink.dim, f"'{sink.tensor}' merges it with an axis of dynamic size")
 
 
 def _edited(system: System) -> Iterator[tuple[str, Dim]]:
@@ -255,7 +255,7 @@ def _freeze_numbers(system: System) -> None:
 
 def _freeze_all(dims: Iterable[Dim], reason: str) -> None:
     for dim in dims:
-        freeze(dim, reason)
+        freeze_leaves(dim, reason)
 
 
 def _writable(system: System, number: Number) -> bool:

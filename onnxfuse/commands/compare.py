@@ -43,7 +43,7 @@ def verify(
         b: the other.
         calib: samples for both; None makes some up, with a warning.
         max_error: pass if the relative error of every output is at most this; None: if every difference is
-            within `verification.MULTIPLE` noise floors of `a`.
+            within `verification.noise.MULTIPLE` noise floors of `a`.
         samples, batch_size: how many samples, and rows in a batch.
         provider, threads: of ONNX Runtime.
         seed: of made-up samples.

@@ -93,12 +93,12 @@ def compress(
         retrain: samples to retrain on after the passes, with the original as teacher; labels among them
             only serve a metric. `max_error` and `max_drop` are then held on the retrained model alone: no
             pass hears of `max_error`, so each goes as far as its own options say. With `max_error`, training
-            minimises what that bounds (loss "mse"), else what "distill" is.
+            minimizes what that bounds (loss "mse"), else what "distill" is.
         epochs, lr: of retraining; None as in `retrain`.
         schedule: "uniform:steps=4" or "exponential:steps=4": passes and retraining by turns, each turn going
             on from the last with goals (merge:layers, prune:amount, ...) that come nearer to the whole one
-            (`onnxfuse.schedule`). Passes without such a goal run in the first turn only if they come before
-            the first that has one, else in every turn. The epochs are those of all turns together.
+            (`onnxfuse.pipeline.schedule`). Passes without such a goal run in the first turn only if they come
+            before the first that has one, else in every turn. The epochs are those of all turns together.
         provider, threads: of ONNX Runtime.
         seed: of everything random; None is 0.
         report: folder for `report.json` and `report.txt`; written for a failed run, too.

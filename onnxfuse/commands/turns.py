@@ -1,4 +1,4 @@
-"""Retraining after the passes, or between them: passes and training by turns (`onnxfuse.schedule`)."""
+"""Retraining after the passes, or by turns with them (`onnxfuse.pipeline.schedule`)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def asked_for(
     Args:
         data, epochs, lr: arguments, which come before the recipe's.
         recipe: what the recipe says of it.
-        max_error: a bound of the relative output error, which training then minimises ("mse").
+        max_error: a bound of the relative output error, which training then minimizes ("mse").
         batch_size, held_out, seed: of the training.
 
     Raises:

@@ -1,9 +1,9 @@
 """Steps that passes share which rewrite linear operators: which ones, the walk after, and the result.
 
 A pass that replaces weights one by one (a weight that several operators share is one) leaves the rest to
-`onnxfuse.walk`: rewritten operators keep their weights and get the bias that is best for them, everything
-else behind is solved again. Each rewritten operator is a site of that walk, so each comes with a prediction
-of its error; one that can't be a site is refused beforehand.
+`onnxfuse.fitting.walk`: rewritten operators keep their weights and get the bias that is best for them,
+everything else behind is solved again. Each rewritten operator is a site of that walk, so each comes with a
+prediction of its error; one that can't be a site is refused beforehand.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def linear_ops(
     Args:
         model: is left as it is.
         only: pattern that their names match.
-        shapes: see `linear.linear_op`.
+        shapes: see `ops.linear.linear_op`.
     """
     found: list[LinearOp] = []
     skipped: list[Skip] = []

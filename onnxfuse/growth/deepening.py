@@ -88,7 +88,7 @@ def add_identities(model: Model, layer: Layer, count: int, by: str) -> None:
 
 def _twin_stack(op: LinearOp, inner: Sequence[float], random: np.random.Generator) -> list[np.ndarray]:
     """Weights (out, in / groups, *kernel) of a branch that is zero: free ones, then [U; U] and [V, -V] in
-    each group, twins side by side as in `channels.growing`."""
+    each group, twins side by side as in `growth.widening`."""
     kernel = op.weight
 
     def free(out: int, inside: int, sums: int) -> np.ndarray:

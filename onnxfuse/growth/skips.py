@@ -8,7 +8,7 @@ first pairs are used.
 
 Which channels then still belong together is asked of a probe: a copy of the model in which such a sum takes
 its other side twice, so that nothing ties the two sides. The groups of the probe are widened in the model by
-`growing`, and then the sums get what they had before.
+`widening`, and then the sums get what they had before.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def plan(model: Model, feed: Feed, runtime: Runtime, name: str, ratio: float) ->
 
 
 def carry_out(model: Model, plan: Plan, *, seed: int | Sequence[int], by: str) -> None:
-    """Widen as planned for this model, which is edited in place. `seed` and `by` are as `growing.widen` has
+    """Widen as planned for this model, which is edited in place. `seed` and `by` are as `widening.widen` has
     them."""
     widen(model, plan.wanted, "r2r", noise=0, seed=seed, by=by)
     new = {leaf: count for own in plan.wanted.values() for leaf, count in own.items()}

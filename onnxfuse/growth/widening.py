@@ -14,15 +14,15 @@ them as it did the old. Then the weights that compute them and those that read t
 
 Each is exact at a product with weights, whatever the activations between. It is not where an operator sums
 up without weights, for there is nothing to set; and statistics over the channels stay only if all channels
-are repeated equally often. Such groups are refused (`obstacle`).
+are repeated equally often. Such groups are refused (`width_obstacle`).
 
 Several groups grow at once. A weight may lie on several axes of several groups, so the order counts: first
 everything that is free is drawn, then what reads twins gets its signs, then what computes the second of two
 twins becomes a copy of what computes the first. Old outputs read twins with opposite signs after the second
 step, and new ones may read them as they like, as long as both twins do so alike.
 
-Free weights have the standard deviation of the kernel that they join (`freeweights`). Biases, normalisations
-and depthwise kernels are those of the channel that was copied.
+Free weights have the standard deviation of the kernel that they join (`numerics.random_weights`). Biases,
+normalizations and depthwise kernels are those of the channel that was copied.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def widen(
 
     Args:
         model: edited in place; the groups were found in it or in one it is a copy of, and none has an
-            `obstacle`.
+            `width_obstacle`.
         wanted: for each group the number of new channels of each of its leaves; even for r2r.
         scheme: see the module docstring.
         noise: for net2net, the standard deviation of what the shares of copies differ by, in standard
@@ -233,7 +233,7 @@ def _twins(places: np.ndarray, leaf: Dim) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _share(front: np.ndarray, places: np.ndarray, sources: np.ndarray, noise: np.ndarray) -> None:
-    """Divide what reads a channel among its copies; the noise is centred over the copies of each."""
+    """Divide what reads a channel among its copies; the noise is centered over the copies of each."""
     times = np.bincount(sources)
     front[places] /= times[sources].reshape(-1, *[1] * front.ndim)
     sums = np.zeros((len(times), *places.shape[1:], *front.shape[1:]))

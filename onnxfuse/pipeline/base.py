@@ -48,8 +48,8 @@ class PassResult:
 class Context:
     """What a pass may use beside the model: the original, samples, a runtime, the seed and the error budget.
 
-    `max_error` is the relative output error (see `verification.output_error`) that APPROXIMATE passes must
-    stay within, against `original` on held-out samples; None means no such budget.
+    `max_error` is the relative output error (see `verification.compare.output_error`) that APPROXIMATE passes
+    must stay within, against `original` on held-out samples; None means no such budget.
     """
 
     original: Model

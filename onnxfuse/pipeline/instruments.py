@@ -1,8 +1,8 @@
 """What surrounds passes without being part of them: progress bars, dumped models, a journal.
 
 An instrument overrides the moments it cares about; the manager calls each in turn. None of them can change a
-result. `RichProgress` and `Journal` are also what goes into `Context.progress` and `Context.journal`, so that
-one object hears both the manager and the passes.
+result. `RichProgress` and `JournalFile` are also what goes into `Context.progress` and `Context.journal`, so
+that one object hears both the manager and the passes.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ A pass rewrites a copy of a model and declares, by its contract, what the rewrit
 The manager is transactional. A pass works on a copy; the copy must be a valid graph, must load in ONNX
 Runtime and must keep its contract there; then it is committed, otherwise rolled back with the reason in its
 `StepReport`. Nothing is written to disk by the manager itself, so an interrupted run leaves nothing behind.
-Progress, dumps and the journal live in instruments (`instruments.py`) around a pass, not inside it.
+Progress, dumps and the journal live in instruments (`onnxfuse.pipeline.instruments`) around a pass, not
+inside it.
 """
 
 from __future__ import annotations

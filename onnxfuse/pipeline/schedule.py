@@ -18,7 +18,7 @@ import numpy as np
 from onnxfuse.errors import InputError
 
 FORM = "write uniform:steps=4 or exponential:steps=4"
-MOST_STEPS = 32
+MOST_TURNS = 32
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def parse_schedule(text: str) -> Schedule:
     """
     found = re.fullmatch(r"(uniform|exponential):steps=(\d+)", text.replace(" ", ""))
     steps = int(found[2]) if found and len(found[2]) < 9 else 0
-    if found is None or not 1 <= steps <= MOST_STEPS:
-        limit = f" with 1 to {MOST_STEPS} steps" if found else ""
+    if found is None or not 1 <= steps <= MOST_TURNS:
+        limit = f" with 1 to {MOST_TURNS} steps" if found else ""
         raise InputError(f"--schedule '{text}' is no schedule{limit}; {FORM}")
     return Schedule(found[1] == "exponential", steps)

@@ -11,7 +11,7 @@ from onnxfuse.report.explain_view import changes_view, skips_view
 from onnxfuse.report.retrain_view import metric_row, retraining_view
 from onnxfuse.report.tables import SHOWN, fact_table, heading, make_table, more, paragraph, runtime_fact
 from onnxfuse.results import cost_rows
-from onnxfuse.wording import counted, in_bytes, milliseconds, printable, rounded, shortened
+from onnxfuse.wording import counted, in_bytes, milliseconds, printable, shortened, three_digits
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -125,7 +125,7 @@ def _output_errors(report: Report) -> Iterator[RenderableType]:
     where = "held-out samples" if report.samples.held_out else "samples"
     bound = "" if report.output_bound is None else f", {report.output_bound:g} allowed"
     yield heading(f"relative output error on {error.samples} {where}{bound}")
-    yield from _output_table({name: rounded(value) for name, value in error.outputs.items()})
+    yield from _output_table({name: three_digits(value) for name, value in error.outputs.items()})
 
 
 def _output_table(values: Mapping[str, str]) -> Iterator[RenderableType]:

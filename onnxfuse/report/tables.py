@@ -37,7 +37,7 @@ def _console(file: IO[str], **kind: Any) -> Console:
     return _Console(file=file, markup=False, emoji=False, highlight=False, **kind)
 
 
-def show(view: Iterable[RenderableType], file: IO[str]) -> None:
+def print_view(view: Iterable[RenderableType], file: IO[str]) -> None:
     """Print a view: with colors on a terminal, else as plain text."""
     screen = _console(file)
     if screen.is_terminal:

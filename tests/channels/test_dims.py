@@ -18,7 +18,7 @@ from onnxfuse.channels.dims import (
     equal,
     factor,
     find,
-    freeze,
+    freeze_leaves,
     indices,
     kind,
     leaves,
@@ -157,7 +157,7 @@ def test_frozen_and_dynamic_pass_on_to_what_an_axis_turns_out_to_be() -> None:
     a, b = Dim(2), Dim(4)
     unify(d := Dim(6, frozen="output"), sum_of([a, b]))
     assert [leaf.frozen for leaf in leaves(d)] == ["output", "output"]
-    freeze(d, "another reason")
+    freeze_leaves(d, "another reason")
     assert {leaf.frozen for leaf in leaves(d)} == {"output"}
 
 

@@ -55,7 +55,7 @@ def reasons(case: Case) -> dict[str, str]:
         (f"{CONV} last = Softmax<axis=1>(a) {POOLED}", "Softmax over it"),
         (f"{CONV} m = ReduceMax<axes=[1]>(a) n = Sub(a, m) y = Conv(n, w2)", "ReduceMax over it"),
         (f"{CONV} i = ArgMax<axis=1>(a) j = Cast<to=1>(i) n = Sub(a, j) y = Conv(n, w2)", "ArgMax over it"),
-        (f"{CONV} n = LRN<size=3>(a) y = Conv(n, w2)", "LRN mixes neighbouring channels"),
+        (f"{CONV} n = LRN<size=3>(a) y = Conv(n, w2)", "LRN mixes neighboring channels"),
         (f"{CONV} n = CumSum(a, one) y = Conv(n, w2)", "CumSum along it"),
         (f"{CONV} n = Hardmax<axis=1>(a) y = Conv(n, w2)", "Hardmax over it"),
         (f"{CONV} n = Gather<axis=1>(a, pair) y = Conv(n, w3)", "its indices are looked up"),
