@@ -17,7 +17,13 @@ def shortened(text: object, width: int) -> str:
 
 
 def counted(number: int, what: str, many: str = "") -> str:
-    """A number of things: "1 node", "1,200 nodes"; `many` is a plural that takes more than an s."""
+    """A number of things: "1 node", "1,200 nodes".
+
+    Args:
+        number: how many.
+        what: one of them.
+        many: a plural that takes more than an s.
+    """
     return f"{number:,} {what if number == 1 else many or what + 's'}"
 
 

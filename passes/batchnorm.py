@@ -176,7 +176,7 @@ def _output_moments(model: Model, sites: Sequence[LinearOp], context: Context) -
 
 
 def _rows_at_once(model: Model, tapped: TappedModel, tensors: Sequence[str], batch: Batch) -> int:
-    """As many samples as give about `TAPPED` bytes; no limit where the model doesn't take a batch of one."""
+    """The number of samples that give about `TAPPED` bytes; no limit where the model takes no single one."""
     one = first_rows(model, batch, 1)
     if one is not None:
         with contextlib.suppress(NotApplicableError):  # a Reshape inside can fix the size of a batch

@@ -229,7 +229,7 @@ class Lowrank(Pass):
         )
 
     def _within_error(self, model: Model, splits: Sequence[_Split], context: Context) -> SearchResult:
-        """As few parameters as the bound on the output error allows."""
+        """The model with as few parameters as the bound on the output error allows."""
         products = [split.product for split in splits]
         costs = rank_costs(model, products, context, "parameters", self.name)
         lost = [split.lost for split in splits]

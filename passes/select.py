@@ -305,7 +305,7 @@ class Select(Pass):
         full: float,
         context: Context,
     ) -> SearchResult:
-        """As few MACs as the bound on the output error allows.
+        """The model with as few MACs as the bound on the output error allows.
 
         Args:
             model: stays as it is.
@@ -365,7 +365,7 @@ class Select(Pass):
             .timings[0]
             .median_ms
         )
-        total = budget.latency(times, base)
+        total = budget.latency_total(times, base)
         goal, reached = share, 1.0
         for _ in range(LATENCY_ATTEMPTS):
             chosen = budget.choose_widths(fast, total, goal * base)

@@ -18,7 +18,7 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxfuse.analysis.cost import is_free, proto_macs
-from onnxfuse.channels.dims import Dim, leaves, length
+from onnxfuse.channels.dims import Axis, leaves, length
 from onnxfuse.channels.groups import ChannelGroups, Group
 from onnxfuse.channels.importance import Ranking
 from onnxfuse.channels.site import Number
@@ -29,7 +29,7 @@ from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.ops.linear import weight_type
 
 Widths = dict[Group, int]
-Lengths = Mapping[Dim, range]
+Lengths = Mapping[Axis, range]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,13 @@ class Total:
         return sum(self._term(index, widths) for index in range(len(self._terms)))
 
     def saved(self, widths: Widths, group: Group, width: int) -> float:
-        """The saving by another width of one group."""
+        """The saving by another width of one group.
+
+        Args:
+            widths: of all groups.
+            group: the one that changes.
+            width: its other width.
+        """
         other = {**widths, group: width}
         return sum(self._term(i, widths) - self._term(i, other) for i in self._by_group[group])
 
@@ -110,8 +116,9 @@ class Total:
         return self._known[key]
 
 
-def _lengths(group: Group, width: int) -> Iterator[tuple[Dim, range]]:
-    """Any way to keep so many: the leaves of a group lie alike wherever they lie."""
+def _lengths(group: Group, width: int) -> Iterator[tuple[Axis, range]]:
+    """The leaves of a group with the channels that each keeps, the first ones: which ones does not matter, as
+    leaves of a group lie alike wherever they lie."""
     for leaf in group.leaves:
         own = min(width, leaf.size)
         width -= own
@@ -168,7 +175,13 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
 
 
 def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
-    """Elements of the stored tensors; arguments as `macs`."""
+    """Elements of the stored tensors.
+
+    Args:
+        model: that the groups were found in.
+        found: all of its groups.
+        groups: those whose widths are to be chosen.
+    """
     axes = found.system.axes
     owner = {leaf: group for group in groups for leaf in group.leaves}
 
@@ -187,7 +200,7 @@ def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> T
     return Total([term(name) for name in sorted(counted)], groups)
 
 
-def latency(times: Mapping[Group, Mapping[int, float]], base: float) -> Total:
+def latency_total(times: Mapping[Group, Mapping[int, float]], base: float) -> Total:
     """Latency: that of the whole network less what each group saves by itself.
 
     Args:
@@ -204,7 +217,7 @@ def latency(times: Mapping[Group, Mapping[int, float]], base: float) -> Total:
     return Total([CostTerm((), lambda kept: base), *map(term, times)], list(times))
 
 
-def _sizes(dims: Sequence[Dim], kept: Lengths) -> tuple[int, ...]:
+def _sizes(dims: Sequence[Axis], kept: Lengths) -> tuple[int, ...]:
     return tuple(length(dim, kept) for dim in dims)
 
 
@@ -219,7 +232,7 @@ def _written(proto: NodeProto, numbers: Sequence[Number], kept: Lengths) -> Node
     return copy
 
 
-def _leaves(dims: Sequence[Dim] | None) -> Iterator[Dim]:
+def _leaves(dims: Sequence[Axis] | None) -> Iterator[Axis]:
     return (leaf for dim in dims or () for leaf in leaves(dim))
 
 

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from onnxfuse.channels import dims as algebra
-from onnxfuse.channels.edits import Kept, chosen
+from onnxfuse.channels.dims import Kept
+from onnxfuse.channels.edits import chosen
 from onnxfuse.channels.groups import Choice
 from onnxfuse.channels.site import Sink, System
 from onnxfuse.ir.model import Model

@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxfuse.analysis.constant_folding import proven_shapes
 from onnxfuse.channels import lengths
-from onnxfuse.channels.dims import Dim, crossed, equal, freeze_leaves, is_dynamic, leaves
+from onnxfuse.channels.dims import Axis, crossed, equal, freeze_leaves, is_dynamic, leaves
 from onnxfuse.channels.rules import RULES
 from onnxfuse.channels.site import SINGLE, Axes, ChannelNode, Number, Pin, StopRuleError, System
 from onnxfuse.ir.model import Feed, Model
@@ -31,7 +31,12 @@ USED_AS_NUMBER = "its length is a number in a computation"
 
 
 def trace(model: Model, feed: Feed | None, runtime: Runtime | None) -> System:
-    """The axes of all tensors and what ties them. The model is not changed.
+    """The axes of all tensors and what ties them.
+
+    Args:
+        model: stays as it is.
+        feed: inputs for shapes that can't be inferred, None to do without.
+        runtime: runs them.
 
     Raises:
         InputError, NotApplicableError: as `observed_shapes.shapes_on`.
@@ -119,7 +124,7 @@ def _put(system: System, tensor: Tensor, axes: Axes | None, reason: str) -> None
 
 
 def _note_roots(system: System, node: Node) -> None:
-    """What depends on stored tensors alone remembers which."""
+    """Note which stored tensors the node's outputs come from, where they depend on such alone."""
     inputs = [t for t in node.inputs if t.name]
     if inputs and not node.bodies and all(map(system.is_constant, inputs)):
         roots = tuple(dict.fromkeys(root for t in inputs for root in system.roots.get(t, (t,))))
@@ -225,7 +230,7 @@ def _freeze_crossed(system: System) -> None:
             freeze_leaves(sink.dim, f"'{sink.tensor}' merges it with an axis of dynamic size")
 
 
-def _edited(system: System) -> Iterator[tuple[str, Dim]]:
+def _edited(system: System) -> Iterator[tuple[str, Axis]]:
     """Every axis that a cut would evaluate, with a name for it."""
     for tensor, axes in system.axes.items():
         if system.model.is_weight(tensor):
@@ -240,7 +245,7 @@ def _freeze_numbers(system: System) -> None:
     inferred: set[str] = set()
     for number in system.written:
         about = {leaf for dim in (number.dim, *lengths.dims_of(number.tag)) for leaf in leaves(dim)}
-        follows = isinstance(number.tag, Dim) and number.sign == 1 and equal(number.tag, number.dim)
+        follows = isinstance(number.tag, Axis) and number.sign == 1 and equal(number.tag, number.dim)
         if follows or all(leaf.frozen for leaf in about):
             continue
         node = number.place.node
@@ -253,7 +258,7 @@ def _freeze_numbers(system: System) -> None:
     system.written = kept
 
 
-def _freeze_all(dims: Iterable[Dim], reason: str) -> None:
+def _freeze_all(dims: Iterable[Axis], reason: str) -> None:
     for dim in dims:
         freeze_leaves(dim, reason)
 

@@ -42,7 +42,9 @@ def grow(
         list[str] | None,
         typer.Option(metavar="SITE=SIZE", help="Kernels of that size along every axis. Repeatable."),
     ] = None,
-    scheme: Annotated[str, typer.Option(metavar="NAME", help="r2r, net2net, or to widen netmorph.")] = "r2r",
+    scheme: Annotated[
+        str, typer.Option(metavar="NAME", help="r2r or net2net; to widen, also netmorph.")
+    ] = "r2r",
     noise: Annotated[
         float | None,
         typer.Option(

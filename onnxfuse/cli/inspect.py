@@ -35,7 +35,7 @@ def inspect(
         ),
     ] = None,
     heads: Annotated[
-        bool, typer.Option("--heads", help="With --similarity: the layers of attentions head by head.")
+        bool, typer.Option("--heads", help="With --similarity: compare attention layers head by head.")
     ] = False,
     plot: Annotated[
         str | None, typer.Option(metavar="FILE.png", help="With --similarity: draw heat maps of it.")

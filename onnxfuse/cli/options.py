@@ -47,7 +47,13 @@ def output_option(suffix: str) -> Any:
 
 
 def target(output: str | None, model: str, suffix: str) -> str:
-    """Where to write: as `output_option` says."""
+    """The path to write to, as `output_option` says.
+
+    Args:
+        output: given by the user.
+        model: path of the model.
+        suffix: see `output_option`.
+    """
     return output if output is not None else f"{Path(model).stem}-{suffix}.onnx"
 
 

@@ -81,8 +81,20 @@ def diff(
     threads: int | None = None,
     seed: int = 0,
 ) -> DiffResult:
-    """Two models side by side: structure, cost, outputs. Arguments and errors as `verify`, except that models
-    which can't be run are compared in structure alone."""
+    """Two models side by side: structure, cost, outputs. Models that can't be run are compared in structure
+    alone.
+
+    Args:
+        a: the reference, whose noise floor counts.
+        b: the other.
+        calib: samples for both; None makes some up, with a warning.
+        samples, batch_size: how many samples, and rows in a batch.
+        provider, threads: of ONNX Runtime.
+        seed: of made-up samples.
+
+    Raises:
+        InputError: a bad file or bad samples.
+    """
     first, second = load(a), load(b)
     runtime = Runtime(provider, threads)
     warnings: list[str] = []
@@ -104,7 +116,7 @@ def diff(
 
 
 def _cost(model: Model, feed: Feed | None, runtime: Runtime) -> Cost:
-    """At the sizes of `feed`, if the model takes it."""
+    """The costs of a model, at the sizes of `feed` if the model takes it."""
     if feed is not None:
         with contextlib.suppress(OnnxfuseError):
             return measure(model, feed, runtime)
@@ -112,7 +124,7 @@ def _cost(model: Model, feed: Feed | None, runtime: Runtime) -> Cost:
 
 
 def _labels(a: Model, b: Model) -> tuple[str, str]:
-    """What messages call two models."""
+    """The names of two models in messages."""
     if a.path and b.path and a.path != b.path:
         return f"'{a.path}'", f"'{b.path}'"
     return "the first model", "the second model"

@@ -166,7 +166,8 @@ def _plan(passes: Passes | None, recipe: PathOrText | None) -> tuple[list[Pass],
 
 
 def _dumping(folder: PathOrText | None, context: Context) -> list[Instrument]:
-    """What writes the models between passes to a folder, and the journal, which `context` is given, too."""
+    """Instruments that write a journal, and the models between passes, to a folder; `context` gets the
+    journal, too."""
     if folder is None:
         return []
     journal = JournalFile(Path(folder) / "journal.jsonl")
@@ -233,7 +234,7 @@ def _raise_input_errors(outcome: Outcome) -> None:
 
 
 def _report(run: _Run, done: _Done, seconds: float) -> Report:
-    """Everything that was found out on the way."""
+    """The report of a run."""
     context, steps, verdict = run.context, done.outcome.steps, done.verdict
     return Report(
         version=version("onnxfuse"),

@@ -32,6 +32,11 @@ _SAME_LATENCY = 1.01  # what two sessions of one model may differ by
 def check_limits(max_error: float | None, max_drop: float | None, seed: int) -> None:
     """Check the numbers that a user allows.
 
+    Args:
+        max_error: relative output error, None without a limit.
+        max_drop: drop of the metric, None without a limit.
+        seed: of everything random.
+
     Raises:
         InputError: one is out of range.
     """

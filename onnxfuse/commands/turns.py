@@ -150,7 +150,13 @@ class Trainer:
 
     def between(self, steps: Sequence[StepReport], model: Model, context: Context) -> tuple[Model, Context]:
         """Model and context for the next pass. Training moves inner tensors: the trained model is then what
-        the passes of the next turn are held against."""
+        the passes of the next turn are held against.
+
+        Args:
+            steps: the passes so far.
+            model: after them.
+            context: of the passes.
+        """
         trained = model if len(steps) == self._last else self._trained(steps, model)
         return trained, context if trained is model else replace(context, original=trained)
 
@@ -159,7 +165,7 @@ class Trainer:
         return self._trained(outcome.steps, outcome.model)
 
     def clear(self) -> None:
-        """Remove the files that a killed run would have gone on from."""
+        """Remove the checkpoints from which a killed run would have gone on."""
         for tail in self.tails:
             if tail.checkpoint is not None:
                 tail.checkpoint.remove()

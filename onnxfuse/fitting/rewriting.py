@@ -292,7 +292,15 @@ def within_bound(
     options: Goals,
     said: Callable[[Level], str],
 ) -> SearchResult:
-    """The outcome of `farthest` with notes that name levels by the words of `said`; arguments as there."""
+    """The outcome of `search.farthest` with notes that name levels by the words of `said`.
+
+    Args:
+        levels: from mild to harsh.
+        make: the result at a level.
+        context: of the pass.
+        options: of the pass.
+        said: how far a level goes, in words.
+    """
     none = f"not even {said(levels[0])} is"
     return farthest(levels, make, context, options, said=said, none=lambda within, _: f"{none} {within}")
 
@@ -314,5 +322,11 @@ def finished(model: Model, found: SearchResult, skipped: Sequence[Skip], idle: s
 
 
 def nothing(model: Model, skipped: Sequence[Skip], note: str) -> PassResult:
-    """The result of a pass that has nothing to do."""
+    """The result of a pass that has nothing to do.
+
+    Args:
+        model: the one it was given.
+        skipped: what it refused.
+        note: why there is nothing to do.
+    """
     return PassResult(model, skipped=list(skipped), notes=[note])

@@ -51,9 +51,6 @@ class RefitSite:
     channels: tuple[int, ...] | None = None
 
 
-# --- sites --------------------------------------------------------------------------------------------------
-
-
 def unchanged(original: Model, rewritten: Model) -> set[str]:
     """Names of the tensors that both models compute in the same way, inputs among them."""
     same = {info.name for info in original.inputs} & {info.name for info in rewritten.inputs}
@@ -77,7 +74,7 @@ def _alike(a: Model, first: Node, b: Model, second: Node, same: set[str]) -> boo
 
 
 def _operation(node: Node, opset: int) -> tuple[object, ...]:
-    """What a node does, whatever it reads and is called."""
+    """A key to the operation of a node, whatever it reads and is called."""
     proto = NodeProto()
     proto.CopyFrom(node.proto(opset))
     proto.ClearField("input")
@@ -285,7 +282,7 @@ def kept_channels(model: Model, name: str, axis: int) -> tuple[int, ...] | str |
 
 
 def _cut_info(model: Model, info: TensorInfo | None) -> TensorInfo | None:
-    """What is known of the original's tensor, for the model's of the same name."""
+    """Type and shape of the original's tensor, with the sizes of the model's cut one of the same name."""
     maps = None if info is None else model.index_maps.get(info.name, ())
     if info is None or info.shape is None or not maps:
         return info if maps is not None else None

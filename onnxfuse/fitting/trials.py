@@ -56,7 +56,13 @@ class Trials:
 
     @classmethod
     def of(cls, context: Context, samples: int, measure: Measure = "error") -> Trials:
-        """Trials on about so many of the fit samples."""
+        """Trials on some of the fit samples.
+
+        Args:
+            context: of the pass.
+            samples: about so many.
+            measure: see `Trials`.
+        """
         few = context.calibration.part(samples)
         batches = list(few.held_out)
         feeds = [batch.feed for batch in batches]

@@ -131,9 +131,6 @@ def refit_change(solved: Solved) -> Change:
     )
 
 
-# --- the walk -----------------------------------------------------------------------------------------------
-
-
 def walk(
     original: Model,
     rewritten: Model,

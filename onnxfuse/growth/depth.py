@@ -33,7 +33,13 @@ class DeepeningSite:
 
 
 def find_sites(model: Model, scheme: DepthScheme, blocks: int = 1) -> list[DeepeningSite]:
-    """Every place where layers may be added, and every residual sum, with what stands in the way."""
+    """Every place where layers may be added, and every residual sum, with what stands in the way.
+
+    Args:
+        model: stays as it is.
+        scheme: of the new layers.
+        blocks: number of residual blocks in a row that are to be copied.
+    """
     leading = followed(model)
     found = []
     for layer in find_layers(model):

@@ -49,8 +49,15 @@ def growth_passes(
     scheme: str,
     noise: float | None,
 ) -> list[Pass]:
-    """The passes for what is asked, by site. Kernels first and depth last, so that patterns mean what the
-    network had before.
+    """The passes for what is asked. Kernels first and depth last, so that patterns mean what the network had
+    before.
+
+    Args:
+        widen: ratio by site.
+        deepen: number of layers or blocks by site.
+        kernel: size by site.
+        scheme: of new channels and layers.
+        noise: see `widening.widen`; None: the default of the pass.
 
     Raises:
         InputError: a wrong value, or a scheme that a pass doesn't have.

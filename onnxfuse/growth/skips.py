@@ -20,7 +20,7 @@ import numpy as np
 
 from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
-from onnxfuse.channels.dims import Dim
+from onnxfuse.channels.dims import Axis
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
 from onnxfuse.channels.site import TO_THE_END
 from onnxfuse.growth.widening import New, additions, widen, width_obstacle
@@ -64,8 +64,15 @@ def producers(groups: ChannelGroups | Group) -> list[str]:
 
 
 def plan(model: Model, feed: Feed, runtime: Runtime, name: str, ratio: float) -> Plan:
-    """How the output of the operator called `name` gets about `ratio` times as many channels alone, with the
-    twins of r2r. `feed` and `runtime` are as `find_groups` has them; the model is not changed."""
+    """The plan to give the output of one operator more channels alone, with the twins of r2r.
+
+    Args:
+        model: stays as it is.
+        feed: see `find_groups`.
+        runtime: see `find_groups`.
+        name: of the operator.
+        ratio: about how many times as many channels.
+    """
     groups = find_groups(model, feed, runtime)
     skips = tuple(_skips(groups, name))
     probe = model.copy()
@@ -88,8 +95,14 @@ def plan(model: Model, feed: Feed, runtime: Runtime, name: str, ratio: float) ->
 
 
 def carry_out(model: Model, plan: Plan, *, seed: int | Sequence[int], by: str) -> None:
-    """Widen as planned for this model, which is edited in place. `seed` and `by` are as `widening.widen` has
-    them."""
+    """Widen a model as planned for it.
+
+    Args:
+        model: edited in place.
+        plan: for this model.
+        seed: see `widening.widen`.
+        by: name of the pass.
+    """
     widen(model, plan.wanted, "r2r", noise=0, seed=seed, by=by)
     new = {leaf: count for own in plan.wanted.values() for leaf, count in own.items()}
     folded: dict[Tensor, Tensor] = {}
@@ -107,8 +120,8 @@ def carry_out(model: Model, plan: Plan, *, seed: int | Sequence[int], by: str) -
 
 
 def _skips(groups: ChannelGroups, name: str) -> Iterator[_Skip]:
-    """Where channels that the operator computes, however they got there without being multiplied by weights,
-    are added to channels from elsewhere. Operators that share its weights compute them, too."""
+    """The residual sums at which channels that the operator computes, however they got there without being
+    multiplied by weights, meet channels from elsewhere. Operators that share its weights compute them."""
     own = [group for group in groups if name in producers(group)]
     touches = [t for group in own for t in group.touches if "producer" in t.roles and name in t.nodes]
     sources = {node for touch in touches for node in touch.nodes}
@@ -153,17 +166,17 @@ def _unfoldable(groups: ChannelGroups, plan: Plan, group: Group) -> str | None:
     return None
 
 
-def _axes(groups: ChannelGroups, tensor: Tensor) -> Sequence[Dim]:
-    """What the groups' system knows of the tensor of that name."""
+def _axes(groups: ChannelGroups, tensor: Tensor) -> Sequence[Axis]:
+    """The axes, in the groups' system, of the tensor of that name."""
     return groups.system.axes.get(groups.system.model.tensor(tensor.name), ())
 
 
-def _pieces(dim: Dim) -> list[Dim]:
-    """What lies one after the other on an axis."""
-    return algebra.parts(dim) if algebra.kind(dim) is algebra.DimKind.SUM else [algebra.find(dim)]
+def _pieces(dim: Axis) -> list[Axis]:
+    """The parts that lie one after the other on an axis."""
+    return algebra.parts(dim) if algebra.kind(dim) is algebra.AxisKind.SUM else [algebra.find(dim)]
 
 
-def _lies(groups: ChannelGroups, tensor: Tensor, leaves: set[Dim]) -> bool:
+def _lies(groups: ChannelGroups, tensor: Tensor, leaves: set[Axis]) -> bool:
     return any(leaves & set(algebra.leaves(dim)) for dim in _axes(groups, tensor))
 
 

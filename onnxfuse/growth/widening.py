@@ -35,8 +35,8 @@ import numpy as np
 
 from onnxfuse.analysis.layers import MULTIPLYING
 from onnxfuse.channels import dims as algebra
-from onnxfuse.channels.dims import Dim
-from onnxfuse.channels.edits import Kept, take
+from onnxfuse.channels.dims import Axis, Kept
+from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import Group, Touch
 from onnxfuse.channels.lengths import MOVING
 from onnxfuse.channels.site import System
@@ -46,19 +46,30 @@ from onnxfuse.numerics.random_weights import spread, uniform
 from onnxfuse.ops.linear import weight_type
 
 WidthScheme = Literal["r2r", "net2net", "netmorph"]
-New = Mapping[Dim, int]
+New = Mapping[Axis, int]
 
 
-def additions(group: Group, scheme: WidthScheme, ratio: float) -> dict[Dim, int]:
-    """How many channels each leaf of the group gets, to have about `ratio` times as many: at least one, and
-    for r2r an even number."""
+def additions(group: Group, scheme: WidthScheme, ratio: float) -> dict[Axis, int]:
+    """The number of new channels for each leaf of the group: at least one, and for r2r an even number.
+
+    Args:
+        group: the group.
+        scheme: see the module docstring.
+        ratio: about how many times as many channels.
+    """
     step = 2 if scheme == "r2r" else 1
     wanted = {leaf: round(leaf.size * (ratio - 1)) for leaf in group.leaves}
     return {leaf: max(step, -(-count // step) * step) for leaf, count in wanted.items()}
 
 
 def width_obstacle(group: Group, scheme: WidthScheme, new: New) -> str | None:
-    """Why the group can't get so many new channels with the function unchanged; None if it can."""
+    """The reason why the group can't get so many new channels with the function unchanged; None if it can.
+
+    Args:
+        group: the group.
+        scheme: see the module docstring.
+        new: the number of new channels of each leaf.
+    """
     if group.frozen is not None:
         return group.frozen
     model = group.system.model
@@ -164,7 +175,7 @@ def _users(system: System, tensor: Tensor) -> Iterator[Node]:
 
 
 def _sources(random: np.random.Generator, size: int, count: int, scheme: WidthScheme) -> np.ndarray:
-    """Which channels the new ones are copies of: all of them once before one comes again; for r2r by twos."""
+    """The channels (count,) that new ones are copies of: all once before one comes again; for r2r by twos."""
     needed = count // 2 if scheme == "r2r" else count
     rounds = [random.permutation(size) for _ in range(-(-needed // size))]
     drawn = np.concatenate(rounds)[:needed]
@@ -191,7 +202,7 @@ class _Axes:
     touches: Sequence[Touch]
     kept: Kept
 
-    def where(self, *, consumer: bool) -> Iterator[tuple[Touch, Dim, np.ndarray, np.ndarray]]:
+    def where(self, *, consumer: bool) -> Iterator[tuple[Touch, Axis, np.ndarray, np.ndarray]]:
         """Each touch that reads the channels, or each that doesn't, leaf by leaf: the weight with that axis
         in front (a view), and the places of every channel on it."""
         for touch in self.touches:
@@ -226,7 +237,7 @@ def _fill(
             front[second] = front[first]
 
 
-def _twins(places: np.ndarray, leaf: Dim) -> tuple[np.ndarray, np.ndarray]:
+def _twins(places: np.ndarray, leaf: Axis) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the first and of the second of all twins."""
     new = places[leaf.size :]
     return new[::2].reshape(-1), new[1::2].reshape(-1)

@@ -35,10 +35,22 @@ class Instrument:
         """Before the first pass; `model` is what it will get."""
 
     def before(self, index: int, pass_: Pass, model: Model) -> None:
-        """Before a pass."""
+        """Before a pass.
+
+        Args:
+            index: of the pass.
+            pass_: the pass.
+            model: what it will get.
+        """
 
     def after(self, index: int, step: StepReport, model: Model) -> None:
-        """After a pass was committed or rolled back; `model` is what the next pass gets."""
+        """After a pass was committed or rolled back.
+
+        Args:
+            index: of the pass.
+            step: its report.
+            model: what the next pass gets.
+        """
 
     def finished(self) -> None:
         """At the end, also when a pass raised or the user interrupted."""

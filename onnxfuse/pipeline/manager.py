@@ -70,11 +70,15 @@ class PassManager:
         self.instruments = list(instruments)
 
     def run(self, model: Model, context: Context, between: Between | None = None) -> Outcome:
-        """Run all passes on `model`, which stays as it is. `between` is asked after every pass what the next
-        one gets.
+        """The outcome of all passes on `model`, which stays as it is.
 
         A pass that refuses with an OnnxfuseError or breaks its contract is rolled back and the next one runs;
         any other exception is a bug and propagates, and so does KeyboardInterrupt.
+
+        Args:
+            model: for the first pass.
+            context: of all passes.
+            between: is asked after every pass what the next one gets.
         """
         steps: list[StepReport] = []
         try:
@@ -139,7 +143,14 @@ def _step(
 
 
 def verify_pass(contract: Contract, before: Model, result: PassResult, context: Context) -> Verification:
-    """Hold a pass's result to its contract."""
+    """The verdict on a pass's result by its contract.
+
+    Args:
+        contract: of the pass.
+        before: the model that it was given.
+        result: of the pass.
+        context: of the pass.
+    """
     if problem := structure_problem(before, result.model, context.runtime):
         return Verification(False, problem)
     try:

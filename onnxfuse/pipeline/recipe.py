@@ -134,7 +134,7 @@ def parse_recipe(text: str) -> list[Pass]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """What stands between commas that are not inside brackets or quotes."""
+    """The pieces between commas that are not inside brackets or quotes."""
     start, closing = 0, ""
     pairs = {"[": "]", "{": "}", '"': '"', "'": "'"}
     for index, letter in enumerate([*text, ","]):

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from onnxfuse.ir.model import Model
 
 
-# --- running passes -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Verification:
     """What was checked after a pass, by its contract, and how it came out; parts that do not apply are

@@ -29,19 +29,19 @@ class Schedule:
     steps: int
 
     def shares(self) -> list[float]:
-        """How much of the whole way is done after each step; the last is 1."""
+        """The share of the whole way that is done after each step; the last is 1."""
         lengths = 0.5 ** np.arange(self.steps) if self.exponential else np.ones(self.steps)
         return [*(np.cumsum(lengths) / lengths.sum()).tolist()[:-1], 1.0]
 
     def epochs(self, total: int) -> list[int]:
-        """How many of the epochs each step gets: at least one, more in all if there are too few."""
+        """The number of epochs of each step: at least one, more than `total` in all if there are too few."""
         lengths = 2.0 ** np.arange(self.steps) if self.exponential else np.ones(self.steps)
         ends = np.round(np.cumsum(lengths) / lengths.sum() * total).astype(int)
         return [max(int(n), 1) for n in np.diff(ends, prepend=0)]
 
 
 def parse_schedule(text: str) -> Schedule:
-    """From the form on the command line.
+    """The schedule that a user writes as `uniform:steps=4`.
 
     Raises:
         InputError: it has another form.

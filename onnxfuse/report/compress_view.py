@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 def compress_view(
     report: Report, *, verbose: bool = False, explain: bool = False
 ) -> Iterator[RenderableType]:
-    """A run of `compress`. `verbose` lists every change, `explain` also what was not done and why."""
+    """A view of a run of `compress`.
+
+    Args:
+        report: of the run.
+        verbose: list every change.
+        explain: list also what was not done, and why.
+    """
     yield fact_table(_run_facts(report))
     yield Text()
     yield _steps(report.steps)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nets import net
 
-from onnxfuse.channels.dims import Dim
+from onnxfuse.channels.dims import Axis
 from onnxfuse.channels.lengths import (
     Mixed,
     Numbers,
@@ -19,7 +19,7 @@ from onnxfuse.channels.lengths import (
     worth_reading,
 )
 
-N, C, H = Dim(7, dynamic=True), Dim(12), Dim(5)
+N, C, H = Axis(7, dynamic=True), Axis(12), Axis(5)
 SHAPE = of_shape([N, C, H])
 
 

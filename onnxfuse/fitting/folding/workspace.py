@@ -57,15 +57,17 @@ class Workspace:
     # Looking
 
     def shape(self, tensor: Tensor) -> tuple[int | str | None, ...] | None:
+        """The shape of a tensor, None where not even the rank is known."""
         info = self.shapes.get(tensor.name)
         return None if info is None else info.shape
 
     def rank(self, tensor: Tensor) -> int | None:
+        """The number of axes of a tensor, None where it is not known."""
         shape = self.shape(tensor)
         return None if shape is None else len(shape)
 
     def pinned(self, tensor: Tensor) -> bool:
-        """Whether the tensor must go on existing under its name: a graph output, or seen by a subgraph."""
+        """Whether a tensor must go on existing under its name: a graph output, or seen by a subgraph."""
         return self.model.is_output(tensor) or self.model.captured(tensor)
 
     def only_user(self, tensor: Tensor) -> Node | None:
@@ -73,7 +75,7 @@ class Workspace:
         return None if self.pinned(tensor) or len(tensor.outputs) != 1 else tensor.outputs[0]
 
     def linear_before(self, tensor: Tensor, user: Node) -> LinearOp | str:
-        """The linear operator whose output `tensor` is, as `user` sees it; or why there is none."""
+        """The linear operator that computes `tensor`, as `user` sees it; or why there is none."""
         node = self.model.producer(tensor)
         if node is None:
             return f"'{tensor.name}' is not computed by a linear operator"
@@ -112,7 +114,14 @@ class Workspace:
             self.model.remove([node])
 
     def store(self, op: LinearOp, weight: np.ndarray | None, bias: np.ndarray | None, cost: int) -> None:
-        """Write new weights, which make the file `cost` bytes larger."""
+        """Write new weights.
+
+        Args:
+            op: their operator.
+            weight: see `write_weights`; None: as it is.
+            bias: None: as it is.
+            cost: bytes by which they make the file larger.
+        """
         self.growth += cost
         self.overriding(t for t in (op.weight_tensor, op.own_bias, op.added_bias) if t is not None)
         write_weights(self.model, op, weight, bias, by=self._by)
@@ -123,7 +132,7 @@ class Workspace:
         return op.out_features * op.columns * op.dtype.itemsize if shared else 0
 
     def beyond_budget(self, cost: int) -> str | None:
-        """Why the file may not grow by that many bytes more, if it may not."""
+        """The reason why the file may not grow by that many bytes more; None if it may."""
         if cost <= 0 or self.growth + cost <= GROWTH:
             return None
         return f"the weights are shared with other operators, and a copy would take {cost / 1e6:.1f} MB"
