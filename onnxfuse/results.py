@@ -83,7 +83,7 @@ class Shown(ABC):
 
     @abstractmethod
     def _facts(self) -> FactRows:
-        """(what, how much), the most important first."""
+        """Names and values, the most important first."""
 
     @abstractmethod
     def _record(self) -> tuple[Any, str]:
@@ -133,7 +133,7 @@ def _warnings(warnings: Sequence[str]) -> FactRows:
 def cost_rows(
     before: Cost, after: Cost
 ) -> Iterator[tuple[str, int | None, int | None, Callable[[Any], str]]]:
-    """(name, of the first, of the second, how it is written) of each figure of two costs."""
+    """Each figure of two costs: its name, both values, and the function that writes them."""
     yield "parameters", before.parameters, after.parameters, whole
     yield "MACs", before.macs, after.macs, in_macs
     yield "nodes", before.nodes, after.nodes, whole

@@ -28,12 +28,12 @@ def counted(number: int, what: str, many: str = "") -> str:
 
 
 def three_digits(value: float) -> str:
-    """Three significant digits."""
+    """A number with three significant digits: "0.0123"."""
     return f"{value:.3g}"
 
 
 def whole(value: int) -> str:
-    """All digits, in groups of three."""
+    """A whole number with all its digits, in groups of three: "1,200"."""
     return f"{value:,}"
 
 

@@ -108,7 +108,7 @@ class Batchnorm(Pass):
         return op in NAMED and fnmatchcase(name, self.options.only)
 
     def _idle(self, skipped: Sequence[Skip]) -> str:
-        """Why there was nothing to do."""
+        """The reason why there was nothing to do."""
         if skipped:
             first = f"'{skipped[0].nodes[0]}', {skipped[0].reason}"
             return f"nowhere to insert one; the first of {len(skipped)} operators is {first}"

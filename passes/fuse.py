@@ -112,7 +112,7 @@ class _Ranked:
         return self.fit.candidate.region
 
     def order(self) -> tuple[float, str]:
-        """By change per MAC saved."""
+        """The key to sort by: the output change per MAC saved."""
         return self.change / self.saved, self.region.v
 
 

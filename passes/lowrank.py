@@ -102,13 +102,13 @@ class _Split:
 
     @property
     def lost(self) -> Array:
-        """(ranks + 1,): the share of energy that is lost at each rank. A pair has nothing beyond its rank to
+        """The share (ranks + 1,) of energy that is lost at each rank. A pair has nothing beyond its rank to
         lose."""
         lost, rank = self.basis.lost(), self.product.rank
         return lost if rank is None else np.minimum(lost, 1.0)[: rank + 1]
 
     def bias(self, rank: int) -> Array:
-        """(out,): with what the factors make of the inputs' mean made up for, where that is known."""
+        """The bias (out,); it makes up for what the factors lose of the inputs' mean where that is known."""
         if self.mean is None:
             return self.product.bias()
         directions = self.basis.directions[:, :rank]

@@ -109,7 +109,7 @@ class SelectOptions(Goals):
 
 @dataclass(frozen=True)
 class _Reading:
-    """All that the channels to be cut are chosen by.
+    """The groups, rankings and moments by which the channels to be cut are chosen.
 
     Attributes:
         groups: those that may be cut; `found` are all of the model.

@@ -109,7 +109,7 @@ class Widen(Pass):
 
 
 def _names(group: Group) -> list[str]:
-    """Its own, then those of all operators that compute its channels."""
+    """The names of a group: its own, then those of all operators that compute its channels."""
     return [group.name, *(node for t in group.touches if "producer" in t.roles for node in t.nodes)]
 
 

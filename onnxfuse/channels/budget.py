@@ -270,7 +270,7 @@ def choose_widths(curves: Sequence[LossCurve], total: Total, target: float) -> W
 
 
 def _best_move(curve: LossCurve, at: int, total: Total, widths: Widths) -> tuple[float, int, float] | None:
-    """(loss per unit saved, where to, what it saves) of the best step to a narrower width, if any saves."""
+    """The best step to a narrower width, if any saves: loss per unit saved, place of the width, saving."""
     found = []
     for place in range(at + 1, len(curve.widths)):
         saved = total.saved(widths, curve.group, curve.widths[place])

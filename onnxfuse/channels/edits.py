@@ -29,7 +29,7 @@ from onnxfuse.ir.nodes import Node, Tensor
 
 @dataclass(frozen=True)
 class Edits:
-    """What `take` has done.
+    """The edits that `take` has made.
 
     Attributes:
         weights: by tensor and axis, the old positions on it in their new order.

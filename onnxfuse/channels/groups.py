@@ -30,7 +30,7 @@ class Touch:
     Attributes:
         weight: name of the tensor.
         axis: of it.
-        roles: what it is to the operators that multiply by it: their output ("producer"), their input
+        roles: of the axis for the operators that multiply by it: their output ("producer"), their input
             ("consumer"), channel by channel ("along"); empty where it is added and the like.
         nodes: names of these operators.
         map: int64 (size of the group, positions per index): where each channel lies on the axis.
@@ -114,12 +114,12 @@ class ChannelGroups:
 
     @property
     def free(self) -> list[Group]:
-        """Those that can be cut."""
+        """The groups that can be cut."""
         return [group for group in self.groups if group.frozen is None]
 
     @property
     def frozen(self) -> list[Group]:
-        """Those that can't."""
+        """The groups that can't be cut."""
         return [group for group in self.groups if group.frozen is not None]
 
     def __iter__(self) -> Iterator[Group]:
@@ -165,7 +165,7 @@ def _places(dim: Axis, members: Sequence[Axis]) -> np.ndarray:
 
 @dataclass
 class _Found:
-    """What belongs to one leaf."""
+    """Touches, sinks, numbers and uses of one leaf."""
 
     touches: list[tuple[Tensor, int, Axis]] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)

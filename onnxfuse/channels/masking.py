@@ -1,4 +1,4 @@
-"""What a cut must equal: the network with the removed channels multiplied by zero at the group's sites.
+"""The reference for a cut: the network with the removed channels multiplied by zero at the group's sites.
 
 **Where.** A removed channel is not zero everywhere: what a convolution no longer computes, a bias, a
 BatchNormalization or a sigmoid behind it would make into something else than zero. Nor does it matter what it

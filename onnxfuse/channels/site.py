@@ -118,9 +118,16 @@ class Pin:
 
 @dataclass(frozen=True)
 class AxisUse:
-    """What an axis of a stored tensor is to the operator that multiplies by it: its output ("producer"), its
-    input ("consumer") or both at once, channel by channel ("along"). `node` is the operator's name; `axis` is
-    None where the tensor was rearranged before it got there."""
+    """The role of an axis of a stored tensor for an operator that multiplies by it.
+
+    Attributes:
+        tensor: the stored tensor.
+        axis: of it; None where the tensor was rearranged before it got there.
+        dim: the axis, or the part of it that has the role.
+        role: the operator's output ("producer"), its input ("consumer") or both at once, channel by channel
+            ("along").
+        node: the operator's name.
+    """
 
     tensor: Tensor
     axis: int | None

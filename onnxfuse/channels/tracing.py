@@ -54,7 +54,7 @@ def trace(model: Model, feed: Feed | None, runtime: Runtime | None) -> System:
 def _sizes(
     model: Model, feed: Feed | None, runtime: Runtime | None
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """(sizes in one run, sizes that are the same in every run) of all tensors.
+    """The sizes of all tensors in one run, and those that are the same in every run.
 
     They follow from the inputs' declarations and from the run. What the file declares of other tensors may be
     wrong (a batch of one often survives there), so it counts only without a run, where nothing else is known.
@@ -181,7 +181,7 @@ def _stop(site: ChannelNode, reason: str) -> None:
 
 
 def _freeze_tensor(system: System, tensor: Tensor, reason: str, as_number: str) -> None:
-    """All axes of a tensor, and those whose lengths it holds."""
+    """Freeze all axes of a tensor, and those whose lengths it holds."""
     known = system.numbers_of(tensor)
     for dim in known.depends() if known is not None else ():
         freeze_leaves(dim, as_number)

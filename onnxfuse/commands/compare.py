@@ -36,7 +36,7 @@ def verify(
     threads: int | None = None,
     seed: int = 0,
 ) -> VerifyResult:
-    """Whether two models compute the same: a result that is false if they don't.
+    """The comparison of two models: a result that is false if they don't compute the same.
 
     Args:
         a: the reference, whose noise floor counts.
@@ -131,7 +131,7 @@ def _labels(a: Model, b: Model) -> tuple[str, str]:
 
 
 def _error_reason(comparison: Comparison, max_error: float) -> str | None:
-    """Why a comparison does not stay within an error that the user allows."""
+    """The reason why a comparison exceeds the error that the user allows; None if it does not."""
     if comparison.problems:
         return comparison.problems[0]
     for output in comparison.outputs:

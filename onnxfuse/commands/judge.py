@@ -164,7 +164,7 @@ def conclude(
 
 
 def _idle(steps: Sequence[StepReport]) -> str:
-    """Why there is nothing to write, from what each pass said."""
+    """The reason why there is nothing to write, from the notes of all passes."""
     said = [f"{step.name}: {step.notes[-1] if step.notes else 'nothing to do'}" for step in steps]
     return f"no pass changed the model ({'; '.join(said)})"
 

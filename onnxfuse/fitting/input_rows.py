@@ -97,5 +97,5 @@ class _Collected:
         self._found.append(rows.without_padding(found.astype(np.float32, copy=False)))
 
     def rows(self) -> np.ndarray:
-        """(n, columns) float32."""
+        """The rows (n, columns), float32."""
         return np.concatenate(self._found)

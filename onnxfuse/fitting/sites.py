@@ -168,7 +168,7 @@ def refit_sites(
 
 
 def _unsolvable(op: LinearOp, owned: bool) -> str | None:
-    """Why an operator can't be solved again, None if it can. `owned`: its weights are the caller's affair."""
+    """The reason why an operator can't be solved again, if any. `owned`: its weights are the caller's."""
     if op.shared and not op.has_bias and not owned:
         return "its weight has other users, which a refit would change"
     if op.kind == "conv" and op.pads is None:
@@ -224,7 +224,7 @@ def check_mask(model: Model, mask: str | None) -> None:
 
 
 def _last_sites(model: Model, sites: Mapping[str, int]) -> dict[str, int]:
-    """By tensor: the place of the last site that it depends on (absent without one)."""
+    """The place of the last site that each tensor depends on, by name; absent without one."""
     last: dict[str, int] = {}
     for node in model.nodes:
         reach = max((last[t.name] for t in tensors_read(model, node) if t.name in last), default=-1)
@@ -236,7 +236,7 @@ def _last_sites(model: Model, sites: Mapping[str, int]) -> dict[str, int]:
 
 
 def _sum_with(model: Model, op: LinearOp, shapes: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
-    """(sum, other operand) if the operator's output goes into a sum of equal shapes and nowhere else."""
+    """The sum of equal shapes that is all the operator's output goes into, and its other operand, if so."""
     y = model.tensor(op.y)
     readers = model.consumers(y)
     if len(readers) != 1 or readers[0].op != "Add" or model.is_output(y) or model.captured(y):

@@ -38,7 +38,7 @@ class GrowthSite:
 
 
 def growth_sites(model: Model, groups: ChannelGroups) -> tuple[GrowthSite, ...]:
-    """All places, in the order of the forms; `groups` are the model's."""
+    """All sites where a network may grow, in the order of the forms; `groups` are the model's."""
     return (*_widths(groups), *_depths(model), *_kernels(model))
 
 

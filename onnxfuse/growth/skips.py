@@ -44,11 +44,13 @@ class _Skip:
 
 @dataclass(frozen=True)
 class Plan:
-    """What widening one operator's output takes.
+    """The steps that widen one operator's output alone.
 
     Attributes:
         wanted: the groups of the probe that can grow, with the new channels of each leaf.
         refused: why the others can't.
+        skips: the residual sums that take its channels.
+        near: all groups of the probe.
     """
 
     wanted: dict[Group, New]
@@ -144,7 +146,7 @@ def _skips(groups: ChannelGroups, name: str) -> Iterator[_Skip]:
 
 
 def _unfoldable(groups: ChannelGroups, plan: Plan, group: Group) -> str | None:
-    """Why residual sums can't take the group's channels folded; None if they can, or if none takes them."""
+    """The reason why residual sums can't take the group's channels folded, if there is one."""
     shapes, leaves = groups.system.shapes, set(group.leaves)
     folded = False
     for skip in plan.skips:

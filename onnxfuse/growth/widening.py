@@ -150,7 +150,7 @@ def _is_weighted(group: Group, node: Node) -> bool:
 
 
 def _fixed(system: System, touch: Touch, scheme: WidthScheme) -> str | None:
-    """Why the weights that read the channels can't be set."""
+    """The reason why the weights that read the channels can't be set; None if they can."""
     tensor = system.model.tensor(touch.weight)
     dtype = weight_type(system.model, tensor)[0]
     if dtype.kind != "f":

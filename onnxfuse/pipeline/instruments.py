@@ -1,4 +1,4 @@
-"""What surrounds passes without being part of them: progress bars, dumped models, a journal.
+"""Observers of a run of passes: progress bars, dumped models, a journal.
 
 An instrument overrides the moments it cares about; the manager calls each in turn. None of them can change a
 result. `RichProgress` and `JournalFile` are also what goes into `Context.progress` and `Context.journal`, so

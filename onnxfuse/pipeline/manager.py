@@ -54,8 +54,8 @@ UNSEEN_ERROR = 1e-6
 
 
 class Between(Protocol):
-    """What goes on between passes, retraining for instance: from the steps so far, the model after them and
-    the context, the model and the context to go on with. The graph stays the same."""
+    """A step between passes, retraining for instance: from the steps so far, the model after them and the
+    context, it gives the model and the context to go on with. The graph stays the same."""
 
     def __call__(
         self, steps: tuple[StepReport, ...], model: Model, context: Context

@@ -53,7 +53,7 @@ class RecipeRetraining(pydantic.BaseModel):
 
 
 class RecipeSettings(pydantic.BaseModel):
-    """What a recipe may say beside its passes; None leaves it to the command line or the default."""
+    """The settings of a recipe beside its passes; None leaves it to the command line or the default."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def verify_view(result: VerifyResult) -> Iterator[RenderableType]:
-    """Whether two models compute the same, output by output."""
+    """A view of the comparison of two models, output by output."""
     yield fact_table([("samples", printable(result.samples.description))])
     if result.comparison.outputs:
         yield Text()

@@ -87,7 +87,7 @@ def _into_previous(workspace: Workspace, node: Node, x: Tensor) -> Edit | str:
 
 
 def _too_dear(workspace: Workspace, node: Node, cost: int) -> str | None:
-    """Why a tie of weights is not worth breaking, if it has to be: an element-wise operator costs little."""
+    """The reason not to break a tie of weights, where that is needed: element-wise operators are cheap."""
     if cost and node.op != "BatchNormalization":
         return "the weights it would go into are shared with other operators"
     return workspace.beyond_budget(cost)
