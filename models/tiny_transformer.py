@@ -10,10 +10,8 @@ core.
     python models/tiny_transformer.py [--out FOLDER]
 """
 
-import math
-
 import torch
-from common import DIGITS_LICENCE, DIGITS_SOURCE, digits, publish, setup, shifted, train
+from common import DIGITS_LICENCE, DIGITS_SOURCE, TransformerLayer, digits, publish, setup, shifted, train
 from torch import Tensor, nn
 
 EPOCHS = 50
@@ -35,34 +33,6 @@ def tokens(images: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.sort((ink == 0).long(), dim=1, stable=True).indices[:, : (ink > 0).sum(1).max()]
     ids = ids.gather(1, order)
     return ids, (ids != PAD).long()
-
-
-class Layer(nn.Module):
-    """Pre-norm encoder layer on (n, length, 64); `bias` (n, 1, 1, length) is very negative at padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH)
-        self.query = nn.Linear(WIDTH, WIDTH)
-        self.key = nn.Linear(WIDTH, WIDTH)
-        self.value = nn.Linear(WIDTH, WIDTH)
-        self.project = nn.Linear(WIDTH, WIDTH)
-        self.norm2 = nn.LayerNorm(WIDTH)
-        self.expand = nn.Linear(WIDTH, HIDDEN)
-        self.gelu = nn.GELU()
-        self.contract = nn.Linear(HIDDEN, WIDTH)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.project(self.attend(self.norm1(x), bias))
-        return x + self.contract(self.gelu(self.expand(self.norm2(x))))
-
-    def attend(self, x: Tensor, bias: Tensor) -> Tensor:
-        query, key, value = (
-            part(x).unflatten(2, (HEADS, WIDTH // HEADS)).transpose(1, 2)
-            for part in (self.query, self.key, self.value)
-        )
-        scores = query @ key.transpose(2, 3) / math.sqrt(WIDTH // HEADS) + bias
-        return (scores.softmax(3) @ value).transpose(1, 2).flatten(2)
 
 
 class InkEmbedding(nn.Module):
@@ -87,7 +57,7 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding: nn.Module = InkEmbedding()
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(TransformerLayer(WIDTH, HEADS, HIDDEN) for _ in range(LAYERS))
         self.norm = nn.LayerNorm(WIDTH)
         self.classify = nn.Linear(WIDTH, 10)
 

@@ -5,7 +5,7 @@
     python tests/benchmarks/bench_bridge.py --others OTHER/bin/python
 
 Files: all in the shared folder's models/, the shipped ones, and small networks of the usual families,
-exported by each of torch's exporters (tests/pytorch/architectures.py). OTHER is an environment with the same
+exported by each of torch's exporters (tests/architectures.py). OTHER is an environment with the same
 torch, onnx, onnx2torch and onnx2pytorch; each converter runs in a process of its own.
 """
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_nodes.py      # a minute
 
 Cases whose operators all have a rule are imported, run, and compared with the outputs that onnx expects, at
-the case's tolerance (tests/pytorch/node_cases.py).
+the case's tolerance (tests/node_cases.py).
 """
 
 import re
