@@ -1,6 +1,6 @@
 """Records of what a pass made, refused and claims.
 
-They are plain values without behaviour, so that analyses can hand them out without knowing what a pass is.
+They are plain values without behavior, so that analyses can hand them out without knowing what a pass is.
 """
 
 from __future__ import annotations

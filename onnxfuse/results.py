@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxfuse.pipeline.instruments import plain
-from onnxfuse.wording import counted, in_bytes, in_macs, milliseconds, printable, rounded, whole
+from onnxfuse.pipeline.instruments import json_value
+from onnxfuse.wording import counted, in_bytes, in_macs, milliseconds, printable, three_digits, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 _LISTED = 10  # entries of a long list that are shown
 
-Facts = Iterator[tuple[str, str]]
+FactRows = Iterator[tuple[str, str]]
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------
@@ -68,26 +68,26 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, np.dtype) else plain(value)
+    return str(value) if isinstance(value, np.dtype) else json_value(value)
 
 
 # --- how records show themselves ----------------------------------------------------------------------------
 
 
 class Shown(ABC):
-    """A record that shows itself; subclasses give a headline, facts and what becomes JSON."""
+    """A record that shows itself; subclasses give a headline, facts and the record to be written as JSON."""
 
     @abstractmethod
     def _headline(self) -> str:
         """The outcome in half a line."""
 
     @abstractmethod
-    def _facts(self) -> Facts:
-        """(what, how much), the most important first."""
+    def _facts(self) -> FactRows:
+        """Names and values, the most important first."""
 
     @abstractmethod
     def _record(self) -> tuple[Any, str]:
-        """The record that becomes JSON, and the command that made it."""
+        """The record to be written as JSON, and the command that made it."""
 
     def to_dict(self) -> dict[str, Json]:
         """The JSON of `--json` as dicts, lists, numbers and strings."""
@@ -118,7 +118,7 @@ def _escaped(text: str) -> str:
     return html.escape(printable(text))
 
 
-def _listed(values: Iterable[tuple[str, str]]) -> Facts:
+def _listed(values: Iterable[tuple[str, str]]) -> FactRows:
     """The first of many facts, and how many there are beside them."""
     found = list(values)
     yield from found[:_LISTED]
@@ -126,21 +126,21 @@ def _listed(values: Iterable[tuple[str, str]]) -> Facts:
         yield "", f"and {len(found) - _LISTED:,} more"
 
 
-def _warnings(warnings: Sequence[str]) -> Facts:
+def _warnings(warnings: Sequence[str]) -> FactRows:
     return _listed(("warning", warning) for warning in warnings)
 
 
 def cost_rows(
     before: Cost, after: Cost
 ) -> Iterator[tuple[str, int | None, int | None, Callable[[Any], str]]]:
-    """(name, of the first, of the second, how it is written) of each figure of two costs."""
+    """Each figure of two costs: its name, both values, and the function that writes them."""
     yield "parameters", before.parameters, after.parameters, whole
     yield "MACs", before.macs, after.macs, in_macs
     yield "nodes", before.nodes, after.nodes, whole
     yield "weights", before.bytes, after.bytes, in_bytes
 
 
-def _costs(before: Cost, after: Cost) -> Facts:
+def _costs(before: Cost, after: Cost) -> FactRows:
     for name, old, new, shown in cost_rows(before, after):
         ratio = f" (x {new / old:.3f})" if old and new is not None else ""
         yield name, f"{shown(old)} -> {shown(new)}{ratio}"
@@ -150,9 +150,9 @@ def _change(name: str, found: PairedDifference) -> tuple[str, str]:
     return name, f"{found.before:.4g} of the original, {found.after:.4g} of the result"
 
 
-def _differences(found: Comparison) -> Facts:
+def _differences(found: Comparison) -> FactRows:
     return _listed(
-        (f"output '{output.name}'", output.problem or f"relative error {rounded(output.relative)}")
+        (f"output '{output.name}'", output.problem or f"relative error {three_digits(output.relative)}")
         for output in found.outputs
     )
 
@@ -162,7 +162,7 @@ def _differences(found: Comparison) -> Facts:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What the reports of all runs begin with.
+    """The part that the reports of all runs share.
 
     Attributes:
         version: of onnxfuse.
@@ -238,7 +238,7 @@ class RunResult(Shown):
 
     Attributes:
         model: the new model; the given one where the run failed.
-        report: everything that was found out on the way.
+        report: of the run.
         exit_code: of the command line; 0 where all went well.
         reason: one line why it is not 0.
         written: where the model was written; None where nothing was.
@@ -254,6 +254,7 @@ class RunResult(Shown):
 
     @property
     def ok(self) -> bool:
+        """Whether the run succeeded."""
         return self.exit_code == 0
 
     def __bool__(self) -> bool:
@@ -270,8 +271,8 @@ class RunResult(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Result(RunResult):
-    """What `compress` or `grow` did. `exit_code` is 0; 1: a check or a budget failed; 3: no pass had anything
-    to do, or one can't be applied."""
+    """The result of `compress` or `grow`. `exit_code` is 0; 1: a check or a budget failed; 3: no pass had
+    anything to do, or one can't be applied."""
 
     report: Report
 
@@ -280,7 +281,7 @@ class Result(RunResult):
         """The report's passes, in order."""
         return self.report.steps
 
-    def _facts(self) -> Facts:
+    def _facts(self) -> FactRows:
         found = self.report
         if found.model is not None:
             yield "model", found.model
@@ -294,7 +295,7 @@ class Result(RunResult):
             yield "latency", f"{times} (x {after.ratio:.3f}{slower})"
         if found.output_error is not None:
             bound = "" if found.output_bound is None else f", {found.output_bound:g} allowed"
-            yield "output error", f"{rounded(found.output_error.worst)}{bound}"
+            yield "output error", f"{three_digits(found.output_error.worst)}{bound}"
         if found.metric is not None:
             yield _change(found.metric.name, found.metric.scores)
         yield from _warnings(found.warnings)
@@ -302,12 +303,12 @@ class Result(RunResult):
 
 @dataclass(frozen=True, repr=False)
 class RetrainResult(RunResult):
-    """What `retrain` did. `exit_code` is 0; 1: training never got better than the start, or its result failed
-    verification."""
+    """The result of `retrain`. `exit_code` is 0; 1: training never got better than the start, or its result
+    failed verification."""
 
     report: RetrainReport
 
-    def _facts(self) -> Facts:
+    def _facts(self) -> FactRows:
         found = self.report.retraining
         if self.report.model is not None:
             yield "model", self.report.model
@@ -325,7 +326,7 @@ class RetrainResult(RunResult):
 
 @dataclass(frozen=True, repr=False)
 class VerifyResult(Shown):
-    """Whether two models compute the same: false if they don't.
+    """The result of `verify`: false if the two models don't compute the same.
 
     Attributes:
         passed: the verdict.
@@ -354,7 +355,7 @@ class VerifyResult(Shown):
     def _headline(self) -> str:
         return "same" if self.passed else f"different: {self.reason}"
 
-    def _facts(self) -> Facts:
+    def _facts(self) -> FactRows:
         yield "samples", self.samples.description
         rule = f"{self.comparison.multiple:g} noise floors"
         yield "allowed", rule if self.max_error is None else f"a relative error of {self.max_error:g}"
@@ -390,7 +391,7 @@ class DiffResult(Shown):
             f"{len(found.only_a)} only in A, {len(found.only_b)} only in B"
         )
 
-    def _facts(self) -> Facts:
+    def _facts(self) -> FactRows:
         yield from _costs(*self.costs)
         if self.outputs is not None:
             yield from _differences(self.outputs)
@@ -419,7 +420,7 @@ class LinearSummary:
 
 @dataclass(frozen=True)
 class RegionSummary:
-    """One region that an affine operator could stand for: the text of `regions.describe`, its tensors, and
+    """One region that an affine operator could stand for: the text of `region.describe`, its tensors, and
     the linear operators inside. Regions nest and overlap, so there are more than can be fused."""
 
     text: str
@@ -432,7 +433,7 @@ class RegionSummary:
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Shown):
-    """What is in a model.
+    """The result of `inspect`: the contents of a model.
 
     `sizes` is the shape of every input at which MACs and latency were taken: one sample, or the smallest
     batch that the model takes; empty where there was none. `operators` counts nodes by operator (with its
@@ -465,7 +466,7 @@ class Inspection(Shown):
     def _headline(self) -> str:
         return f"{self.path or 'a model in memory'}, {counted(self.cost.nodes, 'node')}"
 
-    def _facts(self) -> Facts:
+    def _facts(self) -> FactRows:
         yield from _listed(("input", f"{info.name}: {described(info)}") for info in self.inputs)
         yield from _listed(("output", f"{info.name}: {described(info)}") for info in self.outputs)
         yield "parameters", f"{self.cost.parameters:,} ({in_bytes(self.cost.bytes)})"

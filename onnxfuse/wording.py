@@ -17,17 +17,23 @@ def shortened(text: object, width: int) -> str:
 
 
 def counted(number: int, what: str, many: str = "") -> str:
-    """A number of things: "1 node", "1,200 nodes"; `many` is a plural that takes more than an s."""
+    """A number of things: "1 node", "1,200 nodes".
+
+    Args:
+        number: how many.
+        what: one of them.
+        many: a plural that takes more than an s.
+    """
     return f"{number:,} {what if number == 1 else many or what + 's'}"
 
 
-def rounded(value: float) -> str:
-    """Three significant digits."""
+def three_digits(value: float) -> str:
+    """A number with three significant digits: "0.0123"."""
     return f"{value:.3g}"
 
 
 def whole(value: int) -> str:
-    """All digits, in groups of three."""
+    """A whole number with all its digits, in groups of three: "1,200"."""
     return f"{value:,}"
 
 

@@ -6,10 +6,10 @@ that O'Neill et al. 2021 ("Compressing Deep Neural Networks via Layer Fusion") c
 
 1. **Train** each pair on the operator's own inputs, in the model as it is, with noise on them; see
    `onnxfuse.pytorch.training.autoencoder`.
-2. **Walk** (`onnxfuse.walk`): from the first pair on, the second operators and all linear operators behind
-   are solved again, from the inputs that the rewritten network gives them to what the original computes. That
-   is the paper's order, where a layer's reconstruction accounts for the errors of those before it. With
-   `refit=false` the pairs are only measured.
+2. **Walk** (`onnxfuse.fitting.walk`): from the first pair on, the second operators and all linear operators
+   behind are solved again, from the inputs that the rewritten network gives them to what the original
+   computes. That is the paper's order, where a layer's reconstruction accounts for the errors of those before
+   it. With `refit=false` the pairs are only measured.
 
 A linear code is the default: y is linear in x, the best linear code on the sampled rows is where training
 starts, and on the networks in `models/` neither an epoch of noise nor a code of ReLUs came out better.
@@ -31,8 +31,8 @@ from onnxfuse.errors import InputError
 from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.input_rows import input_rows
 from onnxfuse.fitting.rewriting import Mask, finished, first_feed, nothing, settled, unmeasurable, walked
-from onnxfuse.fitting.search import Found
-from onnxfuse.fitting.sites import MOST_COLUMNS, check_mask
+from onnxfuse.fitting.search import SearchResult
+from onnxfuse.fitting.sites import MOST_UNKNOWNS, check_mask
 from onnxfuse.fitting.walk import Solved
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Variable
@@ -128,7 +128,9 @@ class Autoencode(Pass):
         ]
         share = sum(plan.after for plan in plans) / sum(plan.before for plan in plans)
         note = f"{share:.3g} of the parameters of {len(plans)} operators are left"
-        return finished(model, Found(settled(made, changes, solved, left, own=decoders), [note]), skipped)
+        return finished(
+            model, SearchResult(settled(made, changes, solved, left, own=decoders), [note]), skipped
+        )
 
     # Which operators, and how narrow
 
@@ -138,22 +140,24 @@ class Autoencode(Pass):
         known = {node: (site_name(node),) for node in model.nodes if node.op in LINEAR_OPERATORS}
         asked = choosing.choose({self.options.only: None}, known, "linear operator")
         plans: list[_Plan] = []
-        skipped: list[Skip] = []
+        answers = choosing.Answers()
         for node in (node for node in known if node in asked):
             op = linear_op(model, node, shapes)
             plan = op if isinstance(op, str) else self._plan(op)
             if isinstance(plan, str):
-                skipped.append(Skip(known[node], plan))
+                answers.refuse(self.options.only, known[node], plan)
             else:
                 plans.append(plan)
         trial = model.copy()
         nodes = {_replace(trial, plan, *_nothing(plan))[1]: plan for plan in plans}
         foreign = unmeasurable(model, trial, nodes, context)
+        for node, reason in foreign.items():
+            answers.refuse(self.options.only, (nodes[node].op.name,), reason)
         plans = [plan for node, plan in nodes.items() if node not in foreign]
-        skipped += [Skip((nodes[node].op.name,), reason) for node, reason in foreign.items()]
-        refused = {self.options.only: [skip.reason for skip in skipped]} if skipped else {}
-        choosing.refuse_named(refused, [self.options.only] if plans else [], "replaced")
-        return plans, skipped
+        if plans:
+            answers.done(self.options.only)
+        answers.check("replaced")
+        return plans, answers.skipped
 
     def _plan(self, op: LinearOp) -> _Plan | str:
         """The two operators that may replace one, or why none may."""
@@ -163,7 +167,7 @@ class Autoencode(Pass):
             return "a grouped convolution"
         if op.pads is None:
             return "its pads depend on an input size that isn't static"
-        if op.columns > MOST_COLUMNS:
+        if op.columns > MOST_UNKNOWNS:
             return f"{op.columns} unknowns for each output are too many to solve for"
         relu = self.options.activation == "relu"
         full = min(op.columns, op.out_features)

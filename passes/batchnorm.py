@@ -107,7 +107,7 @@ class Batchnorm(Pass):
         return op in NAMED and fnmatchcase(name, self.options.only)
 
     def _idle(self, skipped: Sequence[Skip]) -> str:
-        """Why there was nothing to do."""
+        """The reason why there was nothing to do."""
         if skipped:
             first = f"'{skipped[0].nodes[0]}', {skipped[0].reason}"
             return f"nowhere to insert one; the first of {len(skipped)} operators is {first}"
@@ -175,7 +175,7 @@ def _output_moments(model: Model, sites: Sequence[LinearOp], context: Context) -
 
 
 def _rows_at_once(model: Model, tapped: TappedModel, tensors: Sequence[str], batch: Batch) -> int:
-    """As many samples as give about `TAPPED` bytes; no limit where the model doesn't take a batch of one."""
+    """The number of samples that give about `TAPPED` bytes; no limit where the model takes no single one."""
     one = first_rows(model, batch, 1)
     if one is not None:
         with contextlib.suppress(NotApplicableError):  # a Reshape inside can fix the size of a batch

@@ -1,11 +1,11 @@
 """Few distinct values in each weight (APPROXIMATE).
 
 Weight sharing (Han et al. 2016): the weights of an operator are clustered by k-means on the line
-(`onnxfuse.quantisation`), and each becomes its cluster's centre. Shapes stay, so latency does. The file
+(`onnxfuse.numerics.kmeans`), and each becomes its cluster's center. Shapes stay, so latency does. The file
 shrinks when packed (gzipped), or, with a codebook, as it is: the operator's weight is then computed as
 table[index], which ONNX Runtime does once, when it loads the model.
 
-Operators that are clustered are marked (`onnxfuse.marks`), so that whoever fits or trains them later keeps
+Operators that are clustered are marked (`onnxfuse.ir.marks`), so that whoever fits or trains them later keeps
 equal weights equal. One that is clustered already stays as it is, and zeros of a pruned one stay zeros.
 """
 
@@ -36,7 +36,7 @@ from onnxfuse.fitting.rewriting import (
     walked,
     within_bound,
 )
-from onnxfuse.fitting.search import Found
+from onnxfuse.fitting.search import SearchResult
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.ir.marks import VALUES, ZEROS, keep, promises
 from onnxfuse.ir.model import Model
@@ -46,7 +46,7 @@ from onnxfuse.ops.shared_weights import SharedWeight
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.runtime.observed_shapes import shapes_on
 
-LEVELS = tuple(2**bits for bits in range(8, 0, -1))
+CODEBOOK_LEVELS = tuple(2**bits for bits in range(8, 0, -1))
 """Numbers of values that are tried where only the error bound says how few."""
 
 
@@ -110,10 +110,10 @@ class Cluster(Pass):
             where = named(self.options.only)
             return nothing(model, skipped, f"no weight of this model{where} can be clustered")
         if self.options.values is not None:
-            found = Found(self._clustered(model, weights, done, self.options.values, context))
+            found = SearchResult(self._clustered(model, weights, done, self.options.values, context))
         else:
             found = within_bound(
-                LEVELS,
+                CODEBOOK_LEVELS,
                 lambda values: self._clustered(model, weights, done, values, context),
                 context,
                 self.options,
@@ -191,11 +191,11 @@ def _by_kmeans(model: Model, weight: SharedWeight, values: int) -> _Clustered:
     flat = value.reshape(-1).astype(np.float64)
     pruned = any(ZEROS in promises(node) for node in weight.nodes(model))
     stays = (flat == 0) & pruned
-    centres = kmeans(flat[~stays], values - int(stays.any()))
-    centres = np.unique(centres.astype(value.dtype).astype(np.float64))
-    table = np.union1d(centres, [0.0]) if stays.any() else centres
+    centers = kmeans(flat[~stays], values - int(stays.any()))
+    centers = np.unique(centers.astype(value.dtype).astype(np.float64))
+    table = np.union1d(centers, [0.0]) if stays.any() else centers
     index = np.full(len(flat), np.searchsorted(table, 0.0))
-    index[~stays] = np.searchsorted(table, centres)[nearest(flat[~stays], centres)]
+    index[~stays] = np.searchsorted(table, centers)[nearest(flat[~stays], centers)]
     scale, off = float(np.vdot(flat, flat)), flat - table[index]
     error = float(np.vdot(off, off)) / scale if scale > 0 else 0.0
     return _Clustered(weight, table[index].astype(value.dtype).reshape(value.shape), len(table), error)

@@ -6,8 +6,8 @@
 
 U and V free, the hidden width and the number of layers to choose. The branch ends in a linear operator: with
 a ReLU behind that, its gradient would be zero at once and for ever. At a sum v = u + F(u): a copy of the
-whole block whose last operator is zero (`onnxfuse.blocks`), be F two convolutions, an inverted residual or
-half a transformer layer.
+whole block whose last operator is zero (`onnxfuse.analysis.residual_blocks`), be F two convolutions, an
+inverted residual or half a transformer layer.
 
 `net2net`, at an operator with weights: x -> psi(I x), which is x where x = psi(.) and psi is idempotent: ReLU
 and Clip are, sigmoid, tanh and the smooth ones are not, and are refused.
@@ -25,10 +25,10 @@ import numpy as np
 from pydantic import Field
 
 from onnxfuse.analysis.layers import Layer
-from onnxfuse.findings import Change, Skip
+from onnxfuse.findings import Change
 from onnxfuse.growth.block_copies import copy_block
 from onnxfuse.growth.deepening import add_branches, add_identities, attach, detach, unused_prefix
-from onnxfuse.growth.depth import DeepeningSite, Scheme, find_sites
+from onnxfuse.growth.depth import DeepeningSite, DepthScheme, find_sites
 from onnxfuse.ir.model import Model
 from onnxfuse.pipeline import choosing
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
@@ -45,7 +45,7 @@ class DeepenOptions(PassOptions):
         description="behind which operators with weights, or residual sums, by name or pattern, and how many "
         "times; all: every residual sum, or in a network that has none every operator",
     )
-    scheme: Scheme = Field("r2r", description="residual branches that are zero; identity layers")
+    scheme: DepthScheme = Field("r2r", description="residual branches that are zero; identity layers")
     inner: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         [1.0],
         min_length=1,
@@ -81,22 +81,17 @@ class Deepen(Pass):
             "operator or residual sum",
             everything=sums or [site for site in known if not site.sum],
         )
-        changes: list[Change] = []
-        skipped: list[Skip] = []
-        refused: dict[str, list[str]] = {}
-        done: list[str] = []
+        answers = choosing.Answers()
         random = np.random.default_rng(context.seed)
         # Sums first: what is put behind a layer inside a block would otherwise belong to the block or not.
         for site in sorted(asked, key=lambda site: not site.sum):
             words, count = asked[site]
             if site.obstacle is None:
-                changes.append(Change(site.names, self._deepen(model, site, count, random)))
-                done.append(words)
+                answers.done(words, Change(site.names, self._deepen(model, site, count, random)))
             else:
-                refused.setdefault(words, []).append(site.obstacle)
-                skipped.append(Skip(site.names, site.obstacle))
-        choosing.refuse_named(refused, done, "deepened")
-        return PassResult(model, changes, skipped, notes=[] if changes else [choosing.idle(NAME, skipped)])
+                answers.refuse(words, site.names, site.obstacle)
+        answers.check("deepened")
+        return answers.result(model, NAME)
 
     def _deepen(self, model: Model, site: DeepeningSite, count: int, random: np.random.Generator) -> str:
         """Deepen the network at a site; returns what was done, in words."""

@@ -2,7 +2,7 @@
 
 FuseInit (Ghods et al. 2020, Theorem 1) replaces two layers u -> v by the affine map that is closest to them
 in mean square, W = C_vu C_u^-1 and b = mean(v) - W mean(u). The same holds for any region with one entry and
-one exit: more layers, pooling and normalisation inside, a residual block with its skip, the MLP or attention
+one exit: more layers, pooling and normalization inside, a residual block with its skip, the MLP or attention
 block of a transformer per token. For a convolution the columns are patches, and all columns are solved
 jointly; the paper's Theorem 2 solves each input channel alone, which supposes that channels are uncorrelated.
 They are not, and the result is useless; it is there as `mode=paper`.
@@ -13,8 +13,8 @@ Four steps:
 2. **Rank** by the change of the network's *outputs*, per multiply-accumulate saved; local errors say little
    about that. First with each candidate's local fit in place, one forward run each; then, for the best
    disjoint ones, with everything behind it refitted, on a few samples.
-3. **Walk** (`onnxfuse.walk`): the chosen regions are solved again in topological order, from the inputs that
-   the rewritten network gives them, and every linear operator behind them is refitted.
+3. **Walk** (`onnxfuse.fitting.walk`): the chosen regions are solved again in topological order, from the
+   inputs that the rewritten network gives them, and every linear operator behind them is refitted.
 4. **Bound.** Without a number of blocks, the longest prefix of the ranking is fused whose output change on
    held-out samples stays within the error bound; found by bisection, each probe a walk.
 """
@@ -37,10 +37,10 @@ from onnxfuse.analysis.regions.region import Region, describe_region, site_name
 from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.findings import Change, Json, Skip
-from onnxfuse.fitting.local_fits import Candidate, Fit, survey
+from onnxfuse.fitting.local_fits import Candidate, Fit, fit_locally
 from onnxfuse.fitting.rewriting import Mask, finished, first_feed, named, nothing, walked
-from onnxfuse.fitting.search import Found, error_bound, farthest
-from onnxfuse.fitting.sites import MOST_COLUMNS, check_mask, kept_channels
+from onnxfuse.fitting.search import SearchResult, error_bound, farthest
+from onnxfuse.fitting.sites import MOST_UNKNOWNS, check_mask, kept_channels
 from onnxfuse.fitting.trials import Trials
 from onnxfuse.fitting.walk import Solved, refit_change
 from onnxfuse.ir.model import Model
@@ -49,7 +49,7 @@ from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.numerics.affine import Affine
 from onnxfuse.ops.linear_building import add_linear
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
-from onnxfuse.pipeline.goals import Goals, count
+from onnxfuse.pipeline.goals import Goals, number_taken
 from onnxfuse.runtime.observed_shapes import shapes_on
 
 AUTO_KERNEL = 3
@@ -65,7 +65,7 @@ MANY_COLUMNS = 2048
 class FuseOptions(Goals):
     """Options of `fuse`."""
 
-    goals: ClassVar = {"max_blocks": count}
+    goals: ClassVar = {"max_blocks": number_taken}
 
     max_blocks: PositiveInt | None = Field(
         None,
@@ -112,7 +112,7 @@ class _Ranked:
         return self.fit.candidate.region
 
     def order(self) -> tuple[float, str]:
-        """By change per MAC saved."""
+        """The key to sort by: the output change per MAC saved."""
         return self.change / self.saved, self.region.v
 
 
@@ -133,7 +133,7 @@ class Fuse(Pass):
         if not candidates:
             where = named(self.options.only, "with all names")
             return nothing(model, skipped, f"no region of this model{where} can be fused")
-        fits = survey(
+        fits = fit_locally(
             model,
             [candidate for candidate, _ in candidates],
             context.calibration,
@@ -177,7 +177,7 @@ class Fuse(Pass):
                 reason = f"its output '{region.v}' is not a tensor of the original"
             elif isinstance(cut := kept_channels(model, region.v, 1 if region.kind == "conv" else -1), str):
                 reason = cut
-            elif candidate.columns > MOST_COLUMNS:
+            elif candidate.columns > MOST_UNKNOWNS:
                 reason = f"{candidate.columns} unknowns for each output are too many to solve for"
             elif candidate.columns > max(MANY_COLUMNS, rows):
                 reason = (
@@ -285,7 +285,7 @@ class Fuse(Pass):
 
     def _farthest(
         self, model: Model, ranked: Sequence[_Ranked], context: Context
-    ) -> tuple[Found, list[_Ranked]]:
+    ) -> tuple[SearchResult, list[_Ranked]]:
         """The model with as many regions fused as asked for, or as the bound allows, and the order in which
         they are taken."""
         most, order = self.options.max_blocks, list(ranked)
@@ -293,7 +293,7 @@ class Fuse(Pass):
             number = min(most, len(order))
             notes = [f"fused {number} of {len(order)} regions, as asked for (max_blocks={most})"]
             made = self._fused(model, order[:number], context) if number else None
-            return Found(made, notes, number), order
+            return SearchResult(made, notes, number), order
         bound = error_bound(context)[0]
         # One that breaks the bound alone would end the prefix, however many MACs it saves: it goes last.
         order.sort(key=lambda item: self.options.rank == "error" and item.change > bound**2)

@@ -14,8 +14,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from onnxfuse.findings import Change, Skip
-from onnxfuse.growth.kernels import enlarge, find_kernels, obstacle
+from onnxfuse.findings import Change
+from onnxfuse.growth.kernels import enlarge, find_kernels, kernel_obstacle
 from onnxfuse.ir.model import Model
 from onnxfuse.pipeline import choosing
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
@@ -49,21 +49,14 @@ class Kernel(Pass):
         get such a kernel."""
         known = find_kernels(model)
         shapes = model.shapes()
-        changes: list[Change] = []
-        skipped: list[Skip] = []
-        refused: dict[str, list[str]] = {}
-        done: list[str] = []
+        answers = choosing.Answers()
         asked = choosing.choose(self.options.sites, known, "convolution")
         for weight, (words, size) in asked.items():
             names = tuple(known[weight])
-            reason = obstacle(model, weight, size, shapes)
+            reason = kernel_obstacle(model, weight, size, shapes)
             if reason is None:
-                changes.append(Change(names, enlarge(model, weight, size, shapes)))
-                done.append(words)
+                answers.done(words, Change(names, enlarge(model, weight, size, shapes)))
             else:
-                refused.setdefault(words, []).append(reason)
-                skipped.append(Skip(names, reason))
-        choosing.refuse_named(refused, done, "given a larger kernel")
-        return PassResult(
-            model, changes, skipped, notes=[] if changes else [choosing.idle("enlarge", skipped)]
-        )
+                answers.refuse(words, names, reason)
+        answers.check("given a larger kernel")
+        return answers.result(model, "enlarge")

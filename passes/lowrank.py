@@ -2,8 +2,9 @@
 
 y = W x + b becomes y = A (B x) + b': a convolution of r outputs and one of size 1 behind it, two Gemm or two
 MatMul. That is smaller, and fewer multiply-accumulates, where r (columns + outputs) < columns * outputs. How
-W is split, and how a budget is spread over all operators, is told in `onnxfuse.factors`; how the two are put
-in, in `onnxfuse.fitting.factoring`; `onnxfuse.walk` then makes up for what is lost in the layers behind.
+W is split, and how a budget is spread over all operators, is told in `onnxfuse.numerics.low_rank`; how the
+two are put in, in `onnxfuse.fitting.factoring`; `onnxfuse.fitting.walk` then makes up for what is lost in the
+layers behind.
 
 An operator that was split before counts as the whole that it was: a budget is a share of what the model has
 without factors, and a second run takes more ranks from the pair that is there.
@@ -19,7 +20,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from onnxfuse.channels.consumers import View
+from onnxfuse.channels.consumers import RowView
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.factoring import Product, find_products, measured, put_factors, rank_costs
@@ -37,7 +38,7 @@ from onnxfuse.fitting.rewriting import (
     walked,
     within_bound,
 )
-from onnxfuse.fitting.search import Found
+from onnxfuse.fitting.search import SearchResult
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.fitting.walk import Solved
 from onnxfuse.ir.model import Model
@@ -52,10 +53,10 @@ from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.pipeline.goals import Share, left_of_all
 from onnxfuse.runtime.observed_shapes import shapes_on
 
-LEVELS = tuple(level / 100 for level in range(95, 9, -5))
+PARAMETER_LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 """Shares of the parameters that are tried where only the error bound says how far to go."""
 
-ATTEMPTS = 4
+BUDGET_ATTEMPTS = 4
 """Biases that a refit adds may break a tight budget: it is then tightened by as much, so often."""
 
 
@@ -101,13 +102,13 @@ class _Split:
 
     @property
     def lost(self) -> Array:
-        """(ranks + 1,): the share of energy that is lost at each rank. A pair has nothing beyond its rank to
+        """The share (ranks + 1,) of energy that is lost at each rank. A pair has nothing beyond its rank to
         lose."""
         lost, rank = self.basis.lost(), self.product.rank
         return lost if rank is None else np.minimum(lost, 1.0)[: rank + 1]
 
     def bias(self, rank: int) -> Array:
-        """(out,): with what the factors make of the inputs' mean made up for, where that is known."""
+        """The bias (out,); it makes up for what the factors lose of the inputs' mean where that is known."""
         if self.mean is None:
             return self.product.bias()
         directions = self.basis.directions[:, :rank]
@@ -188,7 +189,9 @@ class Lowrank(Pass):
 
     # How far
 
-    def _at_rank(self, model: Model, splits: Sequence[_Split], asked: int | float, context: Context) -> Found:
+    def _at_rank(
+        self, model: Model, splits: Sequence[_Split], asked: int | float, context: Context
+    ) -> SearchResult:
         """Every product at this rank, or at this share of its full rank."""
         ranks: list[int | None] = []
         left = []
@@ -199,9 +202,9 @@ class Lowrank(Pass):
                 reason = f"rank {rank} would not make it smaller: at most {product.most} does"
                 left.append(Skip((product.name,), reason))
         made = self._factored(model, splits, ranks, context)
-        return Found(replace(made, skipped=left + made.skipped))
+        return SearchResult(replace(made, skipped=left + made.skipped))
 
-    def _within_budget(self, model: Model, splits: Sequence[_Split], context: Context) -> Found:
+    def _within_budget(self, model: Model, splits: Sequence[_Split], context: Context) -> SearchResult:
         """A share of the parameters or of the MACs."""
         what = "parameters" if self.options.params is not None else "MACs"
         share = self.options.params if self.options.params is not None else self.options.macs
@@ -210,34 +213,34 @@ class Lowrank(Pass):
         goal = share * costs.unfactored
         saving = costs.now - goal
         if saving <= 0:
-            return Found(None, [f"{costs.now / costs.unfactored:.3g} of the {what} are left already"])
-        for _ in range(ATTEMPTS):
+            return SearchResult(None, [f"{costs.now / costs.unfactored:.3g} of the {what} are left already"])
+        for _ in range(BUDGET_ATTEMPTS):
             ranks = allocate([split.lost for split in splits], costs.unit, costs.full, saving)
             if ranks is None:
                 break
             made = self._factored(model, splits, ranks, context)
             rest = measured(made.model, context, what)
             if rest <= goal:
-                return Found(made, [f"{rest / costs.unfactored:.3g} of the {what} are left"])
+                return SearchResult(made, [f"{rest / costs.unfactored:.3g} of the {what} are left"])
             saving += rest - goal
         raise VerificationError(
             f"{share:g} of the {what} can't be met: rank 1 throughout leaves "
             f"{costs.least / costs.unfactored:.3g}"
         )
 
-    def _within_error(self, model: Model, splits: Sequence[_Split], context: Context) -> Found:
-        """As few parameters as the bound on the output error allows."""
+    def _within_error(self, model: Model, splits: Sequence[_Split], context: Context) -> SearchResult:
+        """The model with as few parameters as the bound on the output error allows."""
         products = [split.product for split in splits]
         costs = rank_costs(model, products, context, "parameters", self.name)
         lost = [split.lost for split in splits]
         plans = {}
-        for level in LEVELS:
+        for level in PARAMETER_LEVELS:
             saving = costs.now - level * costs.unfactored
             plan = allocate(lost, costs.unit, costs.full, saving)
             if saving > 0 and plan is not None:
                 plans[level] = plan
         if not plans:
-            return Found(None, ["no rank below those that are there makes the model smaller by much"])
+            return SearchResult(None, ["no rank below those that are there makes the model smaller by much"])
         return within_bound(
             list(plans),
             lambda level: self._factored(model, splits, plans[level], context),
@@ -277,12 +280,12 @@ class Lowrank(Pass):
         return settled(made, changes, solved, skipped, own=chosen)
 
 
-def _view(op: LinearOp, shapes: Mapping[str, TensorInfo]) -> View:
+def _view(op: LinearOp, shapes: Mapping[str, TensorInfo]) -> RowView:
     """Rows of what an operator gives."""
     shape = shapes[op.y].shape
     assert shape is not None
     axis = 1 if op.kind == "conv" else len(shape) - 1
-    return View(op.y, axis, op.out_features, token=op.kind == "token")
+    return RowView(op.y, axis, op.out_features, token=op.kind == "token")
 
 
 def _change(split: _Split, rank: int, node: Node, solved: Sequence[Solved], method: str) -> Change:

@@ -4,10 +4,11 @@ O'Neill et al. 2021 ("Layer fusion") rank pairs of layers by the similarity of t
 alike share one. In the file both nodes then read one initializer, and in PyTorch they have one Parameter: the
 file gets smaller, the network does not get faster.
 
-1. **Alike** (`onnxfuse.alike`): convolutions, dense layers, and in attention queries, keys, values and
-   outputs, each with its like, of one shape and layout.
+1. **Alike** (`onnxfuse.analysis.weight_layers`): convolutions, dense layers, and in attention queries, keys,
+   values and outputs, each with its like, of one shape and layout.
 2. **Rank.** Clusters grow by average distance: that of the weights, by one of the paper's criteria
-   (`onnxfuse.similarity`), or what sharing does to the network's outputs, one forward run for each pair.
+   (`onnxfuse.numerics.similarity`), or what sharing does to the network's outputs, one forward run for each
+   pair.
 3. **Align** (`channels.aligning`). Hidden channels have no order of their own: those of one layer are put in
    that of the other, which changes no function, and is checked to change none.
 4. **Share.** The weight of a cluster is the mean of its members' ("mean"), that of the member nearest to the
@@ -15,10 +16,10 @@ file gets smaller, the network does not get faster.
    for the inputs that all of them see ("fit"; `numerics.weight_sharing`). Biases are averaged and shared
    likewise; BatchNormalization stays each layer's own.
 5. **Make up for it.** Every operator that shares a weight gets the bias that is best for it alone, and those
-   behind it that share nothing are solved again against the original (`onnxfuse.walk`).
-6. **Retrain.** Nodes note what share the gradient through each has in that of the weight (`onnxfuse.marks`):
-   equal ones, or for "freeze" gamma and 1 - gamma (equation 6). Weights that start as one and move by one
-   gradient stay one, so that the paper's averaging at the end has nothing left to do.
+   behind it that share nothing are solved again against the original (`onnxfuse.fitting.walk`).
+6. **Retrain.** Nodes note what share the gradient through each has in that of the weight
+   (`onnxfuse.ir.marks`): equal ones, or for "freeze" gamma and 1 - gamma (equation 6). Weights that start as
+   one and move by one gradient stay one, so that the paper's averaging at the end has nothing left to do.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from onnxfuse.fitting.rewriting import (
     unmeasurable,
     walked,
 )
-from onnxfuse.fitting.search import Found, farthest
+from onnxfuse.fitting.search import SearchResult, farthest
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.fitting.trials import Trials
 from onnxfuse.ir.marks import GRADIENT_KEY, promises
@@ -277,10 +278,10 @@ class Merge(Pass):
 
     # How many
 
-    def _chosen(self, model: Model, plan: _Plan, context: Context) -> Found:
+    def _chosen(self, model: Model, plan: _Plan, context: Context) -> SearchResult:
         """The model with as many layers merged as asked for, or as the bound allows."""
         if self.contract is Contract.EXACT:
-            return Found(self._merged(model, plan, len(plan.steps), context))
+            return SearchResult(self._merged(model, plan, len(plan.steps), context))
         if self.options.layers is not None:
             return self._within_layers(model, plan, self.options.layers, context)
         if self.options.params is not None:
@@ -297,7 +298,7 @@ class Merge(Pass):
             event=("merge probe", "merged"),
         )
 
-    def _within_layers(self, model: Model, plan: _Plan, share: float, context: Context) -> Found:
+    def _within_layers(self, model: Model, plan: _Plan, share: float, context: Context) -> SearchResult:
         """The model in which this share of the layers has lost a weight of its own."""
         wanted = max(round(share * plan.total) - plan.already, 0)
         if wanted > len(plan.steps):
@@ -306,11 +307,11 @@ class Merge(Pass):
                 f"{plan.already + len(plan.steps)} have another that is like them"
             )
         if not wanted:
-            return Found(None, [f"{plan.already} of {plan.total} layers share already"])
+            return SearchResult(None, [f"{plan.already} of {plan.total} layers share already"])
         note = f"{plan.already + wanted} of {plan.total} layers have no weight of their own"
-        return Found(self._merged(model, plan, wanted, context), [note])
+        return SearchResult(self._merged(model, plan, wanted, context), [note])
 
-    def _within_params(self, model: Model, plan: _Plan, share: float, context: Context) -> Found:
+    def _within_params(self, model: Model, plan: _Plan, share: float, context: Context) -> SearchResult:
         """The model with at most this share of the parameters left."""
         full = cost_of(model, {}).parameters
         rest = full - np.cumsum([plan.layers[step.others[0]].size for step in plan.steps])
@@ -322,7 +323,7 @@ class Merge(Pass):
             )
         made = self._merged(model, plan, int(enough[0]) + 1, context)
         note = f"{cost_of(made.model, {}).parameters / full:.3g} of the parameters are left"
-        return Found(made, [note])
+        return SearchResult(made, [note])
 
     # Making it
 

@@ -5,7 +5,7 @@ plainest comparator there is: nothing is asked of the samples but how far it may
 the operators that are not pruned, can make up for.
 
 Shapes stay, so neither latency nor the plain file shrinks; the packed (gzipped) one does. Operators with
-zeros are marked (`onnxfuse.marks`), so that whoever fits or trains them later keeps the zeros.
+zeros are marked (`onnxfuse.ir.marks`), so that whoever fits or trains them later keeps the zeros.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onnxfuse.fitting.rewriting import (
     walked,
     within_bound,
 )
-from onnxfuse.fitting.search import Found
+from onnxfuse.fitting.search import SearchResult
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.ir.marks import ZEROS, keep
 from onnxfuse.ir.model import Model
@@ -37,7 +37,7 @@ from onnxfuse.ops.shared_weights import SharedWeight
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.pipeline.goals import Share, gone_of_all
 
-LEVELS = tuple(level / 100 for level in range(5, 100, 5))
+SPARSITY_LEVELS = tuple(level / 100 for level in range(5, 100, 5))
 """Shares that are tried where only the error bound says how far to go."""
 
 
@@ -73,10 +73,10 @@ class Prune(Pass):
             where = named(self.options.only)
             return nothing(model, skipped, f"no weight of this model{where} can be pruned")
         if self.options.amount is not None:
-            found = Found(self._pruned(model, weights, self.options.amount, context))
+            found = SearchResult(self._pruned(model, weights, self.options.amount, context))
         else:
             found = within_bound(
-                LEVELS,
+                SPARSITY_LEVELS,
                 lambda amount: self._pruned(model, weights, amount, context),
                 context,
                 self.options,
@@ -89,12 +89,12 @@ class Prune(Pass):
     ) -> PassResult:
         """The model with this share of the weights zero."""
         made = model.copy()
-        sizes = [magnitudes(weight.read(model)) for weight in weights]
+        sizes = [absolute_values(weight.read(model)) for weight in weights]
         if self.options.scope == "global":
-            chosen = smallest(np.concatenate(sizes), round(amount * sum(map(len, sizes))))
+            chosen = smallest_mask(np.concatenate(sizes), round(amount * sum(map(len, sizes))))
             zero = np.split(chosen, np.cumsum([len(own) for own in sizes])[:-1])
         else:
-            zero = [smallest(own, round(amount * len(own))) for own in sizes]
+            zero = [smallest_mask(own, round(amount * len(own))) for own in sizes]
         for weight, own in zip(weights, zero, strict=True):
             if own.any():
                 value = weight.read(model).copy()
@@ -125,12 +125,12 @@ class Prune(Pass):
         return result
 
 
-def magnitudes(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def absolute_values(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """|value|, flat, in a type that NumPy sorts."""
     return np.abs(value.reshape(-1).astype(np.float64 if value.dtype == np.float64 else np.float32))
 
 
-def smallest(sizes: npt.NDArray[Any], count: int) -> npt.NDArray[np.bool_]:
+def smallest_mask(sizes: npt.NDArray[Any], count: int) -> npt.NDArray[np.bool_]:
     """A mask of the `count` smallest of `sizes` (n,); of equal ones the first."""
     if count == 0:
         return np.zeros(len(sizes), bool)

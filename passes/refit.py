@@ -2,7 +2,7 @@
 
 Any approximate rewrite leaves the layers behind it with inputs they were not trained for. Each is solved
 again, from the inputs it now gets to the outputs the original has, shrunk towards the weights it has; see
-`onnxfuse.walk`.
+`onnxfuse.fitting.walk`.
 """
 
 from __future__ import annotations

@@ -3,18 +3,19 @@
 A channel is a class of positions over many tensors (`onnxfuse.channels`), and only whole classes are cut:
 
 1. **Dead** channels come first: those that are zero wherever they are read, for every input
-   (`onnxfuse.bounds`), and those that carried nothing on the samples.
+   (`onnxfuse.analysis.intervals`), and those that carried nothing on the samples.
 2. **Rank.** From the moments of what a group's consumers read: what the loss of a channel costs them when
    they make up for it as well as they can, one ranking for all consumers together (`channels.importance`).
 3. **Widths.** Each group is tried alone at a few widths to see what that does to the network's *outputs*; the
-   ranking's costs fill in the others. A budget is then spent where it costs least (`onnxfuse.widths`).
-   Candidates are multiples of a step, since machines compute channels by the vector; under a latency budget
-   only widths that this machine runs faster are candidates (`channels.timing`).
+   ranking's costs fill in the others. A budget is then spent where it costs least
+   (`onnxfuse.channels.budget`). Candidates are multiples of a step, since machines compute channels by the
+   vector; under a latency budget only widths that this machine runs faster are candidates
+   (`channels.timing`).
 4. **Cut** (`channels.take`). The result must equal the original with the removed channels multiplied by zero
    (`channels.mask`): checked for every cut, before any weight is fitted. Without `compensate` that is all.
 5. **Make up for it.** Consumers get the weights that are best for the original's moments. Then every linear
    operator is solved again in topological order, from the inputs it now gets to what the original computes,
-   of which a cut tensor is held against the channels it has kept (`onnxfuse.walk`).
+   of which a cut tensor is held against the channels it has kept (`onnxfuse.fitting.walk`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from pydantic import Field, PositiveInt
 from onnxfuse.analysis.cost import shapes_at
 from onnxfuse.analysis.intervals.rules import intervals
 from onnxfuse.channels import budget
-from onnxfuse.channels.budget import Curve, Total, Widths
-from onnxfuse.channels.consumers import Consumer, View, consumers
+from onnxfuse.channels.budget import LossCurve, Total, Widths
+from onnxfuse.channels.consumers import Consumer, RowView, consumers
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
 from onnxfuse.channels.importance import Ranking, Statistics, magnitudes, rank
@@ -51,7 +52,7 @@ from onnxfuse.fitting.rewriting import (
     settled,
     walked,
 )
-from onnxfuse.fitting.search import Found, error_bound, farthest
+from onnxfuse.fitting.search import SearchResult, error_bound, farthest
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.fitting.trials import Trials
 from onnxfuse.ir.model import Model
@@ -68,10 +69,10 @@ TRIED = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 MOST_WIDTHS = 16
 """Candidate widths of a group, about."""
 
-LEVELS = tuple(level / 100 for level in range(95, 9, -5))
+MAC_LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 """Shares of the MACs that are tried where only the error bound says how far to go."""
 
-ATTEMPTS = 6
+LATENCY_ATTEMPTS = 6
 """Cuts that are timed to meet a latency budget."""
 
 
@@ -108,7 +109,7 @@ class SelectOptions(Goals):
 
 @dataclass(frozen=True)
 class _Reading:
-    """All that the channels to be cut are chosen by.
+    """The groups, rankings and moments by which the channels to be cut are chosen.
 
     Attributes:
         groups: those that may be cut; `found` are all of the model.
@@ -183,12 +184,12 @@ class Select(Pass):
 
     def _curves(
         self, model: Model, reading: _Reading, dead: Mapping[Group, np.ndarray], context: Context
-    ) -> list[Curve]:
+    ) -> list[LossCurve]:
         """The losses of the groups at their widths, where a goal is to be spent on them; fills in the
         rankings."""
         tried = self.options.ratio is None
         trials = Trials.of(context, self.options.samples) if tried else None
-        found: list[Curve] = []
+        found: list[LossCurve] = []
         for groups, known in reading.seen.parts():
             for group in groups:
                 least = max(1, group.size // LEAST) if tried else self._wanted(group)
@@ -202,7 +203,7 @@ class Select(Pass):
         model: Model,
         group: Group,
         reading: _Reading,
-        known: Mapping[View, Statistics],
+        known: Mapping[RowView, Statistics],
         dead: np.ndarray,
         least: int,
     ) -> Ranking:
@@ -216,10 +217,10 @@ class Select(Pass):
         model: Model,
         groups: Sequence[Group],
         reading: _Reading,
-        known: Mapping[View, Statistics],
+        known: Mapping[RowView, Statistics],
         trials: Trials,
         context: Context,
-    ) -> list[Curve]:
+    ) -> list[LossCurve]:
         """The output change of each group alone at some widths, the others filled in."""
         jobs = [(group, width) for group in groups for width in self._tried_widths(group)]
 
@@ -269,12 +270,14 @@ class Select(Pass):
 
     # Widths under the goal
 
-    def _chosen(self, model: Model, reading: _Reading, curves: Sequence[Curve], context: Context) -> Found:
+    def _chosen(
+        self, model: Model, reading: _Reading, curves: Sequence[LossCurve], context: Context
+    ) -> SearchResult:
         """The model cut to the widths that the goal asks for, or that the bound allows."""
         options = self.options
         if options.ratio is not None:
             wanted = {group: self._wanted(group) for group in reading.groups}
-            return Found(self._cut(model, wanted, reading, context))
+            return SearchResult(self._cut(model, wanted, reading, context))
         if options.latency is not None:
             return self._within_latency(model, reading, curves, options.latency, context)
         share, what, count = options.macs, "MACs", budget.macs
@@ -284,25 +287,25 @@ class Select(Pass):
         full = total.at({group: group.size for group in reading.groups})
         if share is None:
             return self._within_error(model, reading, curves, total, full, context)
-        chosen = budget.choose(curves, total, share * full)
+        chosen = budget.choose_widths(curves, total, share * full)
         if chosen is None:
             least = total.at({curve.group: curve.widths[-1] for curve in curves}) / full
             raise VerificationError(
                 f"{share:g} of the {what} can't be met: the narrowest widths leave {least:.3g}"
             )
         note = f"{total.at(chosen) / full:.3g} of the {what} are left"
-        return Found(self._cut(model, chosen, reading, context), [note])
+        return SearchResult(self._cut(model, chosen, reading, context), [note])
 
     def _within_error(
         self,
         model: Model,
         reading: _Reading,
-        curves: Sequence[Curve],
+        curves: Sequence[LossCurve],
         total: Total,
         full: float,
         context: Context,
-    ) -> Found:
-        """As few MACs as the bound on the output error allows.
+    ) -> SearchResult:
+        """The model with as few MACs as the bound on the output error allows.
 
         Args:
             model: stays as it is.
@@ -314,8 +317,8 @@ class Select(Pass):
         """
         plans = {
             level: plan
-            for level in LEVELS
-            if (plan := budget.choose(curves, total, level * full)) is not None
+            for level in MAC_LEVELS
+            if (plan := budget.choose_widths(curves, total, level * full)) is not None
         }
         losses = {curve.group: dict(zip(curve.widths, curve.losses, strict=True)) for curve in curves}
         expected = [sum(losses[group][width] for group, width in plan.items()) for plan in plans.values()]
@@ -332,7 +335,7 @@ class Select(Pass):
             self.options,
             said=said,
             more=lambda level: f"{level:g}",
-            none=lambda within, _: f"not even {1 - LEVELS[0]:.0%} of the MACs go {within}",
+            none=lambda within, _: f"not even {1 - MAC_LEVELS[0]:.0%} of the MACs go {within}",
             guess=sum(loss**0.5 <= error_bound(context)[0] for loss in expected),
             event=("select probe", "macs"),
         )
@@ -341,10 +344,10 @@ class Select(Pass):
         self,
         model: Model,
         reading: _Reading,
-        curves: Sequence[Curve],
+        curves: Sequence[LossCurve],
         share: float,
         context: Context,
-    ) -> Found:
+    ) -> SearchResult:
         """Widths that this machine runs faster, tightened until the whole network is as fast as asked for."""
         sample = few_rows(model, context.calibration.fit, 1)
         times = rewarded(
@@ -362,10 +365,10 @@ class Select(Pass):
             .timings[0]
             .median_ms
         )
-        total = budget.milliseconds(times, base)
+        total = budget.latency_total(times, base)
         goal, reached = share, 1.0
-        for _ in range(ATTEMPTS):
-            chosen = budget.choose(fast, total, goal * base)
+        for _ in range(LATENCY_ATTEMPTS):
+            chosen = budget.choose_widths(fast, total, goal * base)
             narrowest = chosen is None
             if chosen is None:
                 chosen = {curve.group: curve.widths[-1] for curve in fast}
@@ -378,7 +381,7 @@ class Select(Pass):
             context.journal("select latency", goal=goal, measured=timing.ratio)
             if timing.ratio_high <= share:
                 note = f"latency is {timing.ratio:.3g} of what it was (at most {share:g} was asked for)"
-                return Found(self._cut(model, chosen, reading, context), [note])
+                return SearchResult(self._cut(model, chosen, reading, context), [note])
             if narrowest:
                 break
             goal *= min(0.99 * share / timing.ratio, 0.98)
@@ -421,7 +424,7 @@ class Select(Pass):
         cut: Model,
         model: Model,
         reading: _Reading,
-        known: Mapping[View, Statistics],
+        known: Mapping[RowView, Statistics],
         choice: Mapping[Group, np.ndarray],
         done: set[object],
     ) -> None:
@@ -439,9 +442,9 @@ class _Seen:
         self._views = {group: [consumer.view for consumer in own] for group, own in readers.items()}
         self._options = options
         self._context = context
-        self._kept: list[tuple[list[Group], dict[View, Statistics]]] = []
+        self._kept: list[tuple[list[Group], dict[RowView, Statistics]]] = []
 
-    def parts(self) -> Iterator[tuple[list[Group], dict[View, Statistics]]]:
+    def parts(self) -> Iterator[tuple[list[Group], dict[RowView, Statistics]]]:
         """Groups with the statistics of all their consumers' views."""
         if not self._options.reads_moments:
             yield list(self._views), {}

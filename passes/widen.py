@@ -1,9 +1,9 @@
 """widen: more channels, neurons or heads, without a change of the function (EXACT).
 
-The schemes, and why they are exact, are in `onnxfuse.channels.growing`; which channels must grow together is
+The schemes, and why they are exact, are in `onnxfuse.growth.widening`; which channels must grow together is
 what `onnxfuse.channels` finds. So a residual stage is widened as a whole, a depthwise convolution with the
 one in front, heads as heads, and weights that several nodes share are widened once. With `skip=fold` residual
-sums end what grows: there the twins of r2r are folded back (`onnxfuse.channels.skips`).
+sums end what grows: there the twins of r2r are folded back (`onnxfuse.growth.skips`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pydantic import Field, model_validator
 
 from onnxfuse.channels.groups import Group, find_groups
 from onnxfuse.data.rows import few_rows
-from onnxfuse.findings import Change, Skip
+from onnxfuse.findings import Change
 from onnxfuse.growth import skips
-from onnxfuse.growth.widening import New, additions, obstacle, widen
+from onnxfuse.growth.widening import New, additions, widen, width_obstacle
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.pipeline import choosing
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
@@ -75,48 +75,41 @@ class Widen(Pass):
             return self._alone(model, feed, skips.producers(groups), context)
         asked = choosing.choose(self.options.sites, {g: _names(g) for g in groups}, "channel group")
         plan: dict[Group, New] = {}
-        refused: dict[str, list[str]] = {}
-        skipped: list[Skip] = []
+        answers = choosing.Answers()
         for group, (words, ratio) in asked.items():
             new = additions(group, self.options.scheme, ratio)
-            reason = obstacle(group, self.options.scheme, new)
+            reason = width_obstacle(group, self.options.scheme, new)
             if reason is None:
                 plan[group] = new
+                answers.done(words, _change(group, sum(new.values())))
             else:
-                refused.setdefault(words, []).append(reason)
-                skipped.append(Skip((group.name,), reason))
-        choosing.refuse_named(refused, [asked[group][0] for group in plan], "widened")
+                answers.refuse(words, (group.name,), reason)
+        answers.check("widened")
         widen(model, plan, self.options.scheme, noise=self.options.noise, seed=context.seed, by=NAME)
-        changes = [_change(group, sum(new.values())) for group, new in plan.items()]
-        return PassResult(model, changes, skipped, notes=[] if changes else [choosing.idle(NAME, skipped)])
+        return answers.result(model, NAME)
 
     def _alone(self, model: Model, feed: Feed, operators: list[str], context: Context) -> PassResult:
         """One operator after the other, since each changes what the next one is added to."""
         asked = choosing.choose(self.options.sites, {name: [name] for name in operators}, "operator")
-        changes: list[Change] = []
+        answers = choosing.Answers()
         grown: set[str] = set()
-        done: list[str] = []
-        refused: dict[str, list[str]] = {}
-        skipped: list[Skip] = []
         for number, (name, (words, ratio)) in enumerate(asked.items()):
             if name in grown:
-                done.append(words)
+                answers.done(words)
                 continue
             plan = skips.plan(model, feed, context.runtime, name, ratio)
             skips.carry_out(model, plan, seed=(context.seed, number), by=NAME)
             for group, new in plan.wanted.items():
-                changes.append(_change(group, sum(new.values())))
+                answers.done(words, _change(group, sum(new.values())))
                 grown.update(skips.producers(group))
-                done.append(words)
             for reason in plan.refused.values():
-                refused.setdefault(words, []).append(reason)
-                skipped.append(Skip((name,), reason))
-        choosing.refuse_named(refused, done, "widened")
-        return PassResult(model, changes, skipped, notes=[] if changes else [choosing.idle(NAME, skipped)])
+                answers.refuse(words, (name,), reason)
+        answers.check("widened")
+        return answers.result(model, NAME)
 
 
 def _names(group: Group) -> list[str]:
-    """Its own, then those of all operators that compute its channels."""
+    """The names of a group: its own, then those of all operators that compute its channels."""
     return [group.name, *(node for t in group.touches if "producer" in t.roles for node in t.nodes)]
 
 

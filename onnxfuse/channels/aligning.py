@@ -72,7 +72,7 @@ def align(model: Model, found: ChannelGroups, pairs: Sequence[tuple[str, str]]) 
 
 
 def _bonds(found: ChannelGroups, pairs: Sequence[tuple[str, str]]) -> dict[Group, list[_Bond]]:
-    """By group that may move, the axes it is compared on."""
+    """The axes that each group that may move is compared on."""
     anchors, others = {anchor for anchor, _ in pairs}, {other for _, other in pairs}
     places: dict[tuple[str, int], list[Touch]] = {}
     movable: list[tuple[Group, Touch]] = []
@@ -93,14 +93,14 @@ def _bonds(found: ChannelGroups, pairs: Sequence[tuple[str, str]]) -> dict[Group
 
 
 def _likeness(weights: Mapping[str, np.ndarray], bond: _Bond) -> np.ndarray:
-    """(size, size): inner products of the anchor's channels with the other's, relative to both norms."""
+    """The inner products (size, size) of the anchor's channels with the other's, relative to both norms."""
     a, b = (_channels(weights[name], t) for name, t in ((bond.anchor, bond.theirs), (bond.other, bond.own)))
     norm = float(np.linalg.norm(a) * np.linalg.norm(b))
     return a @ b.T / norm if norm > 0 else np.zeros((len(a), len(b)))
 
 
 def _channels(weight: np.ndarray, touch: Touch) -> np.ndarray:
-    """(size, everything that lies on a channel)."""
+    """The weight as (size, all elements of a channel)."""
     first = np.moveaxis(weight, touch.axis, 0)
     return first[touch.map].reshape(len(touch.map), -1)
 

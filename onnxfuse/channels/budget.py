@@ -1,7 +1,7 @@
 """How wide each channel group is to be, under a budget.
 
 What a width costs the network's outputs is a curve of its own for each group; what it saves depends on the
-widths of its neighbours, for a multiply-accumulate is a product of inputs and outputs. So the best widths
+widths of its neighbors, for a multiply-accumulate is a product of inputs and outputs. So the best widths
 can't be found one by one. They are found greedily: of all steps to a narrower width, the one with the least
 loss per unit saved is taken, until the budget holds; a step may skip widths, so that a bad step in front of
 a good one does not hide it. What the last, coarse step saved too much is given back where that is worth
@@ -18,7 +18,7 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxfuse.analysis.cost import is_free, proto_macs
-from onnxfuse.channels.dims import Dim, leaves, length
+from onnxfuse.channels.dims import Axis, leaves, length
 from onnxfuse.channels.groups import ChannelGroups, Group
 from onnxfuse.channels.importance import Ranking
 from onnxfuse.channels.site import Number
@@ -29,26 +29,26 @@ from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.ops.linear import weight_type
 
 Widths = dict[Group, int]
-Lengths = Mapping[Dim, range]
+Lengths = Mapping[Axis, range]
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class LossCurve:
     """A group's candidate widths, from its size downwards, and the loss at each, 0 at the first."""
 
     group: Group
     widths: Sequence[int]
     losses: Sequence[float]
 
-    def at(self, widths: Collection[int]) -> Curve:
+    def at(self, widths: Collection[int]) -> LossCurve:
         """The curve with those of its widths alone that are among `widths`."""
         own = [(w, loss) for w, loss in zip(self.widths, self.losses, strict=True) if w in widths]
-        return Curve(self.group, [w for w, _ in own], [loss for _, loss in own])
+        return LossCurve(self.group, [w for w, _ in own], [loss for _, loss in own])
 
 
 def curve(
     group: Group, candidates: Sequence[int], points: Sequence[tuple[int, float]], ranking: Ranking
-) -> Curve:
+) -> LossCurve:
     """The loss at all candidate widths from that at some: between them it goes like the ranking's costs.
 
     Args:
@@ -66,11 +66,11 @@ def curve(
         losses = ranking.cost[at] * np.interp(at, removed[1:], factors)
     else:
         losses = np.interp(at, removed, changes)
-    return Curve(group, candidates, np.maximum.accumulate(np.nan_to_num(losses, nan=np.inf)).tolist())
+    return LossCurve(group, candidates, np.maximum.accumulate(np.nan_to_num(losses, nan=np.inf)).tolist())
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class CostTerm:
     """A part of a cost that depends on the widths of some groups."""
 
     groups: tuple[Group, ...]
@@ -80,7 +80,7 @@ class Term:
 class Total:
     """A cost: the sum of its terms."""
 
-    def __init__(self, terms: Sequence[Term], groups: Sequence[Group]) -> None:
+    def __init__(self, terms: Sequence[CostTerm], groups: Sequence[Group]) -> None:
         self._terms = terms
         self._known: dict[tuple[int, tuple[int, ...]], float] = {}
         self._by_group: dict[Group, list[int]] = {group: [] for group in groups}
@@ -93,11 +93,17 @@ class Total:
         return sum(self._term(index, widths) for index in range(len(self._terms)))
 
     def saved(self, widths: Widths, group: Group, width: int) -> float:
-        """The saving by another width of one group."""
+        """The saving by another width of one group.
+
+        Args:
+            widths: of all groups.
+            group: the one that changes.
+            width: its other width.
+        """
         other = {**widths, group: width}
         return sum(self._term(i, widths) - self._term(i, other) for i in self._by_group[group])
 
-    def neighbours(self, group: Group) -> set[Group]:
+    def neighbors(self, group: Group) -> set[Group]:
         """Groups whose savings depend on this one's width, itself included."""
         return {group, *(other for index in self._by_group[group] for other in self._terms[index].groups)}
 
@@ -110,8 +116,9 @@ class Total:
         return self._known[key]
 
 
-def _lengths(group: Group, width: int) -> Iterator[tuple[Dim, range]]:
-    """Any way to keep so many: the leaves of a group lie alike wherever they lie."""
+def _lengths(group: Group, width: int) -> Iterator[tuple[Axis, range]]:
+    """The leaves of a group with the channels that each keeps, the first ones: which ones does not matter, as
+    leaves of a group lie alike wherever they lie."""
     for leaf in group.leaves:
         own = min(width, leaf.size)
         width -= own
@@ -139,7 +146,7 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
         if number.place.attribute is not None and number.place.entry is None:
             numbers.setdefault(number.place.node, []).append(number)
 
-    def term(node: Node) -> Term:
+    def term(node: Node) -> CostTerm:
         proto = node.proto(model.opset)
         own = {
             tensor.name: system.axes.get(tensor) for tensor in (*node.inputs, *node.outputs) if tensor.name
@@ -162,22 +169,28 @@ def macs(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
                 )
             return count
 
-        return Term(tuple(touched), value)
+        return CostTerm(tuple(touched), value)
 
     return Total([term(n) for n in model.nodes if n.bodies or not is_free(n.key)], groups)
 
 
 def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> Total:
-    """Elements of the stored tensors; arguments as `macs`."""
+    """Elements of the stored tensors.
+
+    Args:
+        model: that the groups were found in.
+        found: all of its groups.
+        groups: those whose widths are to be chosen.
+    """
     axes = found.system.axes
     owner = {leaf: group for group in groups for leaf in group.leaves}
 
-    def term(name: str) -> Term:
+    def term(name: str) -> CostTerm:
         tensor = model.tensor(name)
         dims = axes.get(tensor)
         touched = dict.fromkeys(owner[leaf] for leaf in _leaves(dims) if leaf in owner)
         size = math.prod(weight_type(model, tensor)[1])
-        return Term(
+        return CostTerm(
             tuple(touched),
             lambda kept: size if dims is None else math.prod(_sizes(dims, kept)),
         )
@@ -187,24 +200,24 @@ def parameters(model: Model, found: ChannelGroups, groups: Sequence[Group]) -> T
     return Total([term(name) for name in sorted(counted)], groups)
 
 
-def milliseconds(times: Mapping[Group, Mapping[int, float]], base: float) -> Total:
+def latency_total(times: Mapping[Group, Mapping[int, float]], base: float) -> Total:
     """Latency: that of the whole network less what each group saves by itself.
 
     Args:
-        times: of each group its neighbourhood's milliseconds by width (`channels.timing`).
+        times: of each group its neighborhood's milliseconds by width (`channels.timing`).
         base: milliseconds of the whole network.
     """
 
-    def term(group: Group) -> Term:
+    def term(group: Group) -> CostTerm:
         own = times[group]
-        return Term(
+        return CostTerm(
             (group,), lambda kept: own[sum(len(kept[leaf]) for leaf in group.leaves)] - own[group.size]
         )
 
-    return Total([Term((), lambda kept: base), *map(term, times)], list(times))
+    return Total([CostTerm((), lambda kept: base), *map(term, times)], list(times))
 
 
-def _sizes(dims: Sequence[Dim], kept: Lengths) -> tuple[int, ...]:
+def _sizes(dims: Sequence[Axis], kept: Lengths) -> tuple[int, ...]:
     return tuple(length(dim, kept) for dim in dims)
 
 
@@ -219,14 +232,14 @@ def _written(proto: NodeProto, numbers: Sequence[Number], kept: Lengths) -> Node
     return copy
 
 
-def _leaves(dims: Sequence[Dim] | None) -> Iterator[Dim]:
+def _leaves(dims: Sequence[Axis] | None) -> Iterator[Axis]:
     return (leaf for dim in dims or () for leaf in leaves(dim))
 
 
 # Choosing -----------------------------------------------------------------------------------------
 
 
-def choose(curves: Sequence[Curve], total: Total, target: float) -> Widths | None:
+def choose_widths(curves: Sequence[LossCurve], total: Total, target: float) -> Widths | None:
     """Widths at as little loss as the greedy search finds; None where the narrowest of all are not enough.
 
     Args:
@@ -252,12 +265,12 @@ def choose(curves: Sequence[Curve], total: Total, target: float) -> Widths | Non
         _, at[group], saved = moves[group]
         widths[group] = by_group[group].widths[at[group]]
         now -= saved
-        stale = total.neighbours(group)
+        stale = total.neighbors(group)
     return _given_back(by_group, at, widths, total, target)
 
 
-def _best_move(curve: Curve, at: int, total: Total, widths: Widths) -> tuple[float, int, float] | None:
-    """(loss per unit saved, where to, what it saves) of the best step to a narrower width, if any saves."""
+def _best_move(curve: LossCurve, at: int, total: Total, widths: Widths) -> tuple[float, int, float] | None:
+    """The best step to a narrower width, if any saves: loss per unit saved, place of the width, saving."""
     found = []
     for place in range(at + 1, len(curve.widths)):
         saved = total.saved(widths, curve.group, curve.widths[place])
@@ -267,7 +280,7 @@ def _best_move(curve: Curve, at: int, total: Total, widths: Widths) -> tuple[flo
 
 
 def _given_back(
-    curves: Mapping[Group, Curve], at: dict[Group, int], widths: Widths, total: Total, target: float
+    curves: Mapping[Group, LossCurve], at: dict[Group, int], widths: Widths, total: Total, target: float
 ) -> Widths:
     room = target - total.at(widths)
     while True:

@@ -29,14 +29,14 @@ from onnxfuse.ops.linear import LinearOp, is_shared, linear_op, weight_type
 from onnxfuse.ops.linear_weights import write_weights
 from onnxfuse.ops.table import OPS, Kind
 
-MOST_COLUMNS = 4608
+MOST_CORRELATED_COLUMNS = 4608
 """More columns than these are taken to be uncorrelated: a Gram matrix of that size takes 170 MB."""
 
 _RECURRENT = OPS.of_kind(Kind.RECURRENT)
 
 
 @dataclass(frozen=True)
-class View:
+class RowView:
     """The rows in which an operator sees a tensor.
 
     With a `kernel` they are its patches, `pads` and so on as in ONNX; else `axis` (from the front) is moved
@@ -63,12 +63,12 @@ class Consumer:
     Attributes:
         view: the rows it sees; its `columns` are those of all groups of a grouped convolution together.
         places: int64 (size of the group, columns per channel): the columns that each channel lies on.
-        op: the operator, where its weights and bias can be written (`linear.write_weights`).
+        op: the operator, where its weights and bias can be written (`ops.linear_weights.write_weights`).
         stored: else the weight that multiplies, and its axis, where there is one.
         node: name of the operator's first output.
     """
 
-    view: View
+    view: RowView
     places: np.ndarray
     node: str
     op: LinearOp | None = None
@@ -149,15 +149,15 @@ def consumers(model: Model, group: Group, shapes: Mapping[str, TensorInfo]) -> l
     return [_consumer(model, group, sink, shapes) for sink in group.sinks if sink.kind == "sum"]
 
 
-def rows_of(op: LinearOp, shapes: Mapping[str, TensorInfo]) -> View | None:
+def rows_of(op: LinearOp, shapes: Mapping[str, TensorInfo]) -> RowView | None:
     """The rows that a linear operator multiplies; None where its pads or the rank of its input are not
     known, or there are too many columns for moments of their pairs."""
-    if op.in_features * math.prod(op.kernel) > MOST_COLUMNS:
+    if op.in_features * math.prod(op.kernel) > MOST_CORRELATED_COLUMNS:
         return None
     if op.kind == "conv":
         return None if op.pads is None else _patches(op, op.in_features * math.prod(op.kernel))
     rank = len(_shape(shapes, op.x))
-    return View(op.x, rank - 1, op.in_features, token=True) if rank else None
+    return RowView(op.x, rank - 1, op.in_features, token=True) if rank else None
 
 
 def _block_diagonal(weight: np.ndarray, groups: int) -> np.ndarray:
@@ -180,15 +180,15 @@ def _consumer(model: Model, group: Group, sink: Sink, shapes: Mapping[str, Tenso
         taps = math.prod(op.kernel)
         columns = (places[:, :, None] * taps + np.arange(taps)).reshape(len(places), -1)
         total = op.in_features * taps
-        if total <= MOST_COLUMNS:
+        if total <= MOST_CORRELATED_COLUMNS:
             return Consumer(_patches(op, total), columns, sink.node, op)
-        rows = View(sink.tensor, 1, op.in_features, correlated=False)
+        rows = RowView(sink.tensor, 1, op.in_features, correlated=False)
         return Consumer(rows, places, sink.node, None, None if op.groups > 1 else (op.weight_tensor.name, 1))
     if isinstance(op, LinearOp) and op.kind != "conv":
         last = len(_shape(shapes, sink.tensor)) - 1
-        wide = op.in_features > MOST_COLUMNS
+        wide = op.in_features > MOST_CORRELATED_COLUMNS
         return Consumer(
-            View(sink.tensor, last, op.in_features, correlated=not wide, token=True), places, sink.node, op
+            RowView(sink.tensor, last, op.in_features, correlated=not wide, token=True), places, sink.node, op
         )
     stored = _stored(model, node, sink)
     tensor, axis = sink.tensor, sink.axis
@@ -197,9 +197,11 @@ def _consumer(model: Model, group: Group, sink: Sink, shapes: Mapping[str, Tenso
         stored = sink.tensor, sink.axis
         tensor, axis = node.outputs[0].name, len(_shape(shapes, node.outputs[0].name)) - 1
     if not tensor or (sink.tensor == tensor and model.is_weight(model.tensor(tensor))):
-        return Consumer(View("", 0, sink.dim.size, correlated=False), places, sink.node, None, stored)
-    correlated = stored is not None and sink.dim.size <= MOST_COLUMNS
-    return Consumer(View(tensor, axis, sink.dim.size, correlated=correlated), places, sink.node, None, stored)
+        return Consumer(RowView("", 0, sink.dim.size, correlated=False), places, sink.node, None, stored)
+    correlated = stored is not None and sink.dim.size <= MOST_CORRELATED_COLUMNS
+    return Consumer(
+        RowView(tensor, axis, sink.dim.size, correlated=correlated), places, sink.node, None, stored
+    )
 
 
 def _shape(shapes: Mapping[str, TensorInfo], tensor: str) -> Sequence[int | str | None]:
@@ -207,9 +209,9 @@ def _shape(shapes: Mapping[str, TensorInfo], tensor: str) -> Sequence[int | str 
     return () if info is None or info.shape is None else info.shape
 
 
-def _patches(op: LinearOp, columns: int) -> View:
+def _patches(op: LinearOp, columns: int) -> RowView:
     assert op.pads is not None
-    return View(op.x, 1, columns, op.groups, op.kernel, op.strides, op.dilations, op.pads)
+    return RowView(op.x, 1, columns, op.groups, op.kernel, op.strides, op.dilations, op.pads)
 
 
 def _stored(model: Model, node: Node, sink: Sink) -> tuple[str, int] | None:

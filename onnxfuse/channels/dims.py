@@ -29,12 +29,12 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 
 import numpy as np
 
-Kept = Mapping["Dim", np.ndarray]
+Kept = Mapping["Axis", np.ndarray]
 NOTHING_TAKEN: Kept = {}
 
 
-class DimKind(enum.Enum):
-    """What an axis is made of."""
+class AxisKind(enum.Enum):
+    """The kind of an axis: channels, or axes side by side or merged."""
 
     LEAF = "leaf"
     SUM = "sum"
@@ -45,8 +45,8 @@ class ClashError(Exception):
     """Two ways to divide one axis that have no common refinement."""
 
 
-class Dim:
-    """An axis, or a part of one. Equal dims are found through `find`; identity is what counts.
+class Axis:
+    """An axis, or a part of one. Unified axes are found through `find`; identity is what counts.
 
     Attributes:
         size: number of positions.
@@ -72,12 +72,12 @@ class Dim:
         self.dynamic = dynamic
         self.position = position
         self.channel = channel
-        self._link: Dim | None = None
-        self._kind = DimKind.LEAF
-        self._parts: tuple[Dim, ...] = ()
+        self._link: Axis | None = None
+        self._kind = AxisKind.LEAF
+        self._parts: tuple[Axis, ...] = ()
 
 
-def find(dim: Dim) -> Dim:
+def find(dim: Axis) -> Axis:
     """The dim that stands for all those unified with this one."""
     top = dim
     while top._link is not None:
@@ -87,15 +87,15 @@ def find(dim: Dim) -> Dim:
     return top
 
 
-def kind(dim: Dim) -> DimKind:
-    """What the axis is made of."""
+def kind(dim: Axis) -> AxisKind:
+    """The kind of an axis: a leaf, a sum or a product."""
     return find(dim)._kind
 
 
-def parts(dim: Dim) -> list[Dim]:
-    """What a sum or product consists of, in order, no part being of the same kind; a leaf has none."""
+def parts(dim: Axis) -> list[Axis]:
+    """The parts of a sum or product, in order, none of the same kind; a leaf has none."""
     dim = find(dim)
-    found: list[Dim] = []
+    found: list[Axis] = []
     stack = list(reversed(dim._parts))
     while stack:
         part = find(stack.pop())
@@ -107,36 +107,36 @@ def parts(dim: Dim) -> list[Dim]:
     return found
 
 
-def leaves(dim: Dim) -> list[Dim]:
+def leaves(dim: Axis) -> list[Axis]:
     """The leaves that an axis is made of, each once, in the order of their first place."""
-    found: dict[Dim, None] = {}
+    found: dict[Axis, None] = {}
     stack = [find(dim)]
     while stack:
         top = stack.pop()
-        if top._kind is DimKind.LEAF:
+        if top._kind is AxisKind.LEAF:
             found[top] = None
         else:
             stack.extend(reversed(parts(top)))
     return list(found)
 
 
-def is_dynamic(dim: Dim) -> bool:
+def is_dynamic(dim: Axis) -> bool:
     """Whether its size differs from run to run."""
     return any(leaf.dynamic for leaf in leaves(dim))
 
 
-def is_position(dim: Dim) -> bool:
+def is_position(dim: Axis) -> bool:
     """Whether it counts nothing but places."""
     return all(leaf.position for leaf in leaves(dim))
 
 
-def freeze(dim: Dim, reason: str) -> None:
+def freeze_leaves(dim: Axis, reason: str) -> None:
     """No channel of it may be taken; the first reason stays."""
     for leaf in leaves(dim):
         leaf.frozen = leaf.frozen or reason
 
 
-def mark_channel(dim: Dim) -> None:
+def mark_channel(dim: Axis) -> None:
     """Some linear operator's weights have this axis."""
     for leaf in leaves(dim):
         leaf.channel = True
@@ -145,43 +145,43 @@ def mark_channel(dim: Dim) -> None:
 # Building and dividing ----------------------------------------------------------------------------
 
 
-def sum_of(dims: Sequence[Dim]) -> Dim:
+def sum_of(dims: Sequence[Axis]) -> Axis:
     """The axes one after the other; those without any positions don't count."""
     dims = [d for d in dims if d.size]
-    return _composite(DimKind.SUM, dims, sum(d.size for d in dims))
+    return _composite(AxisKind.SUM, dims, sum(d.size for d in dims))
 
 
-def product_of(dims: Sequence[Dim]) -> Dim:
+def product_of(dims: Sequence[Axis]) -> Axis:
     """The axes merged in row-major order. A static axis of size 1 does not show in the product, so it can
     neither be cut nor grown any more."""
     visible = [d for d in dims if d.size != 1 or is_dynamic(d)]
     for dim in dims:
         if dim not in visible:
-            freeze(dim, "an axis of size 1 is merged with others")
+            freeze_leaves(dim, "an axis of size 1 is merged with others")
     if not visible:
-        return Dim(1, frozen="a single index")
-    return _composite(DimKind.PRODUCT, visible, math.prod(d.size for d in visible))
+        return Axis(1, frozen="a single index")
+    return _composite(AxisKind.PRODUCT, visible, math.prod(d.size for d in visible))
 
 
-def _composite(kind_: DimKind, dims: Sequence[Dim], size: int) -> Dim:
+def _composite(kind_: AxisKind, dims: Sequence[Axis], size: int) -> Axis:
     if len(dims) == 1:
         return find(dims[0])
-    result = Dim(size)
+    result = Axis(size)
     result._kind, result._parts = kind_, tuple(dims)
     return result
 
 
-def _divide(leaf: Dim, kind_: DimKind, sizes: Sequence[int]) -> list[Dim]:
+def _divide(leaf: Axis, kind_: AxisKind, sizes: Sequence[int]) -> list[Axis]:
     """A leaf becomes a sum or product of leaves like itself."""
     pieces = [
-        Dim(s, frozen=leaf.frozen, dynamic=leaf.dynamic, position=leaf.position, channel=leaf.channel)
+        Axis(s, frozen=leaf.frozen, dynamic=leaf.dynamic, position=leaf.position, channel=leaf.channel)
         for s in sizes
     ]
     leaf._kind, leaf._parts = kind_, tuple(pieces)
     return pieces
 
 
-def segment(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+def segment(dim: Axis, sizes: Sequence[int]) -> list[Axis]:
     """The axis as a sum of parts of these sizes (positive, together its own).
 
     Raises:
@@ -192,14 +192,14 @@ def segment(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         raise ClashError(f"{dim.size} positions can't be split into {_listed(sizes)}")
     if len(sizes) == 1:
         return [dim]
-    if dim._kind is DimKind.LEAF:
-        return _divide(dim, DimKind.SUM, sizes)
-    if dim._kind is DimKind.PRODUCT:
+    if dim._kind is AxisKind.LEAF:
+        return _divide(dim, AxisKind.SUM, sizes)
+    if dim._kind is AxisKind.PRODUCT:
         return _segment_product(dim, sizes)
     queue = parts(dim)[::-1]
     result = []
     for size in sizes:
-        piece: list[Dim] = []
+        piece: list[Axis] = []
         while size:
             part = queue.pop()
             if part.size > size:
@@ -211,7 +211,7 @@ def segment(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     return result
 
 
-def _segment_product(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+def _segment_product(dim: Axis, sizes: Sequence[int]) -> list[Axis]:
     outer, *rest = parts(dim)
     row = math.prod(d.size for d in rest)
     if any(size % row for size in sizes):
@@ -219,7 +219,7 @@ def _segment_product(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     return [product_of([piece, *rest]) for piece in segment(outer, [size // row for size in sizes])]
 
 
-def factor(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+def factor(dim: Axis, sizes: Sequence[int]) -> list[Axis]:
     """The axis as a product of factors of these sizes (together its own).
 
     Raises:
@@ -230,17 +230,17 @@ def factor(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         raise ClashError(f"{dim.size} positions can't be arranged as {_listed(sizes, ' x ')}")
     if 1 in sizes:
         visible = iter(factor(dim, [s for s in sizes if s != 1] or [dim.size]))
-        return [Dim(1, frozen="a single index") if s == 1 else next(visible) for s in sizes]
+        return [Axis(1, frozen="a single index") if s == 1 else next(visible) for s in sizes]
     if len(sizes) == 1:
         return [dim]
-    if dim._kind is DimKind.LEAF:
-        return _divide(dim, DimKind.PRODUCT, sizes)
-    if dim._kind is DimKind.SUM:
+    if dim._kind is AxisKind.LEAF:
+        return _divide(dim, AxisKind.PRODUCT, sizes)
+    if dim._kind is AxisKind.SUM:
         return _factor_sum(dim, sizes)
     queue = parts(dim)[::-1]
     result = []
     for size in sizes:
-        piece: list[Dim] = []
+        piece: list[Axis] = []
         while size > 1:
             part = queue.pop()
             if part.size > size:
@@ -258,7 +258,7 @@ def factor(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     return result
 
 
-def _factor_sum(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+def _factor_sum(dim: Axis, sizes: Sequence[int]) -> list[Axis]:
     """Rows of a sum: every part must be a whole number of rows, and all rows are alike."""
     row = dim.size // sizes[0]
     pieces = parts(dim)
@@ -269,7 +269,7 @@ def _factor_sum(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         unify(divided[0][1], inner)
     for outer, _ in divided:
         if outer.size == 1:
-            freeze(outer, "one of several parts stacked on an axis of their own")
+            freeze_leaves(outer, "one of several parts stacked on an axis of their own")
     return [sum_of([outer for outer, _ in divided]), *factor(divided[0][1], sizes[1:])]
 
 
@@ -280,8 +280,8 @@ def _listed(sizes: Iterable[int], between: str = " + ") -> str:
 # Solving ------------------------------------------------------------------------------------------
 
 
-def unify(first: Dim, second: Dim) -> None:
-    """From now on both are the same axis.
+def unify(first: Axis, second: Axis) -> None:
+    """Make two axes one from now on.
 
     Raises:
         ClashError: they can't be; some parts of them may have become the same nevertheless.
@@ -291,14 +291,14 @@ def unify(first: Dim, second: Dim) -> None:
         return
     if a.size != b.size:
         raise ClashError(f"axes of {a.size} and {b.size} meet")
-    if b._kind is DimKind.LEAF:
+    if b._kind is AxisKind.LEAF:
         a, b = b, a
-    if a._kind is DimKind.LEAF:
+    if a._kind is AxisKind.LEAF:
         _bind(a, b)
         return
-    if a._kind is DimKind.PRODUCT and b._kind is DimKind.SUM:
+    if a._kind is AxisKind.PRODUCT and b._kind is AxisKind.SUM:
         a, b = b, a
-    divide = segment if a._kind is DimKind.SUM else factor
+    divide = segment if a._kind is AxisKind.SUM else factor
     ours = parts(a)
     theirs = divide(b, [part.size for part in ours])
     for x, y in zip(ours, theirs, strict=True):
@@ -308,8 +308,8 @@ def unify(first: Dim, second: Dim) -> None:
         a._link = b
 
 
-def _bind(leaf: Dim, dim: Dim) -> None:
-    if dim._kind is DimKind.LEAF:
+def _bind(leaf: Axis, dim: Axis) -> None:
+    if dim._kind is AxisKind.LEAF:
         dim.position = dim.position and leaf.position
     elif leaf in leaves(dim):
         raise ClashError("an axis is part of itself")
@@ -320,30 +320,30 @@ def _bind(leaf: Dim, dim: Dim) -> None:
         other.channel = other.channel or leaf.channel
 
 
-def equal(first: Dim, second: Dim) -> bool:
+def equal(first: Axis, second: Axis) -> bool:
     """Whether both are made of the same leaves in the same way."""
     a, b = find(first), find(second)
     if a is b:
         return True
-    if a._kind is not b._kind or a._kind is DimKind.LEAF or a.size != b.size:
+    if a._kind is not b._kind or a._kind is AxisKind.LEAF or a.size != b.size:
         return False
     ours, theirs = parts(a), parts(b)
     return len(ours) == len(theirs) and all(map(equal, ours, theirs))
 
 
-def crossed(dim: Dim) -> list[Dim]:
+def crossed(dim: Axis) -> list[Axis]:
     """Leaves that a product has in more than one factor: rows and columns alike, as in x times its own
     transpose. Taking some of them is no rectangular cut of the axis in terms of one index."""
-    found: list[Dim] = []
+    found: list[Axis] = []
     stack = [find(dim)]
     while stack:
         top = stack.pop()
-        if top._kind is DimKind.LEAF:
+        if top._kind is AxisKind.LEAF:
             continue
         pieces = parts(top)
         stack.extend(pieces)
-        if top._kind is DimKind.PRODUCT:
-            seen: set[Dim] = set()
+        if top._kind is AxisKind.PRODUCT:
+            seen: set[Axis] = set()
             for piece in pieces:
                 own = leaves(piece)
                 found.extend(leaf for leaf in own if leaf in seen)
@@ -354,23 +354,23 @@ def crossed(dim: Dim) -> list[Dim]:
 # Evaluating ---------------------------------------------------------------------------------------
 
 
-def length(dim: Dim, kept: Mapping[Dim, Sized]) -> int:
+def length(dim: Axis, kept: Mapping[Axis, Sized]) -> int:
     """Number of positions on the axis when of the leaves in `kept` these channels are taken."""
     dim = find(dim)
-    if dim._kind is DimKind.LEAF:
+    if dim._kind is AxisKind.LEAF:
         return len(kept[dim]) if dim in kept else dim.size
     sizes = [length(part, kept) for part in parts(dim)]
-    return sum(sizes) if dim._kind is DimKind.SUM else math.prod(sizes)
+    return sum(sizes) if dim._kind is AxisKind.SUM else math.prod(sizes)
 
 
-def indices(dim: Dim, kept: Kept) -> np.ndarray:
+def indices(dim: Axis, kept: Kept) -> np.ndarray:
     """Old positions on the axis in their new order, int64, when of the leaves in `kept` these channels are
     taken; all of the others."""
     dim = find(dim)
-    if dim._kind is DimKind.LEAF:
+    if dim._kind is AxisKind.LEAF:
         return np.asarray(kept[dim], np.int64) if dim in kept else np.arange(dim.size)
     pieces = parts(dim)
-    if dim._kind is DimKind.SUM:
+    if dim._kind is AxisKind.SUM:
         offsets = np.cumsum([0, *(part.size for part in pieces[:-1])])
         moved = [indices(part, kept) + offset for part, offset in zip(pieces, offsets, strict=True)]
         return np.concatenate(moved)
@@ -380,22 +380,25 @@ def indices(dim: Dim, kept: Kept) -> np.ndarray:
     return found
 
 
-def multiplicity(dim: Dim, leaf: Dim) -> int:
+def multiplicity(dim: Axis, leaf: Axis) -> int:
     """On how many positions of the axis each channel of a leaf lies."""
     dim, leaf = find(dim), find(leaf)
-    if dim._kind is DimKind.LEAF:
+    if dim._kind is AxisKind.LEAF:
         return int(dim is leaf)
     own = [multiplicity(part, leaf) for part in parts(dim)]
-    if dim._kind is DimKind.SUM:
+    if dim._kind is AxisKind.SUM:
         return sum(own)
     return sum(m * dim.size // part.size for m, part in zip(own, parts(dim), strict=True))
 
 
-def places(dim: Dim, leaf: Dim, kept: Kept = NOTHING_TAKEN) -> np.ndarray:
+def places(dim: Axis, leaf: Axis, kept: Kept = NOTHING_TAKEN) -> np.ndarray:
     """The index map of a leaf on an axis: int64 (indices, positions per index), each row ascending.
 
-    With `kept` it is the map after these channels were taken: a row for each entry of `kept[leaf]`, so that
-    two copies of one channel are told apart.
+    Args:
+        dim: the axis.
+        leaf: one of its leaves.
+        kept: channels taken of some leaves: the map after that. It has a row for each entry of `kept[leaf]`,
+            so that two copies of one channel are told apart.
     """
     leaf = find(leaf)
     labels = _labels(dim, leaf, kept)
@@ -404,14 +407,14 @@ def places(dim: Dim, leaf: Dim, kept: Kept = NOTHING_TAKEN) -> np.ndarray:
     return hits.reshape(length(leaf, kept), -1)
 
 
-def _labels(dim: Dim, leaf: Dim, kept: Kept) -> np.ndarray:
+def _labels(dim: Axis, leaf: Axis, kept: Kept) -> np.ndarray:
     """For each position the leaf's index there, or -1."""
     dim = find(dim)
-    if dim._kind is DimKind.LEAF:
+    if dim._kind is AxisKind.LEAF:
         size = length(dim, kept)
         return np.arange(size) if dim is leaf else np.full(size, -1)
     labels = [_labels(part, leaf, kept) for part in parts(dim)]
-    if dim._kind is DimKind.SUM:
+    if dim._kind is AxisKind.SUM:
         return np.concatenate(labels)
     found = np.full(1, -1)
     for own in labels:
@@ -419,13 +422,13 @@ def _labels(dim: Dim, leaf: Dim, kept: Kept) -> np.ndarray:
     return found
 
 
-def describe(dim: Dim, members: Sequence[Dim] = ()) -> str:
+def structure_text(dim: Axis, members: Sequence[Axis] = ()) -> str:
     """The structure in one line, the leaves among `members` in brackets: `[12] x 64`."""
     dim = find(dim)
-    if dim._kind is DimKind.LEAF:
+    if dim._kind is AxisKind.LEAF:
         return f"[{dim.size}]" if dim in members else str(dim.size)
     texts = []
     for part in parts(dim):
-        text = describe(part, members)
-        texts.append(f"({text})" if part._kind is DimKind.SUM else text)
-    return (" + " if dim._kind is DimKind.SUM else " x ").join(texts)
+        text = structure_text(part, members)
+        texts.append(f"({text})" if part._kind is AxisKind.SUM else text)
+    return (" + " if dim._kind is AxisKind.SUM else " x ").join(texts)

@@ -19,7 +19,7 @@ import numpy as np
 
 from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
-from onnxfuse.channels.dims import Dim
+from onnxfuse.channels.dims import Axis, Kept
 from onnxfuse.channels.groups import Choice
 from onnxfuse.channels.lengths import COPYING, dims_of
 from onnxfuse.channels.site import EvenSplit, Number, Pin, System
@@ -27,12 +27,10 @@ from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ops.view import TO_THE_END
 
-Kept = dict[Dim, np.ndarray]
-
 
 @dataclass(frozen=True)
 class Edits:
-    """What `take` has done.
+    """The edits that `take` has made.
 
     Attributes:
         weights: by tensor and axis, the old positions on it in their new order.
@@ -93,7 +91,7 @@ def chosen(choice: Choice) -> tuple[System | None, Kept]:
     Raises:
         ValueError: a group is frozen, an index out of range, or groups are of different models.
     """
-    kept: Kept = {}
+    kept: dict[Axis, np.ndarray] = {}
     system: System | None = None
     for group, indices in choice.items():
         if group.frozen is not None:
@@ -106,10 +104,10 @@ def chosen(choice: Choice) -> tuple[System | None, Kept]:
 
 
 def _note_maps(model: Model, system: System, kept: Kept) -> None:
-    """Which indices the computed tensors have now; composed with what was taken before."""
-    known: dict[Dim, np.ndarray | None] = {}
+    """Note in the model which indices the computed tensors now have, composed with what was taken before."""
+    known: dict[Axis, np.ndarray | None] = {}
 
-    def moved(dim: Dim) -> np.ndarray | None:
+    def moved(dim: Axis) -> np.ndarray | None:
         dim = algebra.find(dim)
         if dim not in known:
             places = algebra.indices(dim, kept)

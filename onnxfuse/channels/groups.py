@@ -15,8 +15,8 @@ import numpy as np
 
 from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
-from onnxfuse.channels.dims import Dim, leaves
-from onnxfuse.channels.site import SINGLE, Number, Role, Sink, System, Use
+from onnxfuse.channels.dims import Axis, leaves
+from onnxfuse.channels.site import SINGLE, AxisUse, Number, Role, Sink, System
 from onnxfuse.channels.tracing import trace
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Tensor
@@ -30,7 +30,7 @@ class Touch:
     Attributes:
         weight: name of the tensor.
         axis: of it.
-        roles: what it is to the operators that multiply by it: their output ("producer"), their input
+        roles: of the axis for the operators that multiply by it: their output ("producer"), their input
             ("consumer"), channel by channel ("along"); empty where it is added and the like.
         nodes: names of these operators.
         map: int64 (size of the group, positions per index): where each channel lies on the axis.
@@ -40,11 +40,12 @@ class Touch:
     axis: int
     roles: tuple[Role, ...]
     nodes: tuple[str, ...]
-    dim: Dim = field(repr=False)
-    leaves: tuple[Dim, ...] = field(repr=False)
+    dim: Axis = field(repr=False)
+    leaves: tuple[Axis, ...] = field(repr=False)
 
     @cached_property
     def map(self) -> np.ndarray:
+        """The index map: int64 (size of the group, positions per index)."""
         return _places(self.dim, self.leaves)
 
 
@@ -74,15 +75,15 @@ class Group:
     sinks: tuple[Sink, ...]
     statistics: tuple[str, ...]
     frozen: str | None
-    leaves: tuple[Dim, ...] = field(repr=False)
+    leaves: tuple[Axis, ...] = field(repr=False)
     system: System = field(repr=False)
 
-    def places(self, dim: Dim) -> np.ndarray:
+    def places(self, dim: Axis) -> np.ndarray:
         """The group's index map on any axis it lies on, that of a sink for instance: int64 (size, positions
         per index)."""
         return _places(dim, self.leaves)
 
-    def spread(self, indices: Sequence[int] | np.ndarray) -> dict[Dim, np.ndarray]:
+    def spread(self, indices: Sequence[int] | np.ndarray) -> dict[Axis, np.ndarray]:
         """The indices by the leaves they belong to, in their order.
 
         Raises:
@@ -113,12 +114,12 @@ class ChannelGroups:
 
     @property
     def free(self) -> list[Group]:
-        """Those that can be cut."""
+        """The groups that can be cut."""
         return [group for group in self.groups if group.frozen is None]
 
     @property
     def frozen(self) -> list[Group]:
-        """Those that can't."""
+        """The groups that can't be cut."""
         return [group for group in self.groups if group.frozen is not None]
 
     def __iter__(self) -> Iterator[Group]:
@@ -158,18 +159,18 @@ def find_groups(model: Model, feed: Feed | None = None, runtime: Runtime | None 
     return ChannelGroups(tuple(_groups(system)), system)
 
 
-def _places(dim: Dim, members: Sequence[Dim]) -> np.ndarray:
+def _places(dim: Axis, members: Sequence[Axis]) -> np.ndarray:
     return np.concatenate([algebra.places(dim, leaf) for leaf in members])
 
 
 @dataclass
 class _Found:
-    """What belongs to one leaf."""
+    """Touches, sinks, numbers and uses of one leaf."""
 
-    touches: list[tuple[Tensor, int, Dim]] = field(default_factory=list)
+    touches: list[tuple[Tensor, int, Axis]] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
     numbers: list[Number] = field(default_factory=list)
-    uses: list[Use] = field(default_factory=list)
+    uses: list[AxisUse] = field(default_factory=list)
 
 
 def _groups(system: System) -> Iterator[Group]:
@@ -181,9 +182,9 @@ def _groups(system: System) -> Iterator[Group]:
         yield group if count == 1 else replace(group, name=f"{group.name}#{count}")
 
 
-def _gather(system: System) -> dict[Dim, _Found]:
+def _gather(system: System) -> dict[Axis, _Found]:
     """All leaves that are channels of some weight, in the order of the nodes."""
-    found: dict[Dim, _Found] = {}
+    found: dict[Axis, _Found] = {}
     for tensor, axes in system.axes.items():
         if system.model.is_weight(tensor):
             for axis, dim in enumerate(axes):
@@ -202,13 +203,13 @@ def _gather(system: System) -> dict[Dim, _Found]:
     return found
 
 
-def _of(found: Mapping[Dim, _Found], dim: Dim) -> Iterator[_Found]:
+def _of(found: Mapping[Axis, _Found], dim: Axis) -> Iterator[_Found]:
     return (found[leaf] for leaf in leaves(dim) if leaf in found)
 
 
-def _side_by_side(found: Mapping[Dim, _Found]) -> Iterator[list[Dim]]:
+def _side_by_side(found: Mapping[Axis, _Found]) -> Iterator[list[Axis]]:
     """Leaves that lie on the same axes of the same weights, nowhere across each other."""
-    alike: dict[object, list[list[Dim]]] = {}
+    alike: dict[object, list[list[Axis]]] = {}
     for leaf, own in found.items():
         touched = frozenset((t, axis, algebra.multiplicity(dim, leaf)) for t, axis, dim in own.touches)
         read = frozenset((s.node, s.slot, s.axis) for s in own.sinks)
@@ -224,13 +225,13 @@ def _side_by_side(found: Mapping[Dim, _Found]) -> Iterator[list[Dim]]:
     yield from sorted(every, key=lambda members: order[members[0]])
 
 
-def _across(dim: Dim, first: Dim, second: Dim) -> bool:
+def _across(dim: Axis, first: Axis, second: Axis) -> bool:
     """Whether two leaves are factors of a product on this axis."""
     return bool(np.intersect1d(algebra.places(dim, first), algebra.places(dim, second)).size)
 
 
-def _group(system: System, members: list[Dim], found: list[_Found]) -> Group:
-    uses: dict[Tensor, list[Use]] = {}
+def _group(system: System, members: list[Axis], found: list[_Found]) -> Group:
+    uses: dict[Tensor, list[AxisUse]] = {}
     for use in (use for own in found for use in own.uses):
         uses.setdefault(use.tensor, []).append(use)
     touches = []
@@ -247,7 +248,7 @@ def _group(system: System, members: list[Dim], found: list[_Found]) -> Group:
     return Group(
         name=name if producer else f"{name} input",
         size=sum(leaf.size for leaf in members),
-        structure=algebra.describe(first.dim, members),
+        structure=algebra.structure_text(first.dim, members),
         touches=tuple(touches),
         numbers=tuple(dict.fromkeys(number for own in found for number in own.numbers)),
         sinks=sinks,

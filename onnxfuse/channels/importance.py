@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnxfuse.channels.consumers import Consumer, View
+from onnxfuse.channels.consumers import Consumer, RowView
 from onnxfuse.channels.groups import Group
 from onnxfuse.data.calibration import Batch, BatchStream
 from onnxfuse.ir.model import Feed, Model
@@ -33,11 +33,11 @@ from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime.observe import TappedModel, observe
 from onnxfuse.runtime.session import Runtime
 
-RIDGE = 1e-2
+COVARIANCE_RIDGE = 1e-2
 """Relative to the mean diagonal of a covariance."""
 
-ROWS_PER_COLUMN = 16
-LEAST_ROWS = 4096
+STATISTICS_ROWS_PER_COLUMN = 16
+LEAST_STATISTICS_ROWS = 4096
 
 _CHUNK_ROWS = 4096
 _STEPS = 256  # a group loses at least one in this many channels at a time
@@ -59,7 +59,7 @@ class Statistics:
         """The covariance (p, p) with the ridge on its diagonal."""
         found = self.covariance.copy()
         mean = float(np.trace(found)) / len(found)
-        found.flat[:: len(found) + 1] += RIDGE * mean if mean > 0 else 1.0
+        found.flat[:: len(found) + 1] += COVARIANCE_RIDGE * mean if mean > 0 else 1.0
         return found
 
 
@@ -68,14 +68,14 @@ class Statistics:
 
 def statistics(
     model: Model,
-    views: Iterable[View],
+    views: Iterable[RowView],
     batches: BatchStream,
     runtime: Runtime,
     *,
     seed: int = 0,
     mask: str | None = None,
     progress: Progress | None = None,
-) -> dict[View, Statistics]:
+) -> dict[RowView, Statistics]:
     """Statistics of the views, from one run over the samples; a view of no tensor has none.
 
     Args:
@@ -104,10 +104,10 @@ def statistics(
 class _Gathering:
     """The moments of one view, summed batch by batch."""
 
-    def __init__(self, view: View, batches: BatchStream, seed: int, mask: str | None) -> None:
+    def __init__(self, view: RowView, batches: BatchStream, seed: int, mask: str | None) -> None:
         self.view = view
         self.sampler = RowSampler(seed, f"{view.tensor} {view.kernel}", mask if view.token else None)
-        rows = max(LEAST_ROWS, ROWS_PER_COLUMN * view.columns)
+        rows = max(LEAST_STATISTICS_ROWS, STATISTICS_ROWS_PER_COLUMN * view.columns)
         self.positions = per_sample(rows, max(batches.samples, 1))
         # Of uncorrelated columns only the spread of each is wanted, which is what a target's moments are.
         sizes = (view.columns, view.groups, view.groups) if view.correlated else (1, view.columns, 1)
@@ -235,7 +235,7 @@ def rank(
     model: Model,
     size: int,
     consumers: Sequence[Consumer],
-    found: Mapping[View, Statistics],
+    found: Mapping[RowView, Statistics],
     *,
     first: np.ndarray | None = None,
     least: int = 1,

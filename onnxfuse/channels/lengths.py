@@ -3,7 +3,7 @@
 Reshape targets, Split sizes, Slice bounds come as constants, or are put together from `Shape`, `Gather`,
 `Concat` and arithmetic. A cut must know of each such number whether it follows the axis by itself. So these
 tensors are evaluated on the side, by ONNX's reference implementation at the sizes of one run, and every
-element carries a tag: None, it is the same in every run; a `Dim`, it is the length of that axis; a `Mixed`,
+element carries a tag: None, it is the same in every run; a `Axis`, it is the length of that axis; a `Mixed`,
 it is computed from lengths in some other way.
 
 Operators that only move elements (`MOVING`) are applied to the elements' places too, which tells where each
@@ -22,7 +22,7 @@ import numpy as np
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxfuse.channels.dims import Dim
+from onnxfuse.channels.dims import Axis
 from onnxfuse.ir.nodes import Constant, Node
 from onnxfuse.ops.table import OPS, Kind, Trait
 
@@ -48,10 +48,10 @@ _MAKING = _EVALUATED.of_kind(Kind.FILL).names
 class Mixed:
     """A number computed from the lengths of these axes, but the length of none."""
 
-    dims: frozenset[Dim]
+    dims: frozenset[Axis]
 
 
-Tag = Dim | Mixed | None
+Tag = Axis | Mixed | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Numbers:
     value: np.ndarray
     tags: np.ndarray
 
-    def depends(self) -> frozenset[Dim]:
+    def depends(self) -> frozenset[Axis]:
         """The axes whose lengths the value depends on."""
         return frozenset().union(*map(dims_of, self.tags.flat))
 
@@ -71,11 +71,11 @@ class Numbers:
         return all(tag is None for tag in self.tags.flat)
 
 
-def dims_of(tag: Tag) -> frozenset[Dim]:
+def dims_of(tag: Tag) -> frozenset[Axis]:
     """The axes that a tag is about."""
     if tag is None:
         return frozenset()
-    return frozenset((tag,)) if isinstance(tag, Dim) else tag.dims
+    return frozenset((tag,)) if isinstance(tag, Axis) else tag.dims
 
 
 def of_constant(value: np.ndarray) -> Numbers:
@@ -91,23 +91,29 @@ def worth_reading(dtype: np.dtype, shape: Sequence[int]) -> bool:
     )
 
 
-def of_shape(axes: Sequence[Dim]) -> Numbers:
-    """What Shape gives."""
+def of_shape(axes: Sequence[Axis]) -> Numbers:
+    """The output of Shape."""
     tags = np.empty(len(axes), object)
     tags[:] = axes
     return Numbers(np.array([d.size for d in axes], np.int64), tags)
 
 
-def product_of(shape: Numbers) -> Numbers:
-    """What Size gives."""
+def size_product(shape: Numbers) -> Numbers:
+    """The output of Size."""
     dims = shape.depends()
     tag = Mixed(dims) if dims else None
     return Numbers(np.array(shape.value.prod(), np.int64), np.array(tag, object))
 
 
-def evaluate(node: Node, inputs: Sequence[Numbers | None], opset: int) -> list[Numbers] | None:
-    """What the node computes, where all its inputs are known and it is an operator for such tensors; None for
-    others. An absent optional input is given as None."""
+def evaluate_lengths(node: Node, inputs: Sequence[Numbers | None], opset: int) -> list[Numbers] | None:
+    """The outputs of a node for small tensors of numbers; None where some input is not known or the operator
+    is not one for such tensors.
+
+    Args:
+        node: the node.
+        inputs: its inputs; None for one that is absent or not known.
+        opset: of the model.
+    """
     if node.key not in _EVALUATED:
         return None
     data = len(inputs) if node.op in _ELEMENTWISE or node.op == "Concat" else 0 if node.op in _MAKING else 1
@@ -182,5 +188,5 @@ def _tag(op: str, tags: Sequence[Any], values: Sequence[Any]) -> Tag:
         return tags[0]
     if op == "Equal" and any(t is None and v < 0 for t, v in zip(tags, values, strict=True)):
         return None  # no length is negative
-    dims: frozenset[Dim] = frozenset().union(*map(dims_of, tags))
+    dims: frozenset[Axis] = frozenset().union(*map(dims_of, tags))
     return Mixed(dims) if dims else None

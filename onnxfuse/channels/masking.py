@@ -1,4 +1,4 @@
-"""What a cut must equal: the network with the removed channels multiplied by zero at the group's sites.
+"""The reference for a cut: the network with the removed channels multiplied by zero at the group's sites.
 
 **Where.** A removed channel is not zero everywhere: what a convolution no longer computes, a bias, a
 BatchNormalization or a sigmoid behind it would make into something else than zero. Nor does it matter what it
@@ -14,7 +14,7 @@ remaining indices depend on its inputs' remaining indices alone. Where it sums u
 what a missing index adds: nothing. A node that does neither freezes the group, as does a graph output; so
 the outputs, which have no removed indices, are equal.
 
-**Statistics.** A mean over the channels also divides by their number, and so do the normalisations built on
+**Statistics.** A mean over the channels also divides by their number, and so do the normalizations built on
 means. There the removed channels are not only zero but not counted: the mean is the sum, with zeros, divided
 by the number of those that stay. A group says so (`Group.statistics`): it is a cut all the same, but what
 stays is scaled and shifted by what is gone.
@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from onnxfuse.channels import dims as algebra
-from onnxfuse.channels.edits import Kept, chosen
+from onnxfuse.channels.dims import Kept
+from onnxfuse.channels.edits import chosen
 from onnxfuse.channels.groups import Choice
 from onnxfuse.channels.site import Sink, System
 from onnxfuse.ir.model import Model
@@ -67,7 +68,7 @@ def mask(model: Model, choice: Choice) -> Model:
         if own[0].kind == "mean":
             sites.rescale(node, own)
         elif own[0].kind != "sum":
-            sites.normalise(node, [sink for sink in system.sinks if sink.node == output])
+            sites.normalize(node, [sink for sink in system.sinks if sink.node == output])
     masked.prune()
     return masked
 
@@ -97,7 +98,7 @@ class _Sites:
         ratio = math.prod(sink.dim.size / algebra.length(sink.dim, self.kept) for sink in sinks)
         self.add("Mul", [plain, self.constant(sinks[0], np.array(ratio), "ratio")], result)
 
-    def normalise(self, node: Node, sinks: Sequence[Sink]) -> None:
+    def normalize(self, node: Node, sinks: Sequence[Sink]) -> None:
         """A LayerNormalization, RMSNormalization or InstanceNormalization over what stays, written out."""
         x, result, first = node.inputs[0], node.outputs[0], sinks[0]
         inputs = [t for t in node.inputs[1:] if t.name]
@@ -112,14 +113,14 @@ class _Sites:
         kept = self.add("Mul", [x, mask], "kept")
         if first.kind == "norm":
             mean = self.add("Mul", [self.total(kept, axes), share], "mean")
-            kept = self.add("Mul", [self.add("Sub", [x, mean], "centred"), mask], "centred")
+            kept = self.add("Mul", [self.add("Sub", [x, mean], "centered"), mask], "centered")
         square = self.total(self.add("Mul", [kept, kept], "square"), axes)
         variance = self.add("Mul", [square, share], "variance")
         shifted = self.add("Add", [variance, self.constant(first, np.array(epsilon), "epsilon")], "variance")
         operands = [self.add("Sqrt", [shifted], "deviation"), *inputs]
         steps = list(zip(("Div", "Mul", "Add"), operands, strict=False))
         for op, operand in steps:
-            target = result if op == steps[-1][0] else "normalised"
+            target = result if op == steps[-1][0] else "normalized"
             kept = self.add(op, [kept, operand], target)
 
     def total(self, x: Tensor, axes: Sequence[int]) -> Tensor:

@@ -1,8 +1,9 @@
-"""What a rule sees of one node, and what it can say about it.
+"""One node as a rule sees it, and the record of what rules say of a model.
 
 A rule states how the axes of a node's outputs come from those of its inputs: it returns them, made of the
-same `Dim`s. On the way it says which axes are the same (`ChannelNode.same`), over which the operator sums up
-(`contract`, `sums`), which numbers stand for lengths (`number`), and what can't be taken at all (`freeze`).
+same `Axis` objects. On the way it says which axes are the same (`ChannelNode.same`), over which the operator
+sums up (`contract`, `sums`), which numbers stand for lengths (`number`), and what can't be taken at all
+(`freeze`).
 Axes that it takes from `sizes` are places that the operator slides over or makes up, nothing to take.
 
 What is recorded here refers to tensors and nodes by name, so it holds for every copy of the model.
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from onnxfuse.analysis.constant_folding import label
-from onnxfuse.channels.dims import ClashError, Dim, freeze, is_dynamic, leaves, mark_channel, unify
+from onnxfuse.channels.dims import Axis, ClashError, freeze_leaves, is_dynamic, leaves, mark_channel, unify
 from onnxfuse.channels.lengths import Numbers, Tag, of_constant, worth_reading
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
@@ -23,7 +24,7 @@ from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.ops.linear import weight_type
 from onnxfuse.ops.view import ModelNodeView
 
-Axes = tuple[Dim, ...]
+Axes = tuple[Axis, ...]
 ChannelRule = Callable[["ChannelNode"], "list[Axes | None]"]
 SinkKind = Literal["sum", "mean", "norm", "rms norm"]
 Role = Literal["producer", "consumer", "along"]
@@ -53,8 +54,8 @@ class Sink:
     axis: int
     tensor: str
     rank: int
-    dim: Dim
-    part: Dim
+    dim: Axis
+    part: Axis
     kind: SinkKind = "sum"
 
 
@@ -87,7 +88,7 @@ class Number:
     """
 
     place: Place
-    dim: Dim
+    dim: Axis
     sign: int = 1
     tag: Tag = None
     inferable: bool = False
@@ -108,21 +109,28 @@ class Pin:
     used as a number, or an attribute whose default is computed from a length."""
 
     node: str
-    dims: frozenset[Dim]
+    dims: frozenset[Axis]
     slot: int | None = None
     attribute: str | None = None
     value: float = 0.0
 
 
 @dataclass(frozen=True)
-class Use:
-    """What an axis of a stored tensor is to the operator that multiplies by it: its output ("producer"), its
-    input ("consumer") or both at once, channel by channel ("along"). `node` is the operator's name; `axis` is
-    None where the tensor was rearranged before it got there."""
+class AxisUse:
+    """The role of an axis of a stored tensor for an operator that multiplies by it.
+
+    Attributes:
+        tensor: the stored tensor.
+        axis: of it; None where the tensor was rearranged before it got there.
+        dim: the axis, or the part of it that has the role.
+        role: the operator's output ("producer"), its input ("consumer") or both at once, channel by channel
+            ("along").
+        node: the operator's name.
+    """
 
     tensor: Tensor
     axis: int | None
-    dim: Dim
+    dim: Axis
     role: Role
     node: str
 
@@ -153,7 +161,7 @@ class System:
     written: list[Number] = field(default_factory=list)
     splits: list[EvenSplit] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
-    uses: list[Use] = field(default_factory=list)
+    uses: list[AxisUse] = field(default_factory=list)
 
     def axes_of(self, tensor: Tensor) -> Axes | None:
         """The axes of a tensor; of a stored one or a graph input they are made here."""
@@ -168,13 +176,13 @@ class System:
         if self.model.is_weight(tensor):
             self.roots[tensor] = (tensor,)
             sizes = weight_type(self.model, tensor)[1]
-            return tuple(Dim(size, frozen=SINGLE if size == 1 else None) for size in sizes)
+            return tuple(Axis(size, frozen=SINGLE if size == 1 else None) for size in sizes)
         if self.model.producer(tensor) is None and tensor.name:
             return self.positions(tensor, f"graph input '{tensor.name}'", position=False)
         return None
 
     def numbers_of(self, tensor: Tensor) -> Numbers | None:
-        """What is known of a small tensor of numbers; a stored one is read here."""
+        """The known elements of a small tensor of numbers; None where there are none."""
         if tensor.name not in self.numbers and self.model.is_weight(tensor):
             if not worth_reading(*weight_type(self.model, tensor)):
                 return None
@@ -184,7 +192,13 @@ class System:
         return self.numbers.get(tensor.name)
 
     def positions(self, tensor: Tensor, frozen: str, *, position: bool = True) -> Axes | None:
-        """Axes of the tensor's sizes that nothing can be taken of; None where not even the rank is known."""
+        """New axes of a tensor's sizes, of which nothing can be taken; None where the rank is not known.
+
+        Args:
+            tensor: a tensor of the model.
+            frozen: the reason.
+            position: whether they count nothing but places.
+        """
         info = self.shapes.get(tensor.name)
         if info is None or info.shape is None:
             return None
@@ -195,7 +209,7 @@ class System:
             [isinstance(size, int) for size in known] if len(known) == len(sizes) else [False] * len(sizes)
         )
         return tuple(
-            Dim(size, frozen=frozen, dynamic=not own, position=position)
+            Axis(size, frozen=frozen, dynamic=not own, position=position)
             for size, own in zip(sizes, fixed, strict=True)
         )
 
@@ -217,6 +231,7 @@ class ChannelNode(ModelNodeView):
 
     @property
     def opset(self) -> int:
+        """The model's version of the default domain."""
         return self.system.model.opset
 
     def axes(self, slot: int = 0) -> Axes:
@@ -257,7 +272,7 @@ class ChannelNode(ModelNodeView):
             raise StopRuleError(f"its {what} are computed")
         return [int(v) for v in known.value.reshape(-1)]
 
-    def sizes(self, index: int = 0, *, of: Sequence[Dim] | None = None) -> Axes:
+    def sizes(self, index: int = 0, *, of: Sequence[Axis] | None = None) -> Axes:
         """Sizes of an output, as axes of positions. They are fixed if inference says so, or if they come from
         the sizes `of` other axes alone and those are. Stops the rule if the rank is unknown."""
         tensor = self.node.outputs[index]
@@ -269,35 +284,47 @@ class ChannelNode(ModelNodeView):
                 dim.dynamic = False
         return found
 
-    def fresh(self, size: int, *, position: bool = False, frozen: str | None = None) -> Dim:
-        """A new axis of a fixed size."""
-        return Dim(size, position=position, frozen=frozen)
+    def fresh(self, size: int, *, position: bool = False, frozen: str | None = None) -> Axis:
+        """A new axis of a fixed size.
+
+        Args:
+            size: its size.
+            position: whether it counts nothing but places.
+            frozen: the reason why nothing can be taken of it.
+        """
+        return Axis(size, position=position, frozen=frozen)
 
     # Saying
 
-    def freeze(self, dims: Iterable[Dim], reason: str) -> None:
-        """These can't be taken because of this node."""
+    def freeze(self, dims: Iterable[Axis], reason: str) -> None:
+        """Note that no channel of these can be taken, because of this node."""
         for dim in dims:
-            freeze(dim, f"{reason} ({self.node.label})")
+            freeze_leaves(dim, f"{reason} ({self.node.label})")
 
-    def places(self, dims: Iterable[Dim], reason: str) -> None:
-        """These are no channels, but places that the operator treats in its own way."""
+    def places(self, dims: Iterable[Axis], reason: str) -> None:
+        """Note that these are no channels, but places that the operator treats in its own way."""
         for dim in dims:
             self.freeze((dim,), reason)
             for leaf in leaves(dim):
                 leaf.position = True
 
-    def same(self, first: Dim, second: Dim) -> None:
-        """Both axes are one."""
+    def same(self, first: Axis, second: Axis) -> None:
+        """Note that both axes are one."""
         try:
             unify(first, second)
         except ClashError as clash:
             self.freeze((first, second), str(clash))
 
     def divided(
-        self, divide: Callable[[Dim, Sequence[int]], list[Dim]], dim: Dim, sizes: Sequence[int]
+        self, divide: Callable[[Axis, Sequence[int]], list[Axis]], dim: Axis, sizes: Sequence[int]
     ) -> Axes:
-        """The axis by `dims.segment` or `dims.factor`; frozen positions where it can't be done."""
+        """The parts of an axis; frozen positions where it can't be divided.
+
+        Args:
+            divide: `dims.segment` or `dims.factor`.
+            dim: the axis.
+            sizes: of the parts.
+        """
         try:
             return tuple(divide(dim, sizes))
         except ClashError as clash:
@@ -305,8 +332,15 @@ class ChannelNode(ModelNodeView):
             reason = f"{clash} ({self.node.label})"
             return tuple(self.fresh(size, position=True, frozen=reason) for size in sizes)
 
-    def sums(self, slot: int, axis: int, kind: SinkKind = "sum", part: Dim | None = None) -> None:
-        """The operator sums up over this axis of an input, or only over this factor of it."""
+    def sums(self, slot: int, axis: int, kind: SinkKind = "sum", part: Axis | None = None) -> None:
+        """Note that the operator sums up over an axis of an input.
+
+        Args:
+            slot: of the input.
+            axis: of the input.
+            kind: of the sum.
+            part: the factor of the axis that it sums up over; None: all of it.
+        """
         tensor = self.node.inputs[slot]
         dim = self.axes(slot)[axis]
         info = self.system.shapes.get(tensor.name)
@@ -316,7 +350,14 @@ class ChannelNode(ModelNodeView):
         self.system.sinks.append(Sink(self.output, slot, axis, tensor.name, rank, dim, part or dim, kind))
 
     def contract(self, slot: int, axis: int, other: int, other_axis: int) -> None:
-        """The operator multiplies two inputs along these axes and sums up."""
+        """Note that the operator multiplies two inputs along these axes and sums up.
+
+        Args:
+            slot: of one input.
+            axis: of that input.
+            other: slot of the other input.
+            other_axis: of the other input.
+        """
         self.same(self.axes(slot)[axis], self.axes(other)[other_axis])
         if self.is_constant(other):
             self.weight(other, other_axis, "consumer")
@@ -328,9 +369,15 @@ class ChannelNode(ModelNodeView):
             self.sums(slot, axis)
             self.sums(other, other_axis)
 
-    def weight(self, slot: int, axis: int, role: Role, part: Dim | None = None) -> None:
-        """What an axis of the node's weights, or a part of it, is to the node; says nothing of an input that
-        is no weight."""
+    def weight(self, slot: int, axis: int, role: Role, part: Axis | None = None) -> None:
+        """Note the role of an axis of the node's weights; does nothing for an input that is no weight.
+
+        Args:
+            slot: of the input.
+            axis: of the input.
+            role: see `AxisUse`.
+            part: the part of the axis that has the role; None: all of it.
+        """
         tensor = self.node.inputs[slot]
         if not self.is_constant(slot):
             return
@@ -338,11 +385,11 @@ class ChannelNode(ModelNodeView):
         mark_channel(dim)
         for root in self.system.roots.get(tensor, (tensor,)):
             at = axis % len(self.axes(slot)) if root is tensor else None
-            self.system.uses.append(Use(root, at, dim, role, label(self.node)))
+            self.system.uses.append(AxisUse(root, at, dim, role, label(self.node)))
 
     def number(
         self,
-        dim: Dim,
+        dim: Axis,
         *,
         attribute: str | None = None,
         slot: int | None = None,
@@ -350,7 +397,16 @@ class ChannelNode(ModelNodeView):
         sign: int = 1,
         inferable: bool = False,
     ) -> None:
-        """A number that must follow the length of an axis."""
+        """Note a number that must follow the length of an axis.
+
+        Args:
+            dim: the axis.
+            attribute: that holds the number, None where an input does.
+            slot: of the input that holds it.
+            entry: element of the list that holds it.
+            sign: the number is `sign` times the length.
+            inferable: whether a Reshape may be told to infer it.
+        """
         tag: Tag = None
         if slot is not None and entry is not None:
             self.declared.add((slot, entry))

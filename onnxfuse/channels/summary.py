@@ -1,4 +1,4 @@
-"""What a channel group would touch, as plain data for reports."""
+"""Channel groups, and all that a cut of them would touch, as plain data for reports."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class GroupSummary:
     sinks: tuple[str, ...]
 
 
-def summarise(found: ChannelGroups) -> tuple[GroupSummary, ...]:
-    """All groups, in order."""
+def summarize_groups(found: ChannelGroups) -> tuple[GroupSummary, ...]:
+    """The summaries of all groups, in order."""
     return tuple(map(_summary, found))
 
 

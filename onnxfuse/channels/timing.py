@@ -1,4 +1,4 @@
-"""What a group's width costs in milliseconds: the nodes around it, cut to each width, timed on this machine.
+"""The cost of a group's width in milliseconds: the nodes around it, cut to each width, timed on this machine.
 
 Multiply-accumulates don't say it. A kernel computes channels by the vector: on a CPU with vectors of
 sixteen floats, 63 channels can take longer than 64, and 24 as long as 32. So a group's neighborhood, the

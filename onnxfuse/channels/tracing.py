@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxfuse.analysis.constant_folding import proven_shapes
 from onnxfuse.channels import lengths
-from onnxfuse.channels.dims import Dim, crossed, equal, freeze, is_dynamic, leaves
+from onnxfuse.channels.dims import Axis, crossed, equal, freeze_leaves, is_dynamic, leaves
 from onnxfuse.channels.rules import RULES
 from onnxfuse.channels.site import SINGLE, Axes, ChannelNode, Number, Pin, StopRuleError, System
 from onnxfuse.ir.model import Feed, Model
@@ -31,7 +31,12 @@ USED_AS_NUMBER = "its length is a number in a computation"
 
 
 def trace(model: Model, feed: Feed | None, runtime: Runtime | None) -> System:
-    """The axes of all tensors and what ties them. The model is not changed.
+    """The axes of all tensors and what ties them.
+
+    Args:
+        model: stays as it is.
+        feed: inputs for shapes that can't be inferred, None to do without.
+        runtime: runs them.
 
     Raises:
         InputError, NotApplicableError: as `observed_shapes.shapes_on`.
@@ -49,7 +54,7 @@ def trace(model: Model, feed: Feed | None, runtime: Runtime | None) -> System:
 def _sizes(
     model: Model, feed: Feed | None, runtime: Runtime | None
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """(sizes in one run, sizes that are the same in every run) of all tensors.
+    """The sizes of all tensors in one run, and those that are the same in every run.
 
     They follow from the inputs' declarations and from the run. What the file declares of other tensors may be
     wrong (a batch of one often survives there), so it counts only without a run, where nothing else is known.
@@ -115,11 +120,11 @@ def _put(system: System, tensor: Tensor, axes: Axes | None, reason: str) -> None
         system.axes[tensor] = axes
         for dim in axes:
             if dim.size == 1:
-                freeze(dim, SINGLE)
+                freeze_leaves(dim, SINGLE)
 
 
 def _note_roots(system: System, node: Node) -> None:
-    """What depends on stored tensors alone remembers which."""
+    """Note which stored tensors the node's outputs come from, where they depend on such alone."""
     inputs = [t for t in node.inputs if t.name]
     if inputs and not node.bodies and all(map(system.is_constant, inputs)):
         roots = tuple(dict.fromkeys(root for t in inputs for root in system.roots.get(t, (t,))))
@@ -147,11 +152,11 @@ def _numbers_of(site: ChannelNode) -> list[lengths.Numbers] | None:
         if node.op == "Shape":
             part = slice(site.attribute("start"), site.attribute("end"))
             return [lengths.Numbers(shape.value[part], shape.tags[part])]
-        return [lengths.product_of(shape)]
+        return [lengths.size_product(shape)]
     known = [system.numbers_of(t) if t.name else None for t in node.inputs]
     if any(own is None and t.name for own, t in zip(known, node.inputs, strict=True)):
         return None
-    return lengths.evaluate(node, known, system.model.opset)
+    return lengths.evaluate_lengths(node, known, system.model.opset)
 
 
 def _checked(site: ChannelNode, result: list[Axes | None]) -> list[Axes | None]:
@@ -176,13 +181,13 @@ def _stop(site: ChannelNode, reason: str) -> None:
 
 
 def _freeze_tensor(system: System, tensor: Tensor, reason: str, as_number: str) -> None:
-    """All axes of a tensor, and those whose lengths it holds."""
+    """Freeze all axes of a tensor, and those whose lengths it holds."""
     known = system.numbers_of(tensor)
     for dim in known.depends() if known is not None else ():
-        freeze(dim, as_number)
+        freeze_leaves(dim, as_number)
     for axes in (system.axes_of(tensor), *system.sequences.get(tensor, ())):
         for dim in axes or ():
-            freeze(dim, reason)
+            freeze_leaves(dim, reason)
 
 
 def _pin_used_lengths(site: ChannelNode) -> None:
@@ -219,13 +224,13 @@ def _freeze_crossed(system: System) -> None:
     dynamic size has no fixed places for a mask."""
     for name, dim in _edited(system):
         for leaf in crossed(dim):
-            freeze(leaf, f"'{name}' has it as rows and as columns")
+            freeze_leaves(leaf, f"'{name}' has it as rows and as columns")
     for sink in system.sinks:
         if is_dynamic(sink.dim):
-            freeze(sink.dim, f"'{sink.tensor}' merges it with an axis of dynamic size")
+            freeze_leaves(sink.dim, f"'{sink.tensor}' merges it with an axis of dynamic size")
 
 
-def _edited(system: System) -> Iterator[tuple[str, Dim]]:
+def _edited(system: System) -> Iterator[tuple[str, Axis]]:
     """Every axis that a cut would evaluate, with a name for it."""
     for tensor, axes in system.axes.items():
         if system.model.is_weight(tensor):
@@ -240,7 +245,7 @@ def _freeze_numbers(system: System) -> None:
     inferred: set[str] = set()
     for number in system.written:
         about = {leaf for dim in (number.dim, *lengths.dims_of(number.tag)) for leaf in leaves(dim)}
-        follows = isinstance(number.tag, Dim) and number.sign == 1 and equal(number.tag, number.dim)
+        follows = isinstance(number.tag, Axis) and number.sign == 1 and equal(number.tag, number.dim)
         if follows or all(leaf.frozen for leaf in about):
             continue
         node = number.place.node
@@ -253,9 +258,9 @@ def _freeze_numbers(system: System) -> None:
     system.written = kept
 
 
-def _freeze_all(dims: Iterable[Dim], reason: str) -> None:
+def _freeze_all(dims: Iterable[Axis], reason: str) -> None:
     for dim in dims:
-        freeze(dim, reason)
+        freeze_leaves(dim, reason)
 
 
 def _writable(system: System, number: Number) -> bool:

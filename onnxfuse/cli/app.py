@@ -1,4 +1,4 @@
-"""The program: which commands there are, and what becomes of their errors.
+"""The program: its commands, and the exit codes and messages of their errors.
 
 Exit codes: 0 done; 1 verification or a budget failed; 2 usage or bad input; 3 a model that the request can't
 be applied to; 130 interrupted. What the user can solve is one line on stderr; anything else is a bug and a

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from onnxfuse.cli.options import Calib, Json, Running, grouped
+from onnxfuse.cli.options import Calib, JsonOption, Running, grouped
 from onnxfuse.cli.output import show, warn
 
 
@@ -17,7 +17,7 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="The other.")],
     calib: Calib = None,
     running: Running,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> int:
     """Show two models side by side.
 

@@ -20,7 +20,7 @@ from onnxfuse.cli.options import (
 from onnxfuse.cli.output import finish, progress
 from onnxfuse.errors import InputError
 
-Number = TypeVar("Number", int, float)
+SiteValue = TypeVar("SiteValue", int, float)
 
 
 @grouped
@@ -42,7 +42,9 @@ def grow(
         list[str] | None,
         typer.Option(metavar="SITE=SIZE", help="Kernels of that size along every axis. Repeatable."),
     ] = None,
-    scheme: Annotated[str, typer.Option(metavar="NAME", help="r2r, net2net, or to widen netmorph.")] = "r2r",
+    scheme: Annotated[
+        str, typer.Option(metavar="NAME", help="r2r or net2net; to widen, also netmorph.")
+    ] = "r2r",
     noise: Annotated[
         float | None,
         typer.Option(
@@ -93,10 +95,13 @@ def grow(
 
 
 def _sites(
-    asked: Sequence[str] | None, option: str, kind: Callable[[str], Number], default: Number | None = None
-) -> dict[str, Number]:
+    asked: Sequence[str] | None,
+    option: str,
+    kind: Callable[[str], SiteValue],
+    default: SiteValue | None = None,
+) -> dict[str, SiteValue]:
     """`SITE=VALUE`, each, as a mapping; without a value the default, if there is one."""
-    found: dict[str, Number] = {}
+    found: dict[str, SiteValue] = {}
     for text in asked or ():
         site, equals, value = text.rpartition("=")
         if not equals and default is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from onnxfuse.cli.options import Calib, Json, Provider, Threads
+from onnxfuse.cli.options import Calib, JsonOption, Provider, Threads
 from onnxfuse.cli.output import show, warn
 from onnxfuse.errors import InputError
 
@@ -35,14 +35,14 @@ def inspect(
         ),
     ] = None,
     heads: Annotated[
-        bool, typer.Option("--heads", help="With --similarity: the layers of attentions head by head.")
+        bool, typer.Option("--heads", help="With --similarity: compare attention layers head by head.")
     ] = False,
     plot: Annotated[
         str | None, typer.Option(metavar="FILE.png", help="With --similarity: draw heat maps of it.")
     ] = None,
     provider: Provider = "auto",
     threads: Threads = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> int:
     """Show what is in a model.
 

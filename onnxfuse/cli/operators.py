@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from onnxfuse.cli.options import Json
+from onnxfuse.cli.options import JsonOption
 from onnxfuse.cli.output import show
 
 
-def operators(json: Json = False) -> int:
+def operators(json: JsonOption = False) -> int:
     """List the operators, and what is known of each.
 
     \b

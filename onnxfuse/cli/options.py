@@ -33,7 +33,7 @@ ReportFolder = Annotated[
     typer.Option(metavar="DIR", help="Write report.json and report.txt; for a failed run, too."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
 def output_option(suffix: str) -> Any:
@@ -47,7 +47,13 @@ def output_option(suffix: str) -> Any:
 
 
 def target(output: str | None, model: str, suffix: str) -> str:
-    """Where to write: as `output_option` says."""
+    """The path to write to, as `output_option` says.
+
+    Args:
+        output: given by the user.
+        model: path of the model.
+        suffix: see `output_option`.
+    """
     return output if output is not None else f"{Path(model).stem}-{suffix}.onnx"
 
 
@@ -67,7 +73,7 @@ class Running:
 class Showing:
     """How a run of passes ends."""
 
-    json: Json = False
+    json: JsonOption = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything, but don't write the model.")] = (
         False
     )

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, everything else on stderr."""
+"""The output of commands: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def warn(warnings: Iterable[str]) -> None:
 
 def show(view: Iterable[RenderableType]) -> None:
     """Print a view on stdout."""
-    from onnxfuse.report.tables import show as show_in
+    from onnxfuse.report.tables import print_view
 
-    show_in(view, sys.stdout)
+    print_view(view, sys.stdout)
 
 
 def progress(quiet: bool) -> LiveProgress:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from onnxfuse.cli.options import Json
+from onnxfuse.cli.options import JsonOption
 from onnxfuse.cli.output import show
 
 
-def passes(json: Json = False) -> int:
+def passes(json: JsonOption = False) -> int:
     """List the passes and their options.
 
     A pass of your own is a subclass of onnxfuse.Pass, named in the entry-point group onnxfuse.passes. What

@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from onnxfuse.cli.options import BatchSize, Json, ModelFile, Provider, Quiet, Rate, output_option, target
+from onnxfuse.cli.options import (
+    BatchSize,
+    JsonOption,
+    ModelFile,
+    Provider,
+    Quiet,
+    Rate,
+    output_option,
+    target,
+)
 from onnxfuse.cli.output import finish, progress, say
 from onnxfuse.errors import OnnxfuseError
 
@@ -70,7 +79,7 @@ def retrain(
     ] = None,
     provider: Provider = "auto",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where PyTorch trains.")] = "auto",
-    json: Json = False,
+    json: JsonOption = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = 0,
     quiet: Quiet = False,
 ) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from onnxfuse.cli.options import Calib, Json, Quiet, Running, grouped
+from onnxfuse.cli.options import Calib, JsonOption, Quiet, Running, grouped
 from onnxfuse.cli.output import say, show, warn
 
 
@@ -21,7 +21,7 @@ def verify(
         typer.Option(metavar="X", help="Relative error allowed; default: what float noise explains."),
     ] = None,
     running: Running,
-    json: Json = False,
+    json: JsonOption = False,
     quiet: Quiet = False,
 ) -> int:
     """Check that two models compute the same.

@@ -35,14 +35,14 @@ def verify(
     threads: int | None = None,
     seed: int = 0,
 ) -> VerifyResult:
-    """Whether two models compute the same: a result that is false if they don't.
+    """The comparison of two models: a result that is false if they don't compute the same.
 
     Args:
         a: the reference, whose noise floor counts.
         b: the other.
         calib: samples for both; None makes some up, with a warning.
         max_error: pass if the relative error of every output is at most this; None: if every difference is
-            within `verification.MULTIPLE` noise floors of `a`.
+            within `verification.noise.MULTIPLE` noise floors of `a`.
         samples, batch_size: how many samples, and rows in a batch.
         provider, threads: of ONNX Runtime.
         seed: of made-up samples.
@@ -80,8 +80,20 @@ def diff(
     threads: int | None = None,
     seed: int = 0,
 ) -> DiffResult:
-    """Two models side by side: structure, cost, outputs. Arguments and errors as `verify`, except that models
-    which can't be run are compared in structure alone."""
+    """Two models side by side: structure, cost, outputs. Models that can't be run are compared in structure
+    alone.
+
+    Args:
+        a: the reference, whose noise floor counts.
+        b: the other.
+        calib: samples for both; None makes some up, with a warning.
+        samples, batch_size: how many samples, and rows in a batch.
+        provider, threads: of ONNX Runtime.
+        seed: of made-up samples.
+
+    Raises:
+        InputError: a bad file or bad samples.
+    """
     first, second = load(a), load(b)
     runtime = Runtime(provider, threads)
     warnings: list[str] = []
@@ -103,7 +115,7 @@ def diff(
 
 
 def _cost(model: Model, feed: Feed | None, runtime: Runtime) -> Cost:
-    """At the sizes of `feed`, if the model takes it."""
+    """The costs of a model, at the sizes of `feed` if the model takes it."""
     if feed is not None:
         with contextlib.suppress(OnnxfuseError):
             return measure(model, feed, runtime)
@@ -111,14 +123,14 @@ def _cost(model: Model, feed: Feed | None, runtime: Runtime) -> Cost:
 
 
 def _labels(a: Model, b: Model) -> tuple[str, str]:
-    """What messages call two models."""
+    """The names of two models in messages."""
     if a.path and b.path and a.path != b.path:
         return f"'{a.path}'", f"'{b.path}'"
     return "the first model", "the second model"
 
 
 def _error_reason(comparison: Comparison, max_error: float) -> str | None:
-    """Why a comparison does not stay within an error that the user allows."""
+    """The reason why a comparison exceeds the error that the user allows; None if it does not."""
     if comparison.problems:
         return comparison.problems[0]
     for output in comparison.outputs:

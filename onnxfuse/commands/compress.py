@@ -30,7 +30,7 @@ from onnxfuse.pipeline import recipe as recipes
 from onnxfuse.pipeline.base import Context, Pass
 from onnxfuse.pipeline.instruments import Dumps, Instrument, JournalFile
 from onnxfuse.pipeline.manager import PassManager
-from onnxfuse.pipeline.recipe import Passes, Settings
+from onnxfuse.pipeline.recipe import Passes, RecipeSettings
 from onnxfuse.pipeline.records import Outcome
 from onnxfuse.progress import NoProgress
 from onnxfuse.report.files import check_folder, write_report
@@ -92,12 +92,12 @@ def compress(
         retrain: samples to retrain on after the passes, with the original as teacher; labels among them
             only serve a metric. `max_error` and `max_drop` are then held on the retrained model alone: no
             pass hears of `max_error`, so each goes as far as its own options say. With `max_error`, training
-            minimises what that bounds (loss "mse"), else what "distill" is.
+            minimizes what that bounds (loss "mse"), else what "distill" is.
         epochs, lr: of retraining; None as in `retrain`.
         schedule: "uniform:steps=4" or "exponential:steps=4": passes and retraining by turns, each turn going
             on from the last with goals (merge:layers, prune:amount, ...) that come nearer to the whole one
-            (`onnxfuse.schedule`). Passes without such a goal run in the first turn only if they come before
-            the first that has one, else in every turn. The epochs are those of all turns together.
+            (`onnxfuse.pipeline.schedule`). Passes without such a goal run in the first turn only if they come
+            before the first that has one, else in every turn. The epochs are those of all turns together.
         provider, threads: of ONNX Runtime.
         seed: of everything random; None is 0.
         report: folder for `report.json` and `report.txt`; written for a failed run, too.
@@ -152,18 +152,21 @@ def compress(
     return Result(result, record, verdict.exit_code, verdict.reason, done.written, "compress")
 
 
-def _plan(passes: Passes | None, recipe: PathOrText | None) -> tuple[list[Pass], Settings]:
+def _plan(passes: Passes | None, recipe: PathOrText | None) -> tuple[list[Pass], RecipeSettings]:
     """The passes, and the settings that came with them."""
     if recipe is not None and passes is not None:
         raise InputError("give passes or a recipe, not both")
     if recipe is not None:
         found = recipes.load_recipe(Path(recipe))
         return list(found.passes), found.settings
-    return recipes.make_passes(DEFAULT_PASSES if passes is None else passes), Settings.model_validate({})
+    return recipes.make_passes(DEFAULT_PASSES if passes is None else passes), RecipeSettings.model_validate(
+        {}
+    )
 
 
 def _dumping(folder: PathOrText | None, context: Context) -> list[Instrument]:
-    """What writes the models between passes to a folder, and the journal, which `context` is given, too."""
+    """Instruments that write a journal, and the models between passes, to a folder; `context` gets the
+    journal, too."""
     if folder is None:
         return []
     journal = JournalFile(Path(folder) / "journal.jsonl")
@@ -230,7 +233,7 @@ def _raise_input_errors(outcome: Outcome) -> None:
 
 
 def _report(run: _Run, done: _Done, seconds: float) -> Report:
-    """Everything that was found out on the way."""
+    """The report of a run."""
     context, steps, verdict = run.context, done.outcome.steps, done.verdict
     return Report(
         version=version("onnxfuse"),

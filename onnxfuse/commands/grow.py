@@ -10,7 +10,7 @@ from typing import Any
 from onnxfuse.commands.compress import compress
 from onnxfuse.commands.loading import ModelSource, PathOrText
 from onnxfuse.errors import InputError
-from onnxfuse.growth.plan import passes
+from onnxfuse.growth.plan import growth_passes
 from onnxfuse.report.files import check_folder, write_report
 from onnxfuse.results import Result
 
@@ -43,7 +43,7 @@ def grow(
     Raises:
         InputError, NotApplicableError: as `compress`.
     """
-    plan = passes(widen or {}, deepen or {}, kernel or {}, scheme, noise)
+    plan = growth_passes(widen or {}, deepen or {}, kernel or {}, scheme, noise)
     if not plan:
         raise InputError("say what is to grow: --widen, --deepen or --kernel")
     if report is not None:

@@ -15,7 +15,7 @@ from onnxfuse.analysis.cost import Cost, count, dimension_sizes, node_macs, shap
 from onnxfuse.analysis.regions.region import Region, describe_region
 from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.channels.groups import find_groups
-from onnxfuse.channels.summary import summarise
+from onnxfuse.channels.summary import summarize_groups
 from onnxfuse.commands.loading import ModelSource, PathOrText, file_of, load
 from onnxfuse.data.calibration import Calibration, Data
 from onnxfuse.data.rows import few_rows
@@ -104,9 +104,9 @@ def inspect(
         regions=tuple(_region(region) for region in regions),
         skipped=tuple(skipped),
         latency=_latency(found, feed, runtime) if measure_latency else None,
-        channels=summarise(groups) if groups is not None and channels else None,
+        channels=summarize_groups(groups) if groups is not None and channels else None,
         warnings=(*warnings, *unknown),
-        growth=growing.survey(found, groups) if groups is not None and growth else None,
+        growth=growing.growth_sites(found, groups) if groups is not None and growth else None,
         similarity=alike,
     )
 

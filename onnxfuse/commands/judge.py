@@ -32,6 +32,11 @@ _SAME_LATENCY = 1.01  # what two sessions of one model may differ by
 def check_limits(max_error: float | None, max_drop: float | None, seed: int) -> None:
     """Check the numbers that a user allows.
 
+    Args:
+        max_error: relative output error, None without a limit.
+        max_drop: drop of the metric, None without a limit.
+        seed: of everything random.
+
     Raises:
         InputError: one is out of range.
     """
@@ -159,7 +164,7 @@ def conclude(
 
 
 def _idle(steps: Sequence[StepReport]) -> str:
-    """Why there is nothing to write, from what each pass said."""
+    """The reason why there is nothing to write, from the notes of all passes."""
     said = [f"{step.name}: {step.notes[-1] if step.notes else 'nothing to do'}" for step in steps]
     return f"no pass changed the model ({'; '.join(said)})"
 

@@ -1,4 +1,4 @@
-"""What commands share about the files that they are given: models, samples, places to write to."""
+"""Files that commands are given: models, samples, places to write to."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from onnxfuse.ops.table import OPS, Key, Op, Trait
 
 
 def operators() -> list[OperatorInfo]:
-    """All rows of the table of operators, in its order, with what there is for each."""
+    """All rows of the table of operators, in its order, with the rules there are for each."""
     coverage = _coverage()
     return [_info(key, op, {facet: coverage[facet](key) for facet in FACETS}) for key, op in OPS.items()]
 

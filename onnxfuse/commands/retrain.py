@@ -62,7 +62,7 @@ def retrain(
         weight_decay: of matrices and kernels; None is 1e-2 for adamw, 1e-4 for sgd.
         batch_size: rows of a batch, of all processes together, where model and data leave that open.
         freeze: patterns (fnmatch) of initializers that stay as they are. A BatchNormalization whose scale is
-            frozen keeps its statistics, too, and normalises by them.
+            frozen keeps its statistics, too, and normalizes by them.
         match: inner tensors that are to follow the teacher's, "NAME" or "NAME=NAME IN THE TEACHER".
         held_out: share of the samples that no step sees: they choose the best epoch, and measure it.
         patience: stop once the held-out loss has not improved for so many epochs; None never.

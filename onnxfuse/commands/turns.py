@@ -1,4 +1,4 @@
-"""Retraining after the passes, or between them: passes and training by turns (`onnxfuse.schedule`)."""
+"""Retraining after the passes, or by turns with them (`onnxfuse.pipeline.schedule`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from onnxfuse.data.calibration import Data
     from onnxfuse.ir.model import Model
     from onnxfuse.pipeline.base import Context, Pass
-    from onnxfuse.pipeline.recipe import Retrain
+    from onnxfuse.pipeline.recipe import RecipeRetraining
     from onnxfuse.pipeline.records import Outcome, StepReport
     from onnxfuse.pytorch.training.request import Request, Training
     from onnxfuse.pytorch.training.retraining import Retrained
@@ -58,7 +58,7 @@ def asked_for(
     data: Data,
     epochs: int | None,
     lr: float | None,
-    recipe: Retrain | None,
+    recipe: RecipeRetraining | None,
     *,
     max_error: float | None,
     batch_size: int,
@@ -70,7 +70,7 @@ def asked_for(
     Args:
         data, epochs, lr: arguments, which come before the recipe's.
         recipe: what the recipe says of it.
-        max_error: a bound of the relative output error, which training then minimises ("mse").
+        max_error: a bound of the relative output error, which training then minimizes ("mse").
         batch_size, held_out, seed: of the training.
 
     Raises:
@@ -151,7 +151,13 @@ class Trainer:
 
     def between(self, steps: Sequence[StepReport], model: Model, context: Context) -> tuple[Model, Context]:
         """Model and context for the next pass. Training moves inner tensors: the trained model is then what
-        the passes of the next turn are held against."""
+        the passes of the next turn are held against.
+
+        Args:
+            steps: the passes so far.
+            model: after them.
+            context: of the passes.
+        """
         trained = model if len(steps) == self._last else self._trained(steps, model)
         return trained, context if trained is model else replace(context, original=trained)
 
@@ -160,7 +166,7 @@ class Trainer:
         return self._trained(outcome.steps, outcome.model)
 
     def clear(self) -> None:
-        """Remove the files that a killed run would have gone on from."""
+        """Remove the checkpoints from which a killed run would have gone on."""
         for tail in self.tails:
             if tail.checkpoint is not None:
                 tail.checkpoint.remove()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from onnxfuse.channels.consumers import Consumer, View
+from onnxfuse.channels.consumers import Consumer, RowView
 from onnxfuse.channels.groups import ChannelGroups, Choice, Group
 from onnxfuse.channels.importance import Statistics, compensation
 from onnxfuse.ir.model import Model
@@ -17,7 +17,7 @@ def compensate(
     model: Model,
     found: ChannelGroups,
     consumers: Mapping[Group, Sequence[Consumer]],
-    known: Mapping[View, Statistics],
+    known: Mapping[RowView, Statistics],
     choice: Choice,
     *,
     done: set[object],

@@ -84,7 +84,7 @@ class Product:
         return own if self.rank is None else own + self.last.weight @ self.first.bias
 
     def obstacle(self, model: Model) -> str | None:
-        """Why it can't be split, or None."""
+        """The reason why it can't be split, or None."""
         for op in dict.fromkeys((self.first, self.last)):
             if op.groups > 1:
                 return f"it has {op.groups} groups"

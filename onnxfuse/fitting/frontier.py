@@ -115,11 +115,23 @@ class Frontier:
                 self._spool.drop(f"{self._prefix}:{name}")
 
     def get(self, name: str, batch: int, feed: Feed) -> np.ndarray:
-        """A tensor of one batch: handed over in `feed`, or stored by an earlier step."""
+        """A tensor of one batch: handed over in `feed`, or stored by an earlier step.
+
+        Args:
+            name: of the tensor.
+            batch: the batch's number.
+            feed: what is handed over.
+        """
         return feed[name] if name in feed else self._spool.get(f"{self._prefix}:{name}", batch)
 
     def put(self, name: str, batch: int, array: np.ndarray) -> None:
-        """Store a tensor of one batch for later steps."""
+        """Store a tensor of one batch for later steps.
+
+        Args:
+            name: of the tensor.
+            batch: the batch's number.
+            array: its value.
+        """
         self._spool.put(f"{self._prefix}:{name}", batch, array)
 
 

@@ -16,19 +16,19 @@ from onnxfuse.ops.linear import LinearOp
 from onnxfuse.pipeline.base import Context
 from onnxfuse.runtime.observe import TappedModel, observe
 
-ROWS_PER_COLUMN, LEAST_ROWS = 16, 1 << 13
+TRAINING_ROWS_PER_COLUMN, LEAST_TRAINING_ROWS = 16, 1 << 13
 """Sampled rows per column of an operator, and the least."""
 
-MEMORY = 1 << 28
+ROWS_MEMORY = 1 << 28
 """Bytes of rows that are kept at a time; a single operator's may take more."""
 
-Rows = tuple[np.ndarray, np.ndarray]
+SplitRows = tuple[np.ndarray, np.ndarray]
 """Rows (n, columns) float32 of the fit samples, and of the held-out ones."""
 
 
 def input_rows(
     model: Model, ops: Sequence[LinearOp], mask: str | None, context: Context
-) -> Iterator[tuple[LinearOp, Rows]]:
+) -> Iterator[tuple[LinearOp, SplitRows]]:
     """Operators with the rows of their inputs, in as many runs as memory asks for.
 
     Args:
@@ -40,16 +40,21 @@ def input_rows(
     Raises:
         NotApplicableError: rows that aren't finite, or all of them padding.
     """
-    for part in in_budget(ops, lambda op: {op: 4 * op.columns * _wanted(op)}, MEMORY):
+    for part in in_budget(ops, lambda op: {op: 4 * op.columns * _wanted(op)}, ROWS_MEMORY):
         yield from _rows(model, part, mask, context).items()
 
 
 def _wanted(op: LinearOp) -> int:
     """Number of rows to sample, as far as memory allows."""
-    return min(max(LEAST_ROWS, ROWS_PER_COLUMN * op.columns), max(MEMORY // (4 * op.columns), 1))
+    return min(
+        max(LEAST_TRAINING_ROWS, TRAINING_ROWS_PER_COLUMN * op.columns),
+        max(ROWS_MEMORY // (4 * op.columns), 1),
+    )
 
 
-def _rows(model: Model, ops: Sequence[LinearOp], mask: str | None, context: Context) -> dict[LinearOp, Rows]:
+def _rows(
+    model: Model, ops: Sequence[LinearOp], mask: str | None, context: Context
+) -> dict[LinearOp, SplitRows]:
     """Rows of operators, all at a time."""
     tapped = TappedModel(model, sorted({op.x for op in ops}), context.runtime)
     parts = context.calibration.fit, context.calibration.held_out
@@ -91,5 +96,5 @@ class _Collected:
         self._found.append(rows.without_padding(found.astype(np.float32, copy=False)))
 
     def rows(self) -> np.ndarray:
-        """(n, columns) float32."""
+        """The rows (n, columns), float32."""
         return np.concatenate(self._found)

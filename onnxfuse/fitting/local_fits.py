@@ -29,13 +29,13 @@ from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime.observe import Background, TappedModel, observe
 from onnxfuse.runtime.session import Runtime
 
-ROWS_PER_COLUMN = 8
+LOCAL_ROWS_PER_COLUMN = 8
 """Sampled rows per column: enough to tell a good candidate from a bad one."""
 
-MEMORY = 1 << 30
+GRAM_MEMORY = 1 << 30
 """Bytes of Gram matrices that one run accumulates; a single view may take more."""
 
-RIDGE = 3e-3
+LOCAL_RIDGE = 3e-3
 """Relative ridge of a local fit, which only serves to rank."""
 
 
@@ -97,7 +97,7 @@ class _View:
         y = [found[name] for name in self.targets]
         moments = self.moments[held]
         if self.positions is None:
-            self.positions = per_sample(ROWS_PER_COLUMN * first.columns, self.batches * len(x))
+            self.positions = per_sample(LOCAL_ROWS_PER_COLUMN * first.columns, self.batches * len(x))
         shape = row_shape(y[0].shape, 1 if region.kind == "conv" else -1)
         rows = self.sampler.sample(batch.index, shape, self.positions, batch.feed)
         if region.kind == "conv":
@@ -141,14 +141,14 @@ class _View:
         return result
 
 
-def survey(
+def fit_locally(
     model: Model,
     candidates: Sequence[Candidate],
     calibration: Calibration,
     runtime: Runtime,
     *,
     seed: int = 0,
-    ridge: float = RIDGE,
+    ridge: float = LOCAL_RIDGE,
     mask: str | None = None,
     progress: Progress | None = None,
 ) -> list[Fit]:
@@ -172,7 +172,7 @@ def survey(
     for candidate in candidates:
         grouped.setdefault(candidate.view, []).append(candidate)
     # A group has two float64 Gram matrices, fitted and held out.
-    runs = list(in_budget(grouped.values(), lambda own: {own[0].view: 16 * own[0].columns ** 2}, MEMORY))
+    runs = list(in_budget(grouped.values(), lambda own: {own[0].view: 16 * own[0].columns ** 2}, GRAM_MEMORY))
     total = len(runs) * (len(calibration.fit) + len(calibration.held_out))
     advance = (progress or NoProgress()).task("calibrating", total=total)
     fits: dict[int, Fit] = {}

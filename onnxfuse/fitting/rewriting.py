@@ -1,9 +1,9 @@
 """Steps that passes share which rewrite linear operators: which ones, the walk after, and the result.
 
 A pass that replaces weights one by one (a weight that several operators share is one) leaves the rest to
-`onnxfuse.walk`: rewritten operators keep their weights and get the bias that is best for them, everything
-else behind is solved again. Each rewritten operator is a site of that walk, so each comes with a prediction
-of its error; one that can't be a site is refused beforehand.
+`onnxfuse.fitting.walk`: rewritten operators keep their weights and get the bias that is best for them,
+everything else behind is solved again. Each rewritten operator is a site of that walk, so each comes with a
+prediction of its error; one that can't be a site is refused beforehand.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 from pydantic import Field
 
 from onnxfuse.analysis.regions.region import site_name
-from onnxfuse.channels.consumers import View
+from onnxfuse.channels.consumers import RowView
 from onnxfuse.channels.importance import Statistics, statistics
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.memory import in_budget
-from onnxfuse.fitting.search import Found, Level, farthest
+from onnxfuse.fitting.search import Level, SearchResult, farthest
 from onnxfuse.fitting.sites import RefitSite, refit_sites
 from onnxfuse.fitting.walk import Solved, refit_change, walk
 from onnxfuse.ir.model import Feed, Model
@@ -33,7 +33,7 @@ from onnxfuse.pipeline.base import Context, PassResult
 from onnxfuse.pipeline.goals import Goals
 from onnxfuse.runtime.observed_shapes import shapes_on
 
-MEMORY = 1 << 30
+COVARIANCE_MEMORY = 1 << 30
 """Bytes of covariances that are kept at a time; a single reader may take more."""
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ def linear_ops(
     Args:
         model: is left as it is.
         only: pattern that their names match.
-        shapes: see `linear.linear_op`.
+        shapes: see `ops.linear.linear_op`.
     """
     found: list[LinearOp] = []
     skipped: list[Skip] = []
@@ -147,8 +147,8 @@ def unmeasurable(model: Model, trial: Model, nodes: Collection[Node], context: C
 
 
 def seen_in_parts(
-    model: Model, views: Mapping[T, Sequence[View]], mask: str | None, context: Context
-) -> Iterator[tuple[list[T], dict[View, Statistics]]]:
+    model: Model, views: Mapping[T, Sequence[RowView]], mask: str | None, context: Context
+) -> Iterator[tuple[list[T], dict[RowView, Statistics]]]:
     """Readers with the statistics of what they read over the fit samples, in as many runs as memory asks for.
 
     Args:
@@ -161,7 +161,7 @@ def seen_in_parts(
         InputError: bad samples.
         NotApplicableError: activations that are not finite.
     """
-    for part in in_budget(views, lambda reader: _covariances(views[reader]), MEMORY):
+    for part in in_budget(views, lambda reader: _covariances(views[reader]), COVARIANCE_MEMORY):
         yield (
             part,
             statistics(
@@ -176,7 +176,7 @@ def seen_in_parts(
         )
 
 
-def _covariances(views: Sequence[View]) -> dict[View, int]:
+def _covariances(views: Sequence[RowView]) -> dict[RowView, int]:
     return {view: 16 * view.columns**2 for view in views if view.correlated}
 
 
@@ -290,13 +290,21 @@ def within_bound(
     context: Context,
     options: Goals,
     said: Callable[[Level], str],
-) -> Found:
-    """The outcome of `farthest` with notes that name levels by the words of `said`; arguments as there."""
+) -> SearchResult:
+    """The outcome of `search.farthest` with notes that name levels by the words of `said`.
+
+    Args:
+        levels: from mild to harsh.
+        make: the result at a level.
+        context: of the pass.
+        options: of the pass.
+        said: how far a level goes, in words.
+    """
     none = f"not even {said(levels[0])} is"
     return farthest(levels, make, context, options, said=said, none=lambda within, _: f"{none} {within}")
 
 
-def finished(model: Model, found: Found, skipped: Sequence[Skip], idle: str = "") -> PassResult:
+def finished(model: Model, found: SearchResult, skipped: Sequence[Skip], idle: str = "") -> PassResult:
     """The result of a pass.
 
     Args:
@@ -313,5 +321,11 @@ def finished(model: Model, found: Found, skipped: Sequence[Skip], idle: str = ""
 
 
 def nothing(model: Model, skipped: Sequence[Skip], note: str) -> PassResult:
-    """The result of a pass that has nothing to do."""
+    """The result of a pass that has nothing to do.
+
+    Args:
+        model: the one it was given.
+        skipped: what it refused.
+        note: why there is nothing to do.
+    """
     return PassResult(model, skipped=list(skipped), notes=[note])

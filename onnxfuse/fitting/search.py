@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The outcome of a pass, or of a search for how far it may go.
 
     Attributes:
@@ -45,7 +45,7 @@ def farthest(
     none: Callable[[str, float], str],
     guess: int | None = None,
     event: tuple[str, str] = ("probe", "level"),
-) -> Found:
+) -> SearchResult:
     """The last of `levels` at which the output error on the held-out samples is within the bound.
 
     By bisection: the error is taken to grow from level to level.
@@ -64,7 +64,7 @@ def farthest(
     """
     if not context.calibration.held_out.samples:
         listed = options.listed_goals("or")
-        return Found(None, [f"no held-out samples to hold the error bound on; give {listed} instead"])
+        return SearchResult(None, [f"no held-out samples to hold the error bound on; give {listed} instead"])
     bound, source = error_bound(context)
     errors: dict[int, float] = {}
 
@@ -76,11 +76,11 @@ def farthest(
     best, count = longest(len(levels), (len(levels) + 1) // 2 if guess is None else guess, attempt)
     within = f"within {bound:g} ({source})"
     if best is None:
-        return Found(None, [none(within, errors.get(1, math.inf))])
+        return SearchResult(None, [none(within, errors.get(1, math.inf))])
     note = f"{said(levels[count - 1])}: held-out output error {within}"
     if count + 1 in errors:
         note += f"; with {(more or said)(levels[count])} it would be {errors[count + 1]:.3g}"
-    return Found(best, [note], count)
+    return SearchResult(best, [note], count)
 
 
 def error_bound(context: Context) -> tuple[float, str]:

@@ -19,7 +19,7 @@ from onnxfuse.ir.protos import DEFAULT_DOMAINS
 from onnxfuse.ir.shapes import TensorInfo, fill
 from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, linear_op
 
-MOST_COLUMNS = 6144
+MOST_UNKNOWNS = 6144
 """More unknowns for each output than this are not solved for: two Gram matrices of that size take 600 MB."""
 
 
@@ -51,9 +51,6 @@ class RefitSite:
     channels: tuple[int, ...] | None = None
 
 
-# --- sites --------------------------------------------------------------------------------------------------
-
-
 def unchanged(original: Model, rewritten: Model) -> set[str]:
     """Names of the tensors that both models compute in the same way, inputs among them."""
     same = {info.name for info in original.inputs} & {info.name for info in rewritten.inputs}
@@ -77,7 +74,7 @@ def _alike(a: Model, first: Node, b: Model, second: Node, same: set[str]) -> boo
 
 
 def _operation(node: Node, opset: int) -> tuple[object, ...]:
-    """What a node does, whatever it reads and is called."""
+    """A key to the operation of a node, whatever it reads and is called."""
     proto = NodeProto()
     proto.CopyFrom(node.proto(opset))
     proto.ClearField("input")
@@ -171,12 +168,12 @@ def refit_sites(
 
 
 def _unsolvable(op: LinearOp, owned: bool) -> str | None:
-    """Why an operator can't be solved again, None if it can. `owned`: its weights are the caller's affair."""
+    """The reason why an operator can't be solved again, if any. `owned`: its weights are the caller's."""
     if op.shared and not op.has_bias and not owned:
         return "its weight has other users, which a refit would change"
     if op.kind == "conv" and op.pads is None:
         return "its pads depend on an input size that isn't static"
-    if op.columns > MOST_COLUMNS:
+    if op.columns > MOST_UNKNOWNS:
         return f"{op.columns} unknowns for each output are too many to solve for"
     return None
 
@@ -227,7 +224,7 @@ def check_mask(model: Model, mask: str | None) -> None:
 
 
 def _last_sites(model: Model, sites: Mapping[str, int]) -> dict[str, int]:
-    """By tensor: the place of the last site that it depends on (absent without one)."""
+    """The place of the last site that each tensor depends on, by name; absent without one."""
     last: dict[str, int] = {}
     for node in model.nodes:
         reach = max((last[t.name] for t in tensors_read(model, node) if t.name in last), default=-1)
@@ -239,7 +236,7 @@ def _last_sites(model: Model, sites: Mapping[str, int]) -> dict[str, int]:
 
 
 def _sum_with(model: Model, op: LinearOp, shapes: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
-    """(sum, other operand) if the operator's output goes into a sum of equal shapes and nowhere else."""
+    """The sum of equal shapes that is all the operator's output goes into, and its other operand, if so."""
     y = model.tensor(op.y)
     readers = model.consumers(y)
     if len(readers) != 1 or readers[0].op != "Add" or model.is_output(y) or model.captured(y):
@@ -285,7 +282,7 @@ def kept_channels(model: Model, name: str, axis: int) -> tuple[int, ...] | str |
 
 
 def _cut_info(model: Model, info: TensorInfo | None) -> TensorInfo | None:
-    """What is known of the original's tensor, for the model's of the same name."""
+    """Type and shape of the original's tensor, with the sizes of the model's cut one of the same name."""
     maps = None if info is None else model.index_maps.get(info.name, ())
     if info is None or info.shape is None or not maps:
         return info if maps is not None else None

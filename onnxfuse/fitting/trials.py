@@ -3,8 +3,9 @@
 A trial is fitted on some of the fit samples and judged on others of them, so that the samples which the
 report quotes have decided nothing.
 
-Outputs are compared on the scale of `verify.output_error`, squared: of rewrites in different places the
-squared errors about add up, so a sum of changes foretells the squared error of all of them together.
+Outputs are compared on the scale of `verification.compare.output_error`, squared: of rewrites in different
+places the squared errors about add up, so a sum of changes foretells the squared error of all of them
+together.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ class Trials:
 
     @classmethod
     def of(cls, context: Context, samples: int, measure: Measure = "error") -> Trials:
-        """Trials on about so many of the fit samples."""
+        """Trials on some of the fit samples.
+
+        Args:
+            context: of the pass.
+            samples: about so many.
+            measure: see `Trials`.
+        """
         few = context.calibration.part(samples)
         batches = list(few.held_out)
         feeds = [batch.feed for batch in batches]
@@ -128,7 +135,8 @@ def output_change(
         before: the original's outputs, batch by batch.
         after: those of a rewritten network.
         samples: number of samples in each batch.
-        measure: "error": squared relative error (`verify.output_error`); "kl": divergence of classes.
+        measure: "error": squared relative error (`verification.compare.output_error`); "kl": divergence of
+            classes.
     """
     found = differences(zip(before, after, samples, strict=True))
     if any(output.problem for output in found):

@@ -55,10 +55,10 @@ from onnxfuse.runtime.spool import Spool
 REFIT_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
 """Ridges tried where an operator is shrunk towards its own weights."""
 
-ROWS_PER_COLUMN = 64
+WALK_ROWS_PER_COLUMN = 64
 """Sampled rows per unknown of an output; more hardly change the fit."""
 
-LEAST_ROWS = 1 << 14
+LEAST_WALK_ROWS = 1 << 14
 
 TRIAL_RIDGE, TRIAL_REFIT_RIDGE = 3e-3, 1e-1
 """Ridges where none is searched for: from nothing, and towards the weights that are there. With few rows only
@@ -129,9 +129,6 @@ def refit_change(solved: Solved) -> Change:
             "relative_error": solved.relative,
         },
     )
-
-
-# --- the walk -----------------------------------------------------------------------------------------------
 
 
 def walk(
@@ -292,7 +289,7 @@ class _SiteFit:
 
     def _positions(self, shape: Sequence[int]) -> int | None:
         """Positions in each sample of batches whose rows are of this shape, None for all."""
-        rows = max(LEAST_ROWS, ROWS_PER_COLUMN * self.site.op.columns)
+        rows = max(LEAST_WALK_ROWS, WALK_ROWS_PER_COLUMN * self.site.op.columns)
         count = per_sample(rows // 8 if self.quick else rows, self.batches * shape[0])
         return count if count < math.prod(shape[1:]) else None
 

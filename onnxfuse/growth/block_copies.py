@@ -11,7 +11,7 @@ from onnxfuse.ir.nodes import Tensor
 
 
 def copy_block(model: Model, block: Block, x: Tensor, prefix: str, by: str) -> Tensor:
-    """The tensor x + F'(E(x)) of a new copy of a block (module docstring).
+    """The tensor x + F'(E(x)) of a new copy of a block (`analysis.residual_blocks`).
 
     Args:
         model: edited in place.

@@ -16,8 +16,6 @@ from onnxfuse.numerics.random_weights import behind, uniform
 from onnxfuse.ops.linear import LinearOp
 from onnxfuse.ops.linear_building import add_linear, laid_out
 
-# New layers -----------------------------------------------------------------------------------------
-
 
 def detach(model: Model, tensor: Tensor) -> Tensor:
     """The values of a tensor under another name: something else can now compute it for all that read it.
@@ -33,7 +31,13 @@ def detach(model: Model, tensor: Tensor) -> Tensor:
 
 
 def attach(model: Model, computed: Tensor, tensor: Tensor) -> None:
-    """Let `computed` take over the name and the readers of a detached tensor."""
+    """Let `computed` take over the name and the readers of a detached tensor.
+
+    Args:
+        model: edited in place.
+        computed: output of some node.
+        tensor: one that `detach` has left without a node.
+    """
     node = model.producer(computed)
     assert node is not None
     node.outputs[node.outputs.index(computed)] = tensor
@@ -88,7 +92,7 @@ def add_identities(model: Model, layer: Layer, count: int, by: str) -> None:
 
 def _twin_stack(op: LinearOp, inner: Sequence[float], random: np.random.Generator) -> list[np.ndarray]:
     """Weights (out, in / groups, *kernel) of a branch that is zero: free ones, then [U; U] and [V, -V] in
-    each group, twins side by side as in `channels.growing`."""
+    each group, twins side by side as in `growth.widening`."""
     kernel = op.weight
 
     def free(out: int, inside: int, sums: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from onnxfuse.analysis.residual_blocks import Block, before, find_blocks
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 
-Scheme = Literal["r2r", "net2net"]
+DepthScheme = Literal["r2r", "net2net"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,14 @@ class DeepeningSite:
     sum: bool
 
 
-def find_sites(model: Model, scheme: Scheme, blocks: int = 1) -> list[DeepeningSite]:
-    """Every place where layers may be added, and every residual sum, with what stands in the way."""
+def find_sites(model: Model, scheme: DepthScheme, blocks: int = 1) -> list[DeepeningSite]:
+    """Every place where layers may be added, and every residual sum, with what stands in the way.
+
+    Args:
+        model: stays as it is.
+        scheme: of the new layers.
+        blocks: number of residual blocks in a row that are to be copied.
+    """
     leading = followed(model)
     found = []
     for layer in find_layers(model):
@@ -53,7 +59,7 @@ def find_sites(model: Model, scheme: Scheme, blocks: int = 1) -> list[DeepeningS
     return found
 
 
-def _layer_obstacle(model: Model, layer: Layer, scheme: Scheme) -> str | None:
+def _layer_obstacle(model: Model, layer: Layer, scheme: DepthScheme) -> str | None:
     if layer.ops[0].dtype.kind != "f":
         return f"its weights are {layer.ops[0].dtype}"
     other = next((psi for psi in layer.activations if psi and psi.key not in IDEMPOTENT), None)

@@ -23,8 +23,15 @@ def find_kernels(model: Model) -> dict[Tensor, list[str]]:
     return found
 
 
-def obstacle(model: Model, weight: Tensor, size: int, shapes: Shapes) -> str | None:
-    """Why a kernel can't become so large; None if it can."""
+def kernel_obstacle(model: Model, weight: Tensor, size: int, shapes: Shapes) -> str | None:
+    """The reason why a kernel can't become so large; None if it can.
+
+    Args:
+        model: of the kernel.
+        weight: the kernel.
+        size: along every axis.
+        shapes: of the model's tensors.
+    """
     if not model.is_weight(weight):
         return f"the weight '{weight.name}' is computed, not constant"
     old = weight_type(model, weight)[1][2:]
@@ -52,7 +59,14 @@ def _pads(model: Model, node: Node, shapes: Shapes) -> tuple[int, ...] | None:
 
 
 def enlarge(model: Model, weight: Tensor, size: int, shapes: Shapes) -> str:
-    """Zeros around the kernel and more padding at all its users; what was done, in words."""
+    """Put zeros around a kernel and more padding at all its users; returns what was done, in words.
+
+    Args:
+        model: edited in place.
+        weight: the kernel.
+        size: along every axis.
+        shapes: of the model's tensors.
+    """
     value = model.weight(weight)
     assert value is not None
     old = value.shape[2:]

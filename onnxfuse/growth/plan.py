@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from onnxfuse.channels.groups import ChannelGroups
 from onnxfuse.growth import widening
-from onnxfuse.growth.depth import Scheme, find_sites
-from onnxfuse.growth.kernels import find_kernels, obstacle
+from onnxfuse.growth.depth import DepthScheme, find_sites
+from onnxfuse.growth.kernels import find_kernels, kernel_obstacle
 from onnxfuse.ir.model import Model
 from onnxfuse.ops.linear import weight_type
 from onnxfuse.pipeline.base import Pass
@@ -37,20 +37,27 @@ class GrowthSite:
     refused: Mapping[str, str]
 
 
-def survey(model: Model, groups: ChannelGroups) -> tuple[GrowthSite, ...]:
-    """All places, in the order of the forms; `groups` are the model's."""
+def growth_sites(model: Model, groups: ChannelGroups) -> tuple[GrowthSite, ...]:
+    """All sites where a network may grow, in the order of the forms; `groups` are the model's."""
     return (*_widths(groups), *_depths(model), *_kernels(model))
 
 
-def passes(
+def growth_passes(
     widen: Mapping[str, float],
     deepen: Mapping[str, int],
     kernel: Mapping[str, int],
     scheme: str,
     noise: float | None,
 ) -> list[Pass]:
-    """The passes for what is asked, by site. Kernels first and depth last, so that patterns mean what the
-    network had before.
+    """The passes for what is asked. Kernels first and depth last, so that patterns mean what the network had
+    before.
+
+    Args:
+        widen: ratio by site.
+        deepen: number of layers or blocks by site.
+        kernel: size by site.
+        scheme: of new channels and layers.
+        noise: see `widening.widen`; None: the default of the pass.
 
     Raises:
         InputError: a wrong value, or a scheme that a pass doesn't have.
@@ -69,13 +76,13 @@ def passes(
 def _widths(groups: ChannelGroups) -> Iterator[GrowthSite]:
     for group in groups:
         found = {}
-        for scheme in get_args(widening.Scheme):
-            found[scheme] = widening.obstacle(group, scheme, widening.additions(group, scheme, _DOUBLE))
+        for scheme in get_args(widening.WidthScheme):
+            found[scheme] = widening.width_obstacle(group, scheme, widening.additions(group, scheme, _DOUBLE))
         yield _site("widen", group.name, f"{group.size} channels", found)
 
 
 def _depths(model: Model) -> Iterator[GrowthSite]:
-    schemes = get_args(Scheme)
+    schemes = get_args(DepthScheme)
     for own in zip(*(find_sites(model, scheme) for scheme in schemes), strict=True):
         found = {scheme: site.obstacle for scheme, site in zip(schemes, own, strict=True)}
         yield _site("deepen", own[0].names[0], "residual sum" if own[0].sum else "layer", found)
@@ -85,7 +92,7 @@ def _kernels(model: Model) -> Iterator[GrowthSite]:
     shapes = model.shapes()
     for weight, names in find_kernels(model).items():
         size = weight_type(model, weight)[1][2:] if model.is_weight(weight) else ()
-        reason = obstacle(model, weight, max(size, default=1) + 1, shapes)
+        reason = kernel_obstacle(model, weight, max(size, default=1) + 1, shapes)
         yield _site(
             "kernel", names[0], f"{'x'.join(map(str, size)) or 'computed'} kernel", {"kernel": reason}
         )

@@ -8,7 +8,7 @@ first pairs are used.
 
 Which channels then still belong together is asked of a probe: a copy of the model in which such a sum takes
 its other side twice, so that nothing ties the two sides. The groups of the probe are widened in the model by
-`growing`, and then the sums get what they had before.
+`widening`, and then the sums get what they had before.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 
 from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
-from onnxfuse.channels.dims import Dim
+from onnxfuse.channels.dims import Axis
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
-from onnxfuse.growth.widening import New, additions, obstacle, widen
+from onnxfuse.growth.widening import New, additions, widen, width_obstacle
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ops.table import OPS, Trait
@@ -44,11 +44,13 @@ class _Skip:
 
 @dataclass(frozen=True)
 class Plan:
-    """What widening one operator's output takes.
+    """The steps that widen one operator's output alone.
 
     Attributes:
         wanted: the groups of the probe that can grow, with the new channels of each leaf.
         refused: why the others can't.
+        skips: the residual sums that take its channels.
+        near: all groups of the probe.
     """
 
     wanted: dict[Group, New]
@@ -64,8 +66,15 @@ def producers(groups: ChannelGroups | Group) -> list[str]:
 
 
 def plan(model: Model, feed: Feed, runtime: Runtime, name: str, ratio: float) -> Plan:
-    """How the output of the operator called `name` gets about `ratio` times as many channels alone, with the
-    twins of r2r. `feed` and `runtime` are as `find_groups` has them; the model is not changed."""
+    """The plan to give the output of one operator more channels alone, with the twins of r2r.
+
+    Args:
+        model: stays as it is.
+        feed: see `find_groups`.
+        runtime: see `find_groups`.
+        name: of the operator.
+        ratio: about how many times as many channels.
+    """
     groups = find_groups(model, feed, runtime)
     skips = tuple(_skips(groups, name))
     probe = model.copy()
@@ -79,7 +88,7 @@ def plan(model: Model, feed: Feed, runtime: Runtime, name: str, ratio: float) ->
     for group in near:
         if name in producers(group):
             new = additions(group, "r2r", ratio)
-            reason = obstacle(group, "r2r", new) or _unfoldable(groups, found, group)
+            reason = width_obstacle(group, "r2r", new) or _unfoldable(groups, found, group)
             if reason is None:
                 found.wanted[group] = new
             else:
@@ -88,8 +97,14 @@ def plan(model: Model, feed: Feed, runtime: Runtime, name: str, ratio: float) ->
 
 
 def carry_out(model: Model, plan: Plan, *, seed: int | Sequence[int], by: str) -> None:
-    """Widen as planned for this model, which is edited in place. `seed` and `by` are as `growing.widen` has
-    them."""
+    """Widen a model as planned for it.
+
+    Args:
+        model: edited in place.
+        plan: for this model.
+        seed: see `widening.widen`.
+        by: name of the pass.
+    """
     widen(model, plan.wanted, "r2r", noise=0, seed=seed, by=by)
     new = {leaf: count for own in plan.wanted.values() for leaf, count in own.items()}
     folded: dict[Tensor, Tensor] = {}
@@ -107,8 +122,8 @@ def carry_out(model: Model, plan: Plan, *, seed: int | Sequence[int], by: str) -
 
 
 def _skips(groups: ChannelGroups, name: str) -> Iterator[_Skip]:
-    """Where channels that the operator computes, however they got there without being multiplied by weights,
-    are added to channels from elsewhere. Operators that share its weights compute them, too."""
+    """The residual sums at which channels that the operator computes, however they got there without being
+    multiplied by weights, meet channels from elsewhere. Operators that share its weights compute them."""
     own = [group for group in groups if name in producers(group)]
     touches = [t for group in own for t in group.touches if "producer" in t.roles and name in t.nodes]
     sources = {node for touch in touches for node in touch.nodes}
@@ -131,7 +146,7 @@ def _skips(groups: ChannelGroups, name: str) -> Iterator[_Skip]:
 
 
 def _unfoldable(groups: ChannelGroups, plan: Plan, group: Group) -> str | None:
-    """Why residual sums can't take the group's channels folded; None if they can, or if none takes them."""
+    """The reason why residual sums can't take the group's channels folded, if there is one."""
     shapes, leaves = groups.system.shapes, set(group.leaves)
     folded = False
     for skip in plan.skips:
@@ -153,17 +168,17 @@ def _unfoldable(groups: ChannelGroups, plan: Plan, group: Group) -> str | None:
     return None
 
 
-def _axes(groups: ChannelGroups, tensor: Tensor) -> Sequence[Dim]:
-    """What the groups' system knows of the tensor of that name."""
+def _axes(groups: ChannelGroups, tensor: Tensor) -> Sequence[Axis]:
+    """The axes, in the groups' system, of the tensor of that name."""
     return groups.system.axes.get(groups.system.model.tensor(tensor.name), ())
 
 
-def _pieces(dim: Dim) -> list[Dim]:
-    """What lies one after the other on an axis."""
-    return algebra.parts(dim) if algebra.kind(dim) is algebra.DimKind.SUM else [algebra.find(dim)]
+def _pieces(dim: Axis) -> list[Axis]:
+    """The parts that lie one after the other on an axis."""
+    return algebra.parts(dim) if algebra.kind(dim) is algebra.AxisKind.SUM else [algebra.find(dim)]
 
 
-def _lies(groups: ChannelGroups, tensor: Tensor, leaves: set[Dim]) -> bool:
+def _lies(groups: ChannelGroups, tensor: Tensor, leaves: set[Axis]) -> bool:
     return any(leaves & set(algebra.leaves(dim)) for dim in _axes(groups, tensor))
 
 

@@ -14,15 +14,15 @@ them as it did the old. Then the weights that compute them and those that read t
 
 Each is exact at a product with weights, whatever the activations between. It is not where an operator sums
 up without weights, for there is nothing to set; and statistics over the channels stay only if all channels
-are repeated equally often. Such groups are refused (`obstacle`).
+are repeated equally often. Such groups are refused (`width_obstacle`).
 
 Several groups grow at once. A weight may lie on several axes of several groups, so the order counts: first
 everything that is free is drawn, then what reads twins gets its signs, then what computes the second of two
 twins becomes a copy of what computes the first. Old outputs read twins with opposite signs after the second
 step, and new ones may read them as they like, as long as both twins do so alike.
 
-Free weights have the standard deviation of the kernel that they join (`freeweights`). Biases, normalisations
-and depthwise kernels are those of the channel that was copied.
+Free weights have the standard deviation of the kernel that they join (`numerics.random_weights`). Biases,
+normalizations and depthwise kernels are those of the channel that was copied.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ import numpy as np
 
 from onnxfuse.analysis.layers import MULTIPLYING
 from onnxfuse.channels import dims as algebra
-from onnxfuse.channels.dims import Dim
-from onnxfuse.channels.edits import Kept, take
+from onnxfuse.channels.dims import Axis, Kept
+from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import Group, Touch
 from onnxfuse.channels.lengths import MOVING
 from onnxfuse.channels.site import System
@@ -45,20 +45,31 @@ from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.numerics.random_weights import deviation_of, uniform
 from onnxfuse.ops.linear import weight_type
 
-Scheme = Literal["r2r", "net2net", "netmorph"]
-New = Mapping[Dim, int]
+WidthScheme = Literal["r2r", "net2net", "netmorph"]
+New = Mapping[Axis, int]
 
 
-def additions(group: Group, scheme: Scheme, ratio: float) -> dict[Dim, int]:
-    """How many channels each leaf of the group gets, to have about `ratio` times as many: at least one, and
-    for r2r an even number."""
+def additions(group: Group, scheme: WidthScheme, ratio: float) -> dict[Axis, int]:
+    """The number of new channels for each leaf of the group: at least one, and for r2r an even number.
+
+    Args:
+        group: the group.
+        scheme: see the module docstring.
+        ratio: about how many times as many channels.
+    """
     step = 2 if scheme == "r2r" else 1
     wanted = {leaf: round(leaf.size * (ratio - 1)) for leaf in group.leaves}
     return {leaf: max(step, -(-count // step) * step) for leaf, count in wanted.items()}
 
 
-def obstacle(group: Group, scheme: Scheme, new: New) -> str | None:
-    """Why the group can't get so many new channels with the function unchanged; None if it can."""
+def width_obstacle(group: Group, scheme: WidthScheme, new: New) -> str | None:
+    """The reason why the group can't get so many new channels with the function unchanged; None if it can.
+
+    Args:
+        group: the group.
+        scheme: see the module docstring.
+        new: the number of new channels of each leaf.
+    """
     if group.frozen is not None:
         return group.frozen
     model = group.system.model
@@ -83,7 +94,7 @@ def obstacle(group: Group, scheme: Scheme, new: New) -> str | None:
 def widen(
     model: Model,
     wanted: Mapping[Group, New],
-    scheme: Scheme,
+    scheme: WidthScheme,
     *,
     noise: float,
     seed: int | Sequence[int],
@@ -93,7 +104,7 @@ def widen(
 
     Args:
         model: edited in place; the groups were found in it or in one it is a copy of, and none has an
-            `obstacle`.
+            `width_obstacle`.
         wanted: for each group the number of new channels of each of its leaves; even for r2r.
         scheme: see the module docstring.
         noise: for net2net, the standard deviation of what the shares of copies differ by, in standard
@@ -138,8 +149,8 @@ def _is_weighted(group: Group, node: Node) -> bool:
     return any(root.name in read for t in constant for root in system.roots.get(t, (t,)))
 
 
-def _fixed(system: System, touch: Touch, scheme: Scheme) -> str | None:
-    """Why the weights that read the channels can't be set."""
+def _fixed(system: System, touch: Touch, scheme: WidthScheme) -> str | None:
+    """The reason why the weights that read the channels can't be set; None if they can."""
     tensor = system.model.tensor(touch.weight)
     dtype = weight_type(system.model, tensor)[0]
     if dtype.kind != "f":
@@ -163,8 +174,8 @@ def _users(system: System, tensor: Tensor) -> Iterator[Node]:
 # Setting the weights --------------------------------------------------------------------------------
 
 
-def _sources(random: np.random.Generator, size: int, count: int, scheme: Scheme) -> np.ndarray:
-    """Which channels the new ones are copies of: all of them once before one comes again; for r2r by twos."""
+def _sources(random: np.random.Generator, size: int, count: int, scheme: WidthScheme) -> np.ndarray:
+    """The channels (count,) that new ones are copies of: all once before one comes again; for r2r by twos."""
     needed = count // 2 if scheme == "r2r" else count
     rounds = [random.permutation(size) for _ in range(-(-needed // size))]
     drawn = np.concatenate(rounds)[:needed]
@@ -191,7 +202,7 @@ class _Axes:
     touches: Sequence[Touch]
     kept: Kept
 
-    def where(self, *, consumer: bool) -> Iterator[tuple[Touch, Dim, np.ndarray, np.ndarray]]:
+    def where(self, *, consumer: bool) -> Iterator[tuple[Touch, Axis, np.ndarray, np.ndarray]]:
         """Each touch that reads the channels, or each that doesn't, leaf by leaf: the weight with that axis
         in front (a view), and the places of every channel on it."""
         for touch in self.touches:
@@ -201,7 +212,9 @@ class _Axes:
                     yield touch, leaf, front, algebra.places(touch.dim, leaf, self.kept)
 
 
-def _fill(axes: _Axes, scheme: Scheme, deviation: float, noise: float, random: np.random.Generator) -> None:
+def _fill(
+    axes: _Axes, scheme: WidthScheme, deviation: float, noise: float, random: np.random.Generator
+) -> None:
     """Set the new parts of a weight, in the three steps of the module docstring."""
     if scheme == "net2net":
         for _, leaf, front, places in axes.where(consumer=True):
@@ -224,14 +237,14 @@ def _fill(axes: _Axes, scheme: Scheme, deviation: float, noise: float, random: n
             front[second] = front[first]
 
 
-def _twins(places: np.ndarray, leaf: Dim) -> tuple[np.ndarray, np.ndarray]:
+def _twins(places: np.ndarray, leaf: Axis) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the first and of the second of all twins."""
     new = places[leaf.size :]
     return new[::2].reshape(-1), new[1::2].reshape(-1)
 
 
 def _share(front: np.ndarray, places: np.ndarray, sources: np.ndarray, noise: np.ndarray) -> None:
-    """Divide what reads a channel among its copies; the noise is centred over the copies of each."""
+    """Divide what reads a channel among its copies; the noise is centered over the copies of each."""
     times = np.bincount(sources)
     front[places] /= times[sources].reshape(-1, *[1] * front.ndim)
     sums = np.zeros((len(times), *places.shape[1:], *front.shape[1:]))

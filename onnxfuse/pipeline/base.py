@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Contract(enum.Enum):
-    """What a pass preserves; decides how its result is verified."""
+    """The promise of a pass on what it preserves; decides how its result is verified."""
 
     EXACT = "exact"
     MASKED = "masked"
@@ -29,7 +29,7 @@ class Contract(enum.Enum):
 
 @dataclass
 class PassResult:
-    """What a pass returns: its rewritten copy, what it did, what it refused and why, and what it claims.
+    """The result of a pass: its rewritten copy, changes, refusals with reasons, and predicted errors.
 
     `oracle` is the masked model that a MASKED pass is compared with. An APPROXIMATE pass that cuts channels
     and then fits weights has one too, and `cut`, its model before the fit, which is compared with that.
@@ -46,10 +46,10 @@ class PassResult:
 
 @dataclass
 class Context:
-    """What a pass may use beside the model: the original, samples, a runtime, the seed and the error budget.
+    """Everything that a pass may use beside the model: original, samples, runtime, seed and error budget.
 
-    `max_error` is the relative output error (see `verification.output_error`) that APPROXIMATE passes must
-    stay within, against `original` on held-out samples; None means no such budget.
+    `max_error` is the relative output error (see `verification.compare.output_error`) that APPROXIMATE passes
+    must stay within, against `original` on held-out samples; None means no such budget.
     """
 
     original: Model

@@ -1,79 +1,114 @@
-"""Places in a network that a user names: by name, by pattern, or all of them."""
+"""Sites in a network that a user names: by name, by pattern, or all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from onnxfuse.errors import InputError, NotApplicableError, unknown_name
-from onnxfuse.findings import Skip
+from onnxfuse.findings import Change, Skip
+from onnxfuse.pipeline.base import PassResult
+
+if TYPE_CHECKING:
+    from onnxfuse.ir.model import Model
 
 ALL = "all"
-Place = TypeVar("Place")
-Value = TypeVar("Value")
+Site = TypeVar("Site")
+SiteValue = TypeVar("SiteValue")
 
 
 def choose(
-    asked: Mapping[str, Value],
-    known: Mapping[Place, Sequence[str]],
+    asked: Mapping[str, SiteValue],
+    known: Mapping[Site, Sequence[str]],
     what: str,
-    everything: Collection[Place] | None = None,
-) -> dict[Place, tuple[str, Value]]:
-    """The places that are asked for, each with the words that asked for it and the value that goes with them.
+    everything: Collection[Site] | None = None,
+) -> dict[Site, tuple[str, SiteValue]]:
+    """The sites that are asked for, each with the words that asked for it and the value that goes with them.
 
-    What comes later in `asked` counts more. A name that is the first of some place means that place alone.
+    What comes later in `asked` counts more. A name that is the first of some site means that site alone.
 
     Args:
         asked: names, patterns (fnmatch) or `ALL`, with their values.
-        known: every place with its names, the one that it is listed by first.
-        what: such places in words, for messages.
+        known: every site with its names, the one that it is listed by first.
+        what: such sites in words, for messages.
         everything: what `ALL` stands for; None: all of them.
 
     Raises:
         InputError: nothing is called so.
     """
-    found: dict[Place, tuple[str, Value]] = {}
+    found: dict[Site, tuple[str, SiteValue]] = {}
     for words, value in asked.items():
-        meant = [place for place, names in known.items() if names[0] == words]
+        meant = [site for site, names in known.items() if names[0] == words]
         if words == ALL:
             meant = list(known if everything is None else everything)
         elif not meant:
-            meant = [
-                place for place, names in known.items() if any(fnmatchcase(name, words) for name in names)
-            ]
+            meant = [site for site, names in known.items() if any(fnmatchcase(name, words) for name in names)]
         if not meant and words != ALL:
             raise InputError(unknown_name(what, words, [names[0] for names in known.values()]))
-        for place in meant:
-            found.pop(place, None)
-            found[place] = words, value
+        for site in meant:
+            found.pop(site, None)
+            found[site] = words, value
     return found
 
 
 def is_name(words: str) -> bool:
-    """Whether words mean one place, so that a refusal there is a refusal of the request."""
+    """Whether words mean one site, so that a refusal there is a refusal of the request."""
     return words != ALL and not any(letter in words for letter in "*?[")
 
 
-def refuse_named(refused: Mapping[str, Sequence[str]], done: Sequence[str], verb: str) -> None:
-    """Raise an error for a place that was asked for by name and at which nothing can be done; what a pattern
-    meets may be left.
+class Answers:
+    """Changes and refusals at the sites that a pass was asked for.
 
-    Args:
-        refused: reasons by the words that asked.
-        done: words by which something was found to do.
-        verb: what was to be done, in words: "widened".
-
-    Raises:
-        NotApplicableError: with the first reason.
+    Attributes:
+        changes: lines of the report for what was done.
+        skipped: sites at which nothing could be done, with reasons.
     """
-    for words, reasons in refused.items():
-        if is_name(words) and words not in done:
-            raise NotApplicableError(f"'{words}' can't be {verb}: {reasons[0]}")
+
+    def __init__(self) -> None:
+        self.changes: list[Change] = []
+        self.skipped: list[Skip] = []
+        self._met: set[str] = set()
+        self._reasons: dict[str, str] = {}
+
+    def done(self, words: str, *changes: Change) -> None:
+        """Note what was done where `words` asked for it."""
+        self._met.add(words)
+        self.changes += changes
+
+    def refuse(self, words: str, names: tuple[str, ...], reason: str) -> None:
+        """Note that nothing can be done at a site.
+
+        Args:
+            words: those that asked for it.
+            names: of the site.
+            reason: why nothing can be done.
+        """
+        self._reasons.setdefault(words, reason)
+        self.skipped.append(Skip(names, reason))
+
+    def check(self, verb: str) -> None:
+        """Raise an error for a site that was asked for by name and at which nothing can be done; what a
+        pattern meets may be left.
+
+        Args:
+            verb: what was to be done, in words: "widened".
+
+        Raises:
+            NotApplicableError: with the first reason.
+        """
+        for words, reason in self._reasons.items():
+            if is_name(words) and words not in self._met:
+                raise NotApplicableError(f"'{words}' can't be {verb}: {reason}")
+
+    def result(self, model: Model, verb: str) -> PassResult:
+        """The result of the pass that made these changes of `model`; `verb` is what it does: "widen"."""
+        notes = [] if self.changes else [idle(verb, self.skipped)]
+        return PassResult(model, self.changes, self.skipped, notes=notes)
 
 
 def idle(verb: str, skipped: Sequence[Skip]) -> str:
-    """The reason why a pass had nothing to do; `verb` is what it does."""
+    """The reason why a pass had nothing to do; `verb` is what it does: "widen"."""
     if not skipped:
         return f"there is nothing to {verb}"
     return f"nothing to {verb}; the first of {len(skipped)}: '{skipped[0].nodes[0]}', {skipped[0].reason}"

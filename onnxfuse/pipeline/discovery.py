@@ -12,9 +12,6 @@ GROUP = "onnxfuse.passes"
 """The entry-point group in which passes are found."""
 
 
-# --- finding passes -----------------------------------------------------------------------------------------
-
-
 @cache
 def _entries() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}

@@ -11,7 +11,7 @@ from onnxfuse.pipeline.base import PassOptions
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
-Step: TypeAlias = Callable[[Any, float, float], Any]
+GoalStep: TypeAlias = Callable[[Any, float, float], Any]
 """From a goal, how far along the way a step is to come and how far the step before it came (0 to 1): the goal
 of that step, None where there is none."""
 
@@ -23,7 +23,7 @@ class Goals(PassOptions):
         goals: the names of these options, each with how it scales; None: not at all.
     """
 
-    goals: ClassVar[Mapping[str, Step | None]] = {}
+    goals: ClassVar[Mapping[str, GoalStep | None]] = {}
 
     @model_validator(mode="after")
     def _one_goal(self) -> Goals:
@@ -54,27 +54,38 @@ class Goals(PassOptions):
 
 
 def left(goal: float, share: float, done: float) -> float | None:
-    """The share that a step may leave, where the goal is a share of the model at hand that may be left."""
+    """The share that a step may leave, where the goal is a share of the model at hand that may be left; None
+    where nothing has to go.
+
+    Args:
+        goal: of all steps together.
+        share: how far along the way the step is to come, 0 to 1.
+        done: how far the step before it came.
+    """
     return None if goal == 1 else (1 - share * (1 - goal)) / (1 - done * (1 - goal))
 
 
 def left_of_all(goal: float, share: float, done: float) -> float:
-    """The share that a step may leave, where the goal is a share of what there was before all steps."""
+    """The share that a step may leave, where the goal is a share of what there was before all steps;
+    arguments as `left`."""
     return 1 - share * (1 - goal)
 
 
 def gone(goal: float, share: float, done: float) -> float | None:
-    """The share that a step removes, where the goal is a share of the model at hand that has to go."""
+    """The share that a step removes, where the goal is a share of the model at hand that has to go;
+    arguments as `left`."""
     rest = left(1 - goal, share, done)
     return None if rest is None else 1 - rest
 
 
 def gone_of_all(goal: float, share: float, done: float) -> float | None:
-    """The share that is gone after a step, where the goal is a share of what there was before all steps."""
+    """The share that is gone after a step, where the goal is a share of what there was before all steps;
+    arguments as `left`."""
     return goal * share if goal else None
 
 
-def count(goal: int, share: float, done: float) -> int | None:
-    """The number of things that a step takes: at least one at the first step, none at some later ones."""
+def number_taken(goal: int, share: float, done: float) -> int | None:
+    """The number of things that a step takes, at least one at the first step and none at some later ones;
+    arguments as `left`."""
     before = max(1, round(done * goal)) if done > 0 else 0
     return max(max(1, round(share * goal)) - before, 0) or None

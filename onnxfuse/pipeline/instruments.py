@@ -1,4 +1,4 @@
-"""What surrounds passes without being part of them: progress bars, dumped models, a journal.
+"""Observers of a run of passes: progress bars, dumped models, a journal.
 
 An instrument overrides the moments it cares about; the manager calls each in turn. None of them can change a
 result. `RichProgress` and `JournalFile` are also what goes into `Context.progress` and `Context.journal`, so
@@ -35,10 +35,22 @@ class Instrument:
         """Before the first pass; `model` is what it will get."""
 
     def before(self, index: int, pass_: Pass, model: Model) -> None:
-        """Before a pass."""
+        """Before a pass.
+
+        Args:
+            index: of the pass.
+            pass_: the pass.
+            model: what it will get.
+        """
 
     def after(self, index: int, step: StepReport, model: Model) -> None:
-        """After a pass was committed or rolled back; `model` is what the next pass gets."""
+        """After a pass was committed or rolled back.
+
+        Args:
+            index: of the pass.
+            step: its report.
+            model: what the next pass gets.
+        """
 
     def finished(self) -> None:
         """At the end, also when a pass raised or the user interrupted."""
@@ -126,7 +138,7 @@ class JournalFile(Instrument):
     def __call__(self, event: str, **figures: Json) -> None:
         at = round(time.perf_counter() - self._start, 6)
         line = {"at": at, "pass": self._pass, "event": event, **figures}
-        self._file.write(json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.write(json.dumps(json_value(line), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def before(self, index: int, pass_: Pass, model: Model) -> None:
@@ -134,24 +146,24 @@ class JournalFile(Instrument):
         self("start", index=index, options=pass_.options.model_dump(mode="json"))
 
     def after(self, index: int, step: StepReport, model: Model) -> None:
-        self("end", **plain(asdict(step)))
+        self("end", **json_value(asdict(step)))
         self._pass = None
 
     def finished(self) -> None:
         self._file.close()
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """`value` as JSON takes it: NumPy scalars and arrays become numbers and lists, NaN and infinities null,
     enumerations their values, keys strings."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return json_value(value.tolist())
     if isinstance(value, np.generic):
-        return plain(value.item())
+        return json_value(value.item())
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     return value.value if hasattr(value, "value") else value

@@ -12,7 +12,8 @@ A pass rewrites a copy of a model and declares, by its contract, what the rewrit
 The manager is transactional. A pass works on a copy; the copy must be a valid graph, must load in ONNX
 Runtime and must keep its contract there; then it is committed, otherwise rolled back with the reason in its
 `StepReport`. Nothing is written to disk by the manager itself, so an interrupted run leaves nothing behind.
-Progress, dumps and the journal live in instruments (`instruments.py`) around a pass, not inside it.
+Progress, dumps and the journal live in instruments (`onnxfuse.pipeline.instruments`) around a pass, not
+inside it.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ UNSEEN_ERROR = 1e-6
 
 
 class Between(Protocol):
-    """What goes on between passes, retraining for instance: from the steps so far, the model after them and
-    the context, the model and the context to go on with. The graph stays the same."""
+    """A step between passes, retraining for instance: from the steps so far, the model after them and the
+    context, it gives the model and the context to go on with. The graph stays the same."""
 
     def __call__(
         self, steps: tuple[StepReport, ...], model: Model, context: Context
@@ -68,11 +69,15 @@ class PassManager:
         self.instruments = list(instruments)
 
     def run(self, model: Model, context: Context, between: Between | None = None) -> Outcome:
-        """Run all passes on `model`, which stays as it is. `between` is asked after every pass what the next
-        one gets.
+        """The outcome of all passes on `model`, which stays as it is.
 
         A pass that refuses with an OnnxfuseError or breaks its contract is rolled back and the next one runs;
         any other exception is a bug and propagates, and so does KeyboardInterrupt.
+
+        Args:
+            model: for the first pass.
+            context: of all passes.
+            between: is asked after every pass what the next one gets.
         """
         steps: list[StepReport] = []
         try:
@@ -137,7 +142,14 @@ def _step(
 
 
 def verify_pass(contract: Contract, before: Model, result: PassResult, context: Context) -> Verification:
-    """Hold a pass's result to its contract."""
+    """The verdict on a pass's result by its contract.
+
+    Args:
+        contract: of the pass.
+        before: the model that it was given.
+        result: of the pass.
+        context: of the pass.
+    """
     if problem := structure_problem(before, result.model, context.runtime):
         return Verification(False, problem)
     try:

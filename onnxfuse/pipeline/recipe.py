@@ -41,7 +41,7 @@ Passes: TypeAlias = "str | Sequence[str | Mapping[str, Mapping[str, Any] | None]
 """Passes in any of their forms."""
 
 
-class Retrain(pydantic.BaseModel):
+class RecipeRetraining(pydantic.BaseModel):
     """Retraining after the passes, as a recipe asks for it."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -52,8 +52,8 @@ class Retrain(pydantic.BaseModel):
     schedule: str | None = pydantic.Field(None, description="retraining by turns: exponential:steps=4")
 
 
-class Settings(pydantic.BaseModel):
-    """What a recipe may say beside its passes; None leaves it to the command line or the default."""
+class RecipeSettings(pydantic.BaseModel):
+    """The settings of a recipe beside its passes; None leaves it to the command line or the default."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -61,7 +61,7 @@ class Settings(pydantic.BaseModel):
     max_drop: float | None = pydantic.Field(None, ge=0, description="drop of the metric allowed")
     metric: str | None = pydantic.Field(None, description="top1, mse, nll or file.py:function")
     seed: int | None = pydantic.Field(None, ge=0, description="seed of everything random")
-    retrain: Retrain | None = pydantic.Field(None, description="retraining after the passes")
+    retrain: RecipeRetraining | None = pydantic.Field(None, description="retraining after the passes")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Recipe:
     """Passes in order and the settings that came with them."""
 
     passes: tuple[Pass, ...]
-    settings: Settings
+    settings: RecipeSettings
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def parse_recipe(text: str) -> list[Pass]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """What stands between commas that are not inside brackets or quotes."""
+    """The pieces between commas that are not inside brackets or quotes."""
     start, closing = 0, ""
     pairs = {"[": "]", "{": "}", '"': '"', "'": "'"}
     for index, letter in enumerate([*text, ","]):
@@ -200,7 +200,8 @@ def read_recipe(text: str) -> Recipe:
         raise InputError("it has no 'passes'; write passes: [fold, {fuse: {kernel: 3}}]")
     settings = {key: value for key, value in content.items() if key != "passes"}
     return Recipe(
-        tuple(make_passes(content["passes"])), _validated(Settings, settings, "the recipe", extra=["passes"])
+        tuple(make_passes(content["passes"])),
+        _validated(RecipeSettings, settings, "the recipe", extra=["passes"]),
     )
 
 

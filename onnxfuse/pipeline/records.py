@@ -15,13 +15,9 @@ if TYPE_CHECKING:
     from onnxfuse.ir.model import Model
 
 
-# --- running passes -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Verification:
-    """What was checked after a pass, by its contract, and how it came out; parts that do not apply are
-    empty."""
+    """The outcome of the checks after a pass, by its contract; parts that do not apply are empty."""
 
     passed: bool
     reason: str | None = None

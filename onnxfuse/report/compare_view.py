@@ -10,7 +10,7 @@ from rich.text import Text
 
 from onnxfuse.report.tables import SHOWN, fact_table, heading, make_table, more, paragraph
 from onnxfuse.results import cost_rows
-from onnxfuse.wording import counted, printable, rounded, shortened
+from onnxfuse.wording import counted, printable, shortened, three_digits
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def verify_view(result: VerifyResult) -> Iterator[RenderableType]:
-    """Whether two models compute the same, output by output."""
+    """A view of the comparison of two models, output by output."""
     yield fact_table([("samples", printable(result.samples.description))])
     if result.comparison.outputs:
         yield Text()
@@ -41,9 +41,9 @@ def _comparison(found: Comparison, max_error: float | None) -> Iterator[Renderab
         ) and output.problem is None
         table.add_row(
             shortened(output.name, 28),
-            rounded(output.max_abs),
-            rounded(output.relative),
-            rounded(output.floor),
+            three_digits(output.max_abs),
+            three_digits(output.relative),
+            three_digits(output.floor),
             f"{output.ratio:.3g}" if math.isfinite(output.ratio) else "-",
             Text("ok" if within else "differs", style="green" if within else "red"),
         )

@@ -11,7 +11,7 @@ from onnxfuse.report.explain_view import changes_view, skips_view
 from onnxfuse.report.retrain_view import metric_row, retraining_view
 from onnxfuse.report.tables import SHOWN, fact_table, heading, make_table, more, paragraph, runtime_fact
 from onnxfuse.results import cost_rows
-from onnxfuse.wording import counted, in_bytes, milliseconds, printable, rounded, shortened
+from onnxfuse.wording import counted, in_bytes, milliseconds, printable, shortened, three_digits
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 def compress_view(
     report: Report, *, verbose: bool = False, explain: bool = False
 ) -> Iterator[RenderableType]:
-    """A run of `compress`. `verbose` lists every change, `explain` also what was not done and why."""
+    """A view of a run of `compress`.
+
+    Args:
+        report: of the run.
+        verbose: list every change.
+        explain: list also what was not done, and why.
+    """
     yield fact_table(_run_facts(report))
     yield Text()
     yield _steps(report.steps)
@@ -125,7 +131,7 @@ def _output_errors(report: Report) -> Iterator[RenderableType]:
     where = "held-out samples" if report.samples.held_out else "samples"
     bound = "" if report.output_bound is None else f", {report.output_bound:g} allowed"
     yield heading(f"relative output error on {error.samples} {where}{bound}")
-    yield from _output_table({name: rounded(value) for name, value in error.outputs.items()})
+    yield from _output_table({name: three_digits(value) for name, value in error.outputs.items()})
 
 
 def _output_table(values: Mapping[str, str]) -> Iterator[RenderableType]:

@@ -19,14 +19,14 @@ _PLACES = 8  # places shown for one reason
 
 
 def changes_view(step: StepReport) -> Iterator[RenderableType]:
-    """What a pass changed."""
+    """A view of all changes that a pass made."""
     yield heading(f"{step.name}: {counted(len(step.changes), 'change')}")
     for what, places in _grouped((change.what, change.nodes) for change in step.changes):
         yield from _group(what, places)
 
 
 def skips_view(name: str, skipped: Sequence[Skip]) -> Iterator[RenderableType]:
-    """What `name`, a pass for instance, left undone, with the reasons."""
+    """A view of all that `name`, a pass for instance, left undone, with the reasons."""
     yield heading(f"{name}: {len(skipped):,} not done")
     for reason, places in _grouped((skip.reason, skip.nodes) for skip in skipped):
         yield from _group(reason, places)

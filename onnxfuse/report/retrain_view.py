@@ -71,7 +71,7 @@ def _epochs(found: Retraining) -> Table:
 
 
 def _some(history: Sequence[Epoch], best: int) -> list[Epoch]:
-    """All epochs of a short training; of a long one the first, the last, the best, and some between."""
+    """The epochs to show: all of a short training; of a long one the first, last, best and some between."""
     step = -(-len(history) // (2 * SHOWN))
     wanted = {*range(0, len(history), step), best, len(history) - 1}
     return [epoch for epoch in history if epoch.number in wanted]

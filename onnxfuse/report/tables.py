@@ -37,7 +37,7 @@ def _console(file: IO[str], **kind: Any) -> Console:
     return _Console(file=file, markup=False, emoji=False, highlight=False, **kind)
 
 
-def show(view: Iterable[RenderableType], file: IO[str]) -> None:
+def print_view(view: Iterable[RenderableType], file: IO[str]) -> None:
     """Print a view: with colors on a terminal, else as plain text."""
     screen = _console(file)
     if screen.is_terminal:
@@ -94,12 +94,18 @@ def paragraph(text: str, indent: int = 0) -> Padding:
 
 
 def more(shown: int, total: int, indent: int = 0) -> Iterator[RenderableType]:
-    """The end of a list of which only the first `shown` are shown."""
+    """The end of a list that is shown in part: "and 3 more".
+
+    Args:
+        shown: number of entries shown.
+        total: number of entries.
+        indent: of the line.
+    """
     if total > shown:
         yield paragraph(f"and {total - shown:,} more", indent)
 
 
 def runtime_fact(report: Report | RetrainReport) -> tuple[str, str]:
-    """Where a run ran."""
+    """The provider, the threads and the seed of a run, as a row of `fact_table`."""
     provider = report.providers[0].removesuffix("ExecutionProvider")
     return "runtime", f"{provider}, {counted(report.threads, 'thread')}, seed {report.seed}"

@@ -48,7 +48,7 @@ from common import (
 from onnxfuse import compress
 from onnxfuse.commands import judge
 from onnxfuse.data.calibration import Calibration
-from onnxfuse.fitting.local_fits import Candidate, survey
+from onnxfuse.fitting.local_fits import Candidate, fit_locally
 from onnxfuse.ir.model import Model
 from onnxfuse.passes.fuse import Fuse
 from onnxfuse.pipeline.base import Context, Pass
@@ -165,7 +165,7 @@ def surveyed(
     """Seconds of a survey; appends those until the last batch was in."""
     clock = Clock()
     start = time.perf_counter()
-    survey(model, candidates, calibration, runtime, progress=clock)
+    fit_locally(model, candidates, calibration, runtime, progress=clock)
     end = time.perf_counter()
     runs.append(clock.last - start)
     return end - start

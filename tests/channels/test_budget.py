@@ -11,7 +11,7 @@ from nets import RUNTIME, net, normal
 
 from onnxfuse.analysis.cost import measure
 from onnxfuse.channels import budget
-from onnxfuse.channels.budget import Curve, Total, choose
+from onnxfuse.channels.budget import LossCurve, Total, choose_widths
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import Group, find_groups
 from onnxfuse.ir.model import Model
@@ -66,14 +66,14 @@ def test_the_greedy_choice_is_near_the_best_of_all(target: float) -> None:
     ratios = []
     for _ in range(20):
         curves = [
-            Curve(group, own, np.cumsum([0, *random.exponential(size=len(own) - 1)]).tolist())
+            LossCurve(group, own, np.cumsum([0, *random.exponential(size=len(own) - 1)]).tolist())
             for group, own in zip(groups, candidates, strict=True)
         ]
-        found = choose(curves, total, target * full)
+        found = choose_widths(curves, total, target * full)
         assert found is not None
         assert total.at(found) <= target * full
 
-        def loss(plan: dict[Group, int], curves: list[Curve] = curves) -> float:
+        def loss(plan: dict[Group, int], curves: list[LossCurve] = curves) -> float:
             return sum(curve.losses[curve.widths.index(plan[curve.group])] for curve in curves)
 
         plans = (dict(zip(groups, own, strict=True)) for own in itertools.product(*candidates))
@@ -87,27 +87,31 @@ def test_a_bad_step_in_front_of_a_good_one_is_skipped() -> None:
     _, groups, total = three()
     first, second, third = groups
     curves = [
-        Curve(
+        LossCurve(
             first, [8, 6, 4], [0.0, 5.0, 5.1]
         ),  # the first step saves little for its loss, both together much
-        Curve(second, [6], [0.0]),
-        Curve(third, [8, 6], [0.0, 4.0]),
+        LossCurve(second, [6], [0.0]),
+        LossCurve(third, [8, 6], [0.0, 4.0]),
     ]
-    plan = choose(curves, total, total.at({first: 6, second: 6, third: 8}) - 1)
+    plan = choose_widths(curves, total, total.at({first: 6, second: 6, third: 8}) - 1)
     assert plan == {first: 4, second: 6, third: 8}
 
 
 def test_what_was_saved_too_much_is_given_back() -> None:
     _, groups, total = three()
     first, second, third = groups
-    curves = [Curve(first, [8, 1], [0.0, 2.0]), Curve(second, [6], [0.0]), Curve(third, [8, 7], [0.0, 0.001])]
-    plan = choose(curves, total, 0.9 * total.at({g: g.size for g in groups}))
+    curves = [
+        LossCurve(first, [8, 1], [0.0, 2.0]),
+        LossCurve(second, [6], [0.0]),
+        LossCurve(third, [8, 7], [0.0, 0.001]),
+    ]
+    plan = choose_widths(curves, total, 0.9 * total.at({g: g.size for g in groups}))
     assert plan == {first: 1, second: 6, third: 8}
 
 
 def test_what_cannot_be_met() -> None:
     _, groups, total = three()
-    curves = [Curve(group, [group.size, 2], [0.0, 1.0]) for group in groups]
+    curves = [LossCurve(group, [group.size, 2], [0.0, 1.0]) for group in groups]
     least = total.at(dict.fromkeys(groups, 2))
-    assert choose(curves, total, least - 1) is None
-    assert choose(curves, total, least) == dict.fromkeys(groups, 2)
+    assert choose_widths(curves, total, least - 1) is None
+    assert choose_widths(curves, total, least) == dict.fromkeys(groups, 2)

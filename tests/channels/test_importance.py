@@ -40,7 +40,7 @@ def relative(x: np.ndarray, y: np.ndarray, stay: np.ndarray) -> float:
 
 @pytest.fixture(autouse=True)
 def no_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "RIDGE", 1e-9)
+    monkeypatch.setattr(importance, "COVARIANCE_RIDGE", 1e-9)
 
 
 def test_costs_of_a_convolution() -> None:
@@ -164,7 +164,7 @@ def test_channels_without_a_place_in_any_product() -> None:
 
 
 def test_too_many_columns_are_taken_to_be_uncorrelated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxfuse.channels.consumers.MOST_COLUMNS", 10)
+    monkeypatch.setattr("onnxfuse.channels.consumers.MOST_CORRELATED_COLUMNS", 10)
     body = "a = Conv(x, w0, b0) r = Relu(a) y = Conv(r, w1)"
     model = net(body, sized("w0:8,3,1,1 b0:8 w1:4,8,2,2"), "float[N,3,5,5] x", "float[A,B,C,D] y")
     feed = {"x": normal(60, 3, 5, 5)}

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from nets import net
 
-from onnxfuse.channels.dims import Dim
+from onnxfuse.channels.dims import Axis
 from onnxfuse.channels.lengths import (
     Mixed,
     Numbers,
-    evaluate,
+    evaluate_lengths,
     of_constant,
     of_shape,
-    product_of,
+    size_product,
     worth_reading,
 )
 
-N, C, H = Dim(7, dynamic=True), Dim(12), Dim(5)
+N, C, H = Axis(7, dynamic=True), Axis(12), Axis(5)
 SHAPE = of_shape([N, C, H])
 
 
@@ -28,7 +28,7 @@ def run(text: str, **known: Any) -> Numbers:
     declared = ", ".join(f"int64[I{i}] {name}" for i, name in enumerate(known))
     node = net(f"y = {text}", {}, declared, "int64[O] y").nodes[0]
     inputs = [known[t.name] if t.name else None for t in node.inputs]
-    found = evaluate(
+    found = evaluate_lengths(
         node, [i if i is None or isinstance(i, Numbers) else of_constant(np.array(i)) for i in inputs], 17
     )
     assert found is not None
@@ -62,9 +62,9 @@ def test_arithmetic_mixes() -> None:
     assert (int(total.value), total.depends()) == (420, {N, C, H})
     assert not total.fixed
     assert run("Add(a, b)", a=[1], b=[2]).fixed
-    size = product_of(SHAPE)
+    size = size_product(SHAPE)
     assert (int(size.value), size.depends()) == (420, {N, C, H})
-    assert product_of(of_constant(np.array([2, 3]))).fixed
+    assert size_product(of_constant(np.array([2, 3]))).fixed
 
 
 def test_a_choice_keeps_the_tag_of_what_is_chosen() -> None:
@@ -88,7 +88,7 @@ def test_what_is_no_list_of_lengths(text: str) -> None:
     declared = "int64[A] s, int64[B] c" if "c" in text else "int64[A] s"
     node = net(f"y = {text}", {}, declared, "int64[O] y").nodes[0]
     known = {"s": run("Gather(s, i)", s=SHAPE, i=[1]), "c": of_constant(np.arange(20))}
-    assert evaluate(node, [known[t.name] for t in node.inputs], 17) is None
+    assert evaluate_lengths(node, [known[t.name] for t in node.inputs], 17) is None
 
 
 def test_made_of_constants() -> None:

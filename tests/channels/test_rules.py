@@ -31,7 +31,7 @@ from onnxfuse.channels.dims import leaves
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import Group, find_groups
 from onnxfuse.channels.masking import mask
-from onnxfuse.channels.summary import summarise
+from onnxfuse.channels.summary import summarize_groups
 from onnxfuse.ir.editing import PASS_KEY
 from onnxfuse.ir.model import Model
 from onnxfuse.report.channels_view import channels_view
@@ -55,7 +55,7 @@ def reasons(case: Case) -> dict[str, str]:
         (f"{CONV} last = Softmax<axis=1>(a) {POOLED}", "Softmax over it"),
         (f"{CONV} m = ReduceMax<axes=[1]>(a) n = Sub(a, m) y = Conv(n, w2)", "ReduceMax over it"),
         (f"{CONV} i = ArgMax<axis=1>(a) j = Cast<to=1>(i) n = Sub(a, j) y = Conv(n, w2)", "ArgMax over it"),
-        (f"{CONV} n = LRN<size=3>(a) y = Conv(n, w2)", "LRN mixes neighbouring channels"),
+        (f"{CONV} n = LRN<size=3>(a) y = Conv(n, w2)", "LRN mixes neighboring channels"),
         (f"{CONV} n = CumSum(a, one) y = Conv(n, w2)", "CumSum along it"),
         (f"{CONV} n = Hardmax<axis=1>(a) y = Conv(n, w2)", "Hardmax over it"),
         (f"{CONV} n = Gather<axis=1>(a, pair) y = Conv(n, w3)", "its indices are looked up"),
@@ -633,7 +633,7 @@ def test_both_axes_of_a_recurrent_weight() -> None:
 
 def test_the_view() -> None:
     case = CASES["attention"]
-    text = plain_text(channels_view(summarise(found(case, case.model()))))
+    text = plain_text(channels_view(summarize_groups(found(case, case.model()))))
     assert "5 channel groups, 3 can be cut" in text
     assert "q0: 3, [3] x 4" in text
     assert "reads wo axis 0 x 4" in text

@@ -11,7 +11,7 @@ from nets import RUNTIME, columns, compute, context, fitted, held, least_squares
 from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.fitting import local_fits as module
-from onnxfuse.fitting.local_fits import RIDGE, Candidate, Fit, survey
+from onnxfuse.fitting.local_fits import LOCAL_RIDGE, Candidate, Fit, fit_locally
 from onnxfuse.ir.model import Model
 
 FLOAT = np.dtype(np.float32)
@@ -37,7 +37,7 @@ def relative(weight: np.ndarray, bias: np.ndarray, x: np.ndarray, y: np.ndarray)
 
 
 def check(fit: Fit, fit_rows: tuple[np.ndarray, ...], held_rows: tuple[np.ndarray, ...]) -> None:
-    weight, bias = least_squares(*fit_rows, RIDGE)
+    weight, bias = least_squares(*fit_rows, LOCAL_RIDGE)
     np.testing.assert_allclose(fit.affine.weight, weight, atol=2e-4)
     np.testing.assert_allclose(fit.affine.bias, bias, atol=2e-4)
     assert fit.fitted == pytest.approx(relative(weight, bias, *fit_rows), rel=1e-3)
@@ -55,13 +55,15 @@ def test_dense_fits_are_ridge_regressions_each_on_its_own_target() -> None:
     found = candidates(model)
     assert set(found) == {("x", "h2"), ("x", "h3"), ("r1", "h3")}
     assert found["x", "h2"].view == found["x", "h3"].view != found["r1", "h3"].view
-    for key, fit in zip(found, survey(model, list(found.values()), ctx.calibration, RUNTIME), strict=True):
+    for key, fit in zip(
+        found, fit_locally(model, list(found.values()), ctx.calibration, RUNTIME), strict=True
+    ):
         assert fit.candidate is found[key]
         check(fit, tuple(compute(model, fitted(ctx), *key)), tuple(compute(model, held(ctx), *key)))
 
 
 def test_conv_fits_are_regressions_on_real_padded_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROWS_PER_COLUMN", 12)
+    monkeypatch.setattr(module, "LOCAL_ROWS_PER_COLUMN", 12)
     model = net(
         """h1 = Conv<pads = [1,1,1,1]>(x, w1) r1 = Relu(h1)
         h2 = Conv<pads = [1,1,1,1], strides = [2,2]>(r1, w2) y = Relu(h2)""",
@@ -71,7 +73,7 @@ def test_conv_fits_are_regressions_on_real_padded_patches(monkeypatch: pytest.Mo
     )
     ctx = context(model, {"x": normal(16, 2, 7, 6)}, batch_size=5)
     (candidate,) = candidates(model).values()
-    (fit,) = survey(model, [candidate], ctx.calibration, RUNTIME)
+    (fit,) = fit_locally(model, [candidate], ctx.calibration, RUNTIME)
 
     def patches(feed: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return columns(feed["x"], (3, 3), (2, 2), candidate.pads), rows(compute(model, feed, "h2")[0])
@@ -90,7 +92,7 @@ def test_sampled_positions_come_near_all_of_them_and_depend_on_the_seed() -> Non
     ctx = context(model, {"x": normal(30, 2, 64)}, batch_size=10)
     (candidate,) = candidates(model).values()
     one, same, other = (
-        survey(model, [candidate], ctx.calibration, RUNTIME, seed=seed)[0] for seed in (1, 1, 2)
+        fit_locally(model, [candidate], ctx.calibration, RUNTIME, seed=seed)[0] for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(one.affine.weight, same.affine.weight)
     assert np.abs(one.affine.weight - other.affine.weight).max() > 1e-4
@@ -98,7 +100,7 @@ def test_sampled_positions_come_near_all_of_them_and_depend_on_the_seed() -> Non
 
 
 def test_padding_rows_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROWS_PER_COLUMN", 1000)  # all positions
+    monkeypatch.setattr(module, "LOCAL_ROWS_PER_COLUMN", 1000)  # all positions
     model = net(
         "h1 = MatMul(x, w1) r1 = Relu(h1) h2 = MatMul(r1, w2) y = Relu(h2)",
         {"w1": (6, 12), "w2": (12, 5)},
@@ -109,7 +111,7 @@ def test_padding_rows_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     x[mask == 0] *= 30
     ctx = context(model, {"x": x, "mask": mask}, batch_size=7)
     (candidate,) = candidates(model).values()
-    (fit,) = survey(model, [candidate], ctx.calibration, RUNTIME, mask="mask")
+    (fit,) = fit_locally(model, [candidate], ctx.calibration, RUNTIME, mask="mask")
 
     def present(feed: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         chosen = feed["mask"] != 0  # a mask of 2 counts as much as one of 1
@@ -129,10 +131,10 @@ def test_one_run_while_memory_allows_several_when_not(monkeypatch: pytest.Monkey
             sessions.append(options["taps"])
             return RUNTIME.session(*args, **options)
 
-    at_once = survey(model, found, ctx.calibration, Counting())  # type: ignore[arg-type]
+    at_once = fit_locally(model, found, ctx.calibration, Counting())  # type: ignore[arg-type]
     assert len(sessions) == 1
-    monkeypatch.setattr(module, "MEMORY", 2 * 8 * 12**2)
-    in_turn = survey(model, found, ctx.calibration, Counting())  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "GRAM_MEMORY", 2 * 8 * 12**2)
+    in_turn = fit_locally(model, found, ctx.calibration, Counting())  # type: ignore[arg-type]
     assert len(sessions) == 3  # one more for each of two views; x is fed, so it is no tap
     assert sorted(map(sorted, sessions[1:])) == [["h2", "h3"], ["h3", "r1"]]
     for one, other in zip(at_once, in_turn, strict=True):
@@ -144,7 +146,7 @@ def test_one_run_while_memory_allows_several_when_not(monkeypatch: pytest.Monkey
 def test_without_held_out_samples_the_fitted_error_stands_in() -> None:
     model = net(MLP, MLP_WEIGHTS)
     ctx = context(model, {"x": normal(100, 6)}, held_out=0.0)
-    for fit in survey(model, list(candidates(model).values()), ctx.calibration, RUNTIME):
+    for fit in fit_locally(model, list(candidates(model).values()), ctx.calibration, RUNTIME):
         assert fit.held == fit.fitted
 
 
@@ -155,7 +157,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     )
     ctx = context(model, {"x": normal(100, 6)})
     with pytest.raises(NotApplicableError, match="not finite"):
-        survey(model, list(candidates(model).values()), ctx.calibration, RUNTIME)
+        fit_locally(model, list(candidates(model).values()), ctx.calibration, RUNTIME)
 
 
 def test_a_target_that_never_moves_has_no_relative_error() -> None:
@@ -164,5 +166,5 @@ def test_a_target_that_never_moves_has_no_relative_error() -> None:
         {"w1": (6, 12), "w2": np.zeros((12, 3), np.float32)},
     )
     ctx = context(model, {"x": normal(100, 6)})
-    (fit,) = survey(model, list(candidates(model).values()), ctx.calibration, RUNTIME)
+    (fit,) = fit_locally(model, list(candidates(model).values()), ctx.calibration, RUNTIME)
     assert fit.held == np.inf

@@ -9,7 +9,7 @@ import pytest
 from nets import context, net, normal, weight
 
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.fitting.search import Found, farthest, longest
+from onnxfuse.fitting.search import SearchResult, farthest, longest
 from onnxfuse.pipeline.base import Context, PassResult
 from onnxfuse.pipeline.goals import Goals
 
@@ -32,7 +32,7 @@ def scaled(level: float) -> PassResult:
     return PassResult(model)
 
 
-def search(ctx: Context, make: Any = scaled, **more: Any) -> Found:
+def search(ctx: Context, make: Any = scaled, **more: Any) -> SearchResult:
     return farthest(
         LEVELS,
         make,
@@ -87,7 +87,9 @@ def test_a_level_that_fails_is_beyond_the_bound() -> None:
 
 def test_without_held_out_samples_the_goals_are_named() -> None:
     found = search(context(MODEL, {"x": normal(64, 6)}, held_out=0.0))
-    assert found == Found(None, ["no held-out samples to hold the error bound on; give a, b or c instead"], 0)
+    assert found == SearchResult(
+        None, ["no held-out samples to hold the error bound on; give a, b or c instead"], 0
+    )
 
 
 @pytest.mark.parametrize("count", range(8))

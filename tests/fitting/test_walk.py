@@ -190,7 +190,7 @@ def test_what_cannot_be_a_site_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert reasons(model, other)["h3"] == "its output 'h3' is not a tensor of the original"
     wider = net("h2 = MatMul(x, w1) y = MatMul(h2, w3)", {"w1": (6, 7), "w3": (7, 3)})
     assert "another shape" in reasons(model, wider)["h2"]
-    monkeypatch.setattr("onnxfuse.fitting.sites.MOST_COLUMNS", 11)
+    monkeypatch.setattr("onnxfuse.fitting.sites.MOST_UNKNOWNS", 11)
     assert set(reasons(model, perturbed(model, "w1"))) == {"c", "h2"}
     assert "12 unknowns" in reasons(model, perturbed(model, "w1"))["h2"]
 
@@ -501,8 +501,8 @@ def test_sampled_positions_are_those_of_the_claim(monkeypatch: pytest.MonkeyPatc
         y="float[A,B,C] y",
     )
     ctx = context(model, {"x": normal(60, 2, 50)}, batch_size=15)
-    monkeypatch.setattr(walk_module, "LEAST_ROWS", 1)
-    monkeypatch.setattr(walk_module, "ROWS_PER_COLUMN", 20)
+    monkeypatch.setattr(walk_module, "LEAST_WALK_ROWS", 1)
+    monkeypatch.setattr(walk_module, "WALK_ROWS_PER_COLUMN", 20)
     rewritten = perturbed(model, "w1")
     prior = op_at(rewritten, "h").weight
     (solved,) = solve(model, rewritten, [site(rewritten, "h")], ctx, seed=3)
@@ -528,8 +528,8 @@ def test_rows_are_counted_whatever_the_first_axis_is(monkeypatch: pytest.MonkeyP
     model = net(TOKENS, TOKEN_WEIGHTS, x="float[T,batch,6] x", y="float[A,B,C] y")
     ctx = context(model, {"x": normal(3, 240, 6)}, batch_size=30)
     assert ctx.calibration.fit.samples == 180
-    monkeypatch.setattr(walk_module, "LEAST_ROWS", 400)
-    monkeypatch.setattr(walk_module, "ROWS_PER_COLUMN", 1)
+    monkeypatch.setattr(walk_module, "LEAST_WALK_ROWS", 400)
+    monkeypatch.setattr(walk_module, "WALK_ROWS_PER_COLUMN", 1)
     rewritten = perturbed(model, "w1")
     (solved,) = solve(model, rewritten, [site(rewritten, "h2")], ctx)
     assert solved.positions == 23  # of 30, in 3 rows of 6 batches: 400 at least

@@ -458,7 +458,7 @@ def test_more_unknowns_than_samples_or_memory_are_refused(
         "40 unknowns for each output are more than the 38 rows of the fit samples"
         in result.skipped[-1].reason
     )
-    monkeypatch.setattr(module, "MOST_COLUMNS", 39)
+    monkeypatch.setattr(module, "MOST_UNKNOWNS", 39)
     result = fuse(wide, context(wide, {"x": normal(50, 40)}))
     assert "too many to solve for" in result.skipped[-1].reason
 

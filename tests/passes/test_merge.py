@@ -608,7 +608,7 @@ def test_layers_whose_error_can_not_be_predicted_stay(
     dense: tuple[Model, Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ctx = dense
-    monkeypatch.setattr("onnxfuse.fitting.sites.MOST_COLUMNS", 7)  # each of the three like layers has 8
+    monkeypatch.setattr("onnxfuse.fitting.sites.MOST_UNKNOWNS", 7)  # each of the three like layers has 8
     made, step = run(model, ctx, layers=0.2)
     assert not sharing(made)
     assert {("h1",), ("h2",), ("h3",)} <= {s.nodes for s in step.skipped if "too many to solve" in s.reason}

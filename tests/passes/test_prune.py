@@ -15,7 +15,7 @@ from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError
 from onnxfuse.ir.marks import ZEROS, promises
 from onnxfuse.ir.model import Model
-from onnxfuse.passes.prune import Prune, smallest
+from onnxfuse.passes.prune import Prune, smallest_mask
 from onnxfuse.passes.refit import Refit
 from onnxfuse.pipeline.base import Context, Contract
 from onnxfuse.pipeline.manager import PassManager
@@ -40,12 +40,12 @@ def test_the_smallest_of_equal_ones_the_first() -> None:
     sizes = np.array([2, 1, 3, 1, 1, 0, 2], np.float32)
     expected = {0: [], 1: [5], 2: [1, 5], 3: [1, 3, 5], 4: [1, 3, 4, 5], 5: [0, 1, 3, 4, 5]}
     for count, places in expected.items():
-        assert np.flatnonzero(smallest(sizes, count)).tolist() == places
-    assert smallest(sizes, 7).all()
+        assert np.flatnonzero(smallest_mask(sizes, count)).tolist() == places
+    assert smallest_mask(sizes, 7).all()
     many = np.random.default_rng(0).integers(0, 40, 1000).astype(np.float32)
     for count in (1, 17, 500, 999):
         order = np.argsort(many, kind="stable")[:count]
-        np.testing.assert_array_equal(np.flatnonzero(smallest(many, count)), np.sort(order))
+        np.testing.assert_array_equal(np.flatnonzero(smallest_mask(many, count)), np.sort(order))
 
 
 @pytest.mark.parametrize("amount", [0.1, 0.5, 0.93])

@@ -6,7 +6,7 @@ import pytest
 
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.findings import Skip
-from onnxfuse.pipeline.choosing import choose, idle, is_name, refuse_named
+from onnxfuse.pipeline.choosing import Answers, choose, idle, is_name
 
 KNOWN = {1: ["conv1", "other"], 2: ["conv1#2"], 3: ["fc", "conv1"], 4: ["head"]}
 
@@ -27,10 +27,21 @@ def test_names_patterns_and_all() -> None:
 
 def test_only_what_is_named_is_refused() -> None:
     assert [is_name(words) for words in ("conv1", "all", "conv*", "c?", "[ab]")] == [True] + [False] * 4
-    refuse_named({"conv*": ["why"], "all": ["why"]}, [], "cut")
-    refuse_named({"fc": ["why"]}, ["fc"], "cut")  # of several places of that name one could
+    patterns = Answers()
+    for words in ("conv*", "all"):
+        patterns.refuse(words, ("conv1",), "why")
+    patterns.check("cut")
+    several = Answers()  # of several sites of that name one could
+    several.refuse("fc", ("fc",), "why")
+    several.done("fc")
+    several.check("cut")
+    named = Answers()
+    named.done("conv*")
+    for reason in ("why", "more"):
+        named.refuse("fc", ("fc",), reason)
     with pytest.raises(NotApplicableError, match="'fc' can't be cut: why"):
-        refuse_named({"fc": ["why", "more"]}, ["conv*"], "cut")
+        named.check("cut")
+    assert named.skipped == [Skip(("fc",), "why"), Skip(("fc",), "more")]
 
 
 def test_idle() -> None:

@@ -24,7 +24,7 @@ from onnxfuse.findings import Change, Prediction, Skip
 from onnxfuse.ir.model import Model
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.pipeline.discovery import _entries, discover, load_pass, pass_names
-from onnxfuse.pipeline.instruments import Dumps, Instrument, JournalFile, RichProgress, plain
+from onnxfuse.pipeline.instruments import Dumps, Instrument, JournalFile, RichProgress, json_value
 from onnxfuse.pipeline.manager import PassManager
 from onnxfuse.pipeline.records import StepReport
 from onnxfuse.runtime.session import Runtime
@@ -518,7 +518,7 @@ def test_nobody_watching_is_fine(context: Context) -> None:
 
 def test_plain_makes_json_of_reports() -> None:
     value = {"a": np.float32(0.5), "b": np.array([1, 2]), "c": (float("inf"), Contract.EXACT), 4: None}
-    assert plain(value) == {"a": 0.5, "b": [1, 2], "c": [None, "exact"], "4": None}
+    assert json_value(value) == {"a": 0.5, "b": [1, 2], "c": [None, "exact"], "4": None}
 
 
 class Declared(Pass):

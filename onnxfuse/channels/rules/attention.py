@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from onnxfuse.channels.dims import Dim, factor, product_of
+from onnxfuse.channels.dims import Axis, factor, product_of
 from onnxfuse.channels.rules.elementwise import broadcast
 from onnxfuse.channels.site import Axes, ChannelNode, ChannelRule, Pin, StopRuleError
 from onnxfuse.ops.table import Key
@@ -48,7 +48,7 @@ def _attention(site: ChannelNode) -> list[Axes | None]:
     return [result, *kept, scores]
 
 
-def _heads(site: ChannelNode, slot: int) -> tuple[Dim, Dim, Dim, Dim]:
+def _heads(site: ChannelNode, slot: int) -> tuple[Axis, Axis, Axis, Axis]:
     """Batch, heads, places and size of a head of an input, which has them apart or heads and size merged."""
     axes = site.axes(slot)
     if len(axes) == 4:

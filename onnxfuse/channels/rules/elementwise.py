@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from onnxfuse.channels.dims import Dim
+from onnxfuse.channels.dims import Axis
 from onnxfuse.channels.site import Axes, ChannelNode, ChannelRule, StopRuleError
 from onnxfuse.ops.channel_affine import training_mode
 from onnxfuse.ops.table import OPS, Key, Kind
@@ -13,7 +13,7 @@ from onnxfuse.ops.table import OPS, Key, Kind
 def broadcast(site: ChannelNode, operands: Sequence[Axes]) -> Axes:
     """The axes of tensors that meet element by element: aligned at the end, those of size 1 repeated."""
     rank = max(map(len, operands), default=0)
-    result: list[Dim] = []
+    result: list[Axis] = []
     for axis in range(-rank, 0):
         own = [axes[axis] for axes in operands if len(axes) >= -axis]
         wide = [dim for dim in own if dim.size != 1] or own[:1]

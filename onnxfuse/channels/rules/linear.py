@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnxfuse.channels.dims import Dim, factor, product_of, sum_of
+from onnxfuse.channels.dims import Axis, factor, product_of, sum_of
 from onnxfuse.channels.rules.elementwise import broadcast
 from onnxfuse.channels.site import Axes, ChannelNode, ChannelRule, Role, StopRuleError
 from onnxfuse.ops.table import MICROSOFT, Key
@@ -57,12 +57,12 @@ def _conv_transpose(site: ChannelNode) -> list[Axes | None]:
     return _convolved(site, product_of([group, weight[1]]))
 
 
-def _grouped(site: ChannelNode, dim: Dim, groups: int) -> Axes:
+def _grouped(site: ChannelNode, dim: Axis, groups: int) -> Axes:
     """The axis as groups x channels in a group."""
     return site.divided(factor, dim, [groups, dim.size // groups])
 
 
-def _sum_in_groups(site: ChannelNode, inner: Dim, weight_axis: int) -> None:
+def _sum_in_groups(site: ChannelNode, inner: Axis, weight_axis: int) -> None:
     """The operator sums up over the channels of a group, of which a depthwise one has but one."""
     site.number(_grouped(site, site.axes(0)[1], int(site.attribute("group")))[0], attribute="group")
     if inner.size > 1:
@@ -70,7 +70,7 @@ def _sum_in_groups(site: ChannelNode, inner: Dim, weight_axis: int) -> None:
         site.sums(0, 1, part=inner)
 
 
-def _convolved(site: ChannelNode, out: Dim) -> list[Axes | None]:
+def _convolved(site: ChannelNode, out: Axis) -> list[Axes | None]:
     if site.has(2):
         site.same(out, site.axes(2)[0])
     batch, _, *places = site.axes(0)
@@ -112,7 +112,7 @@ def _einsum(site: ChannelNode) -> list[Axes | None]:
     if "->" not in equation or "." in equation:
         raise StopRuleError(f"the equation '{equation}' is of a form that has no rule")
     terms, out = equation.split("->")
-    dims: dict[str, Dim] = {}
+    dims: dict[str, Axis] = {}
     at: dict[str, list[tuple[int, int]]] = {}
     for slot, term in enumerate(terms.split(",")):
         if len(set(term)) < len(term):

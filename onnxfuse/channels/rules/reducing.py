@@ -1,7 +1,7 @@
-"""Axes through reductions, normalisations, softmax and pooling.
+"""Axes through reductions, normalizations, softmax and pooling.
 
 A sum over channels does not see a channel that is zero. A mean does, by its divisor: there, and in
-normalisations built on means, the channels that are left get the statistics of those that are left, and the
+normalizations built on means, the channels that are left get the statistics of those that are left, and the
 site says so ("mean", "norm", "rms norm"). A maximum, a softmax, a product over channels have no value
 that leaves the others alone: those channels are frozen.
 """
@@ -118,7 +118,7 @@ def _group_norm(site: ChannelNode) -> list[Axes | None]:
 
 def _local_response(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
-    site.freeze(axes[1:2], "LRN mixes neighbouring channels")
+    site.freeze(axes[1:2], "LRN mixes neighboring channels")
     return [axes]
 
 

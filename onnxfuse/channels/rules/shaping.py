@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from onnxfuse.channels.dims import (
+    Axis,
     ClashError,
-    Dim,
     factor,
     find,
     is_dynamic,
@@ -29,12 +29,12 @@ from onnxfuse.ops.table import Key
 from onnxfuse.ops.view import TO_THE_END
 
 
-def _settled(dim: Dim) -> bool:
+def _settled(dim: Axis) -> bool:
     """Whether nothing of it can be taken any more, so that following its parts is of no use."""
     return all(leaf.frozen for leaf in leaves(dim))
 
 
-def _like(site: ChannelNode, size: int, dims: Sequence[Dim]) -> Dim:
+def _like(site: ChannelNode, size: int, dims: Sequence[Axis]) -> Axis:
     """A frozen axis made from frozen ones."""
     every = [leaf for dim in dims for leaf in leaves(dim)]
     telling = sorted(every, key=lambda leaf: (leaf.position, leaf.size == 1))  # stable: the first that tells
@@ -47,10 +47,16 @@ def _like(site: ChannelNode, size: int, dims: Sequence[Dim]) -> Dim:
 # Reshaping ----------------------------------------------------------------------------------------
 
 
-def arranged(site: ChannelNode, dims: Sequence[Dim], sizes: Sequence[Dim]) -> Axes:
+def arranged(site: ChannelNode, dims: Sequence[Axis], sizes: Sequence[Axis]) -> Axes:
     """The axes of a tensor with the same elements in the same order: where a run of axes has as many elements
-    as a run of new ones, these are its factors. `sizes` are the new axes as `site.sizes` gives them."""
-    result: list[Dim] = []
+    as a run of new ones, these are its factors.
+
+    Args:
+        site: the node.
+        dims: the axes of its input.
+        sizes: the new axes, as `site.sizes` gives them.
+    """
+    result: list[Axis] = []
     ins, outs = list(dims), list(sizes)
     while outs:
         if ins and ins[0].size == outs[0].size:
@@ -77,7 +83,7 @@ def arranged(site: ChannelNode, dims: Sequence[Dim], sizes: Sequence[Dim]) -> Ax
     return tuple(result)
 
 
-def _refactored(site: ChannelNode, have: Sequence[Dim], want: Sequence[Dim]) -> Sequence[Dim]:
+def _refactored(site: ChannelNode, have: Sequence[Axis], want: Sequence[Axis]) -> Sequence[Axis]:
     if all(map(_settled, have)):
         return [_like(site, dim.size, have) for dim in want]
     try:
@@ -197,7 +203,7 @@ def _split(site: ChannelNode) -> list[Axes | None]:
     return [(*axes[:axis], piece, *axes[axis + 1 :]) for piece in pieces]
 
 
-def _pieces(site: ChannelNode, dim: Dim, sizes: Sequence[int]) -> Sequence[Dim]:
+def _pieces(site: ChannelNode, dim: Axis, sizes: Sequence[int]) -> Sequence[Axis]:
     """Parts of an axis, some of them perhaps empty."""
     if _settled(dim):
         return [_like(site, size, [dim]) for size in sizes]
@@ -259,7 +265,7 @@ def _slice_or_freeze(site: ChannelNode) -> list[Axes | None]:
         return [tuple(sizes[i] if i in sliced else dim for i, dim in enumerate(axes))]
 
 
-def _sliced(site: ChannelNode, dim: Dim, start: int, end: int, step: int, entry: int) -> Dim:
+def _sliced(site: ChannelNode, dim: Axis, start: int, end: int, step: int, entry: int) -> Axis:
     size = dim.size
     first, last, stride = slice(start, end, step).indices(size)
     count = len(range(first, last, stride))
@@ -293,7 +299,7 @@ def _sliced(site: ChannelNode, dim: Dim, start: int, end: int, step: int, entry:
     return middle
 
 
-def _bound(site: ChannelNode, dim: Dim, slot: int, entry: int, sign: int = 1) -> None:
+def _bound(site: ChannelNode, dim: Axis, slot: int, entry: int, sign: int = 1) -> None:
     name = "starts" if slot == 1 else "ends"
     if name in site.node.attrs:
         site.number(dim, attribute=name, entry=entry, sign=sign)
@@ -332,12 +338,12 @@ def _pad(site: ChannelNode) -> list[Axes | None]:
 # Repeating and looking up -------------------------------------------------------------------------
 
 
-def _made_of(site: ChannelNode, slot: int, entry: int, size: Dim) -> Dim:
+def _made_of(site: ChannelNode, slot: int, entry: int, size: Axis) -> Axis:
     """An axis whose length is an element of an input: that of another axis, or one of its own."""
     known = site.numbers(slot)
     assert known is not None
     tag = known.tags.reshape(-1)[entry]
-    if isinstance(tag, Dim):
+    if isinstance(tag, Axis):
         own = tag
     elif any(map(is_dynamic, dims_of(tag))):
         own = size

@@ -1,0 +1,117 @@
+"""Rules for operators that do nothing, and for rearrangements in a row."""
+
+from __future__ import annotations
+
+from onnxfuse.analysis.constant_folding import integers, label
+from onnxfuse.analysis.noops import handed_on, permutation
+from onnxfuse.fitting.folding.workspace import Decision, Edit, Workspace, refuse
+from onnxfuse.ir.nodes import Node, Tensor
+from onnxfuse.ops.linear import is_main_domain, optional_input
+from onnxfuse.ops.table import OPS, Kind, Trait
+
+_SAME_ORDER = OPS.of_kind(Kind.MOVE).having(Trait.SAME_ORDER)
+
+
+def remove_no_op(workspace: Workspace, node: Node) -> Decision:
+    """Take out a node whose output is its input."""
+    source = handed_on(workspace.model, node, workspace.shapes)
+    if source is None:
+        return None
+    return bypass(workspace, node, source, f"{node.op} does nothing here: removed")
+
+
+def bypass(workspace: Workspace, node: Node, source: Tensor, what: str) -> Decision:
+    """Let everything that reads the node's output read `source` instead.
+
+    An output that is pinned to its name is taken over by the source's producer, if that can give its own up.
+
+    Args:
+        workspace: of the node.
+        node: has one output, to be removed.
+        source: the tensor that its output equals.
+        what: the edit in words.
+    """
+    model, target = workspace.model, node.outputs[0]
+    if not workspace.pinned(target):
+        if not target.outputs:  # dead as it came; not ours to clean up
+            return None
+
+        def make() -> list[Node]:
+            workspace.overriding(node.inputs)
+            users = workspace.read_instead(target, source)
+            dropped = list(node.inputs)
+            model.remove([node])
+            workspace.release(dropped)
+            return users
+
+        return Edit((label(node),), what, make)
+    producer = model.producer(source)
+    if producer is None or model.is_weight(source) or workspace.pinned(source):
+        return refuse(
+            node, f"{node.op} does nothing, but connects '{source.name}' to '{target.name}': both stay"
+        )
+
+    def rename() -> list[Node]:
+        assert producer is not None
+        workspace.overriding(node.inputs)
+        dropped = [t for t in node.inputs if t is not source]
+        model.remove([node])
+        producer.outputs[next(i for i, t in enumerate(producer.outputs) if t is source)] = target
+        users = workspace.read_instead(source, target)
+        workspace.release(dropped)
+        return [producer, *users]
+
+    return Edit((label(node),), what, rename)
+
+
+def join_transposes(workspace: Workspace, node: Node) -> Decision:
+    """Join two Transposes in a row: output axis i is axis first[second[i]] of the input."""
+    before = workspace.model.producer(node.inputs[0])
+    if before is None or before.op != "Transpose" or not is_main_domain(before):
+        return None
+    first, second = permutation(before, workspace.shapes), permutation(node, workspace.shapes)
+    if first is None or second is None or len(first) != len(second):
+        return None
+    perm = [first[p] for p in second]
+    if perm == sorted(perm):
+        return bypass(workspace, node, before.inputs[0], "a Transpose undoes the one before it: removed")
+    if workspace.only_user(node.inputs[0]) is not node:
+        return None
+    names = (label(before), label(node))
+
+    def make() -> list[Node]:
+        between = node.inputs[0]
+        node.attrs["perm"] = perm
+        node.inputs[0] = before.inputs[0]
+        workspace.mark(node, names)
+        workspace.release([between])
+        return [node]
+
+    return Edit(names, "two Transposes joined", make)
+
+
+def join_reshapes(workspace: Workspace, node: Node) -> Decision:
+    """Take out what rearranges before a Reshape, which need not care for the shape of its input unless it
+    copies sizes from it."""
+    before = workspace.model.producer(node.inputs[0])
+    if before is None or before.key not in _SAME_ORDER:
+        return None
+    target = integers(workspace.model, optional_input(node, 1))
+    if target is None or 0 in target or workspace.only_user(node.inputs[0]) is not node:
+        return None
+    names = (label(before), label(node))
+
+    def make() -> list[Node]:
+        between = node.inputs[0]
+        node.inputs[0] = before.inputs[0]
+        workspace.mark(node, names)
+        workspace.release([between])
+        return [node]
+
+    return Edit(names, f"{before.op} before Reshape removed", make)
+
+
+def constant_if(workspace: Workspace, node: Node) -> Decision:
+    """Refuse an If one of whose branches can never run: say that both stay."""
+    constant = workspace.model.is_weight(node.inputs[0])
+    return refuse(node, "the condition is constant, but branches are not inlined") if constant else None
