@@ -51,7 +51,7 @@ def net(
     for number, (name, value) in enumerate(weights.items()):
         array = value
         if isinstance(value, tuple):
-            fan = max(np.prod(value[1:] if len(value) > 2 else value[:1]), 1)
+            fan = max(int(np.prod(value[1:] if len(value) > 2 else value[:1])), 1)
             array = (normal(*value, seed=number + 1) / np.sqrt(fan)).astype(np.float32)
         proto.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
     return Model.load(proto)
