@@ -1,6 +1,8 @@
 """Its place puts this folder on the path of every test below it, for `nets`."""
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # Workers of pytest-xdist share the cores: second threads would only wait for each other's. NumPy, PyTorch and
@@ -18,3 +20,24 @@ def path(tmp_path: Path) -> Path:
     """A file with the network of `runs`, alone in its folder."""
     onnx.save(network(), tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The file that an exporter makes of one of the `architectures`: written once, for all workers."""
+    from architectures import ARCHITECTURES, export  # with torch, which takes seconds
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+    folder.mkdir(exist_ok=True)
+
+    @cache
+    def file(name: str, how: str) -> Path:
+        path = folder / f"{name}.{how}.onnx"
+        if not path.exists():
+            mine = tmp_path_factory.mktemp("export") / path.name
+            export(ARCHITECTURES[name], how, mine)
+            mine.replace(path)  # whole or not there: another worker may look
+        return path
+
+    return file
