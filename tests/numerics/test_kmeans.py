@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from nets import takes
-from sklearn.cluster import KMeans
 
 from onnxfuse.numerics.kmeans import kmeans, nearest
 
@@ -50,6 +49,8 @@ def test_near_the_optimum(name: str, count: int) -> None:
 @pytest.mark.parametrize("count", [16, 128])
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "many alike"])
 def test_as_good_as_scikit_learns(name: str, count: int) -> None:
+    from sklearn.cluster import KMeans  # takes a second, which workers without this test need not wait
+
     numbers = SHAPES[name]
     found = kmeans(numbers.astype(np.float32), count)
     theirs = KMeans(count, n_init=1, random_state=0).fit(numbers[:, None])
