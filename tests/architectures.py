@@ -433,6 +433,9 @@ class RmsNorm(nn.Module):
 class LlamaBlock(nn.Module):
     """Rotary positions, two query heads to a key head, gated MLP."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads, self.size = heads, width // heads
@@ -496,6 +499,9 @@ class Vit(nn.Module):
 
 class SwinBlock(nn.Module):
     """Attention in windows, shifted by a roll, with a table of relative position biases."""
+
+    relative_position_index: Tensor
+    attn_mask: Tensor
 
     def __init__(self, width: int, heads: int, side: int, window: int, shift: int) -> None:
         super().__init__()
@@ -573,7 +579,7 @@ class Swin(nn.Module):
 class Recurrent(nn.Module):
     """Embedding, two bidirectional recurrent layers, last state and mean into a classifier."""
 
-    def __init__(self, cell: type[nn.RNNBase], width: int) -> None:
+    def __init__(self, cell: type[nn.LSTM] | type[nn.GRU], width: int) -> None:
         super().__init__()
         d = 16 * width
         self.embed = nn.Embedding(TOKENS, d)

@@ -1,1 +1,43 @@
 """Its place puts this folder on the path of every test below it, for `nets`."""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+# Workers of pytest-xdist share the cores: second threads would only wait for each other's. NumPy, PyTorch and
+# what they stand on read this when they are loaded, here and in the programs that tests start.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import onnx  # noqa: E402
+import pytest  # noqa: E402
+from runs import network  # noqa: E402
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file with the network of `runs`, alone in its folder."""
+    onnx.save(network(), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The file that an exporter makes of one of the `architectures`: written once, for all workers."""
+    from architectures import ARCHITECTURES, export  # with torch, which takes seconds
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+    folder.mkdir(exist_ok=True)
+
+    @cache
+    def file(name: str, how: str) -> Path:
+        path = folder / f"{name}.{how}.onnx"
+        if not path.exists():
+            mine = tmp_path_factory.mktemp("export") / path.name
+            export(ARCHITECTURES[name], how, mine)
+            mine.replace(path)  # whole or not there: another worker may look
+        return path
+
+    return file

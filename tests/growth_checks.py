@@ -114,5 +114,5 @@ def gradients(module: torch.nn.Module, feed: Feed, names: Sequence[str], seed: i
         for name, parameter in module.named_parameters():
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             found[name] = grad.numpy().copy()
-            parameter -= 1e-2 * grad
+            parameter.sub_(1e-2 * grad)
     return found

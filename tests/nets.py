@@ -3,7 +3,8 @@ torch's unfold, numpy's least squares."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def net(
     for number, (name, value) in enumerate(weights.items()):
         array = value
         if isinstance(value, tuple):
-            fan = max(np.prod(value[1:] if len(value) > 2 else value[:1]), 1)
+            fan = max(int(np.prod(value[1:] if len(value) > 2 else value[:1])), 1)
             array = (normal(*value, seed=number + 1) / np.sqrt(fan)).astype(np.float32)
         proto.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
     return Model.load(proto)
@@ -93,6 +94,25 @@ def compute(model: Model, feed: Feed, *names: str) -> list[np.ndarray]:
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(list(names) or None, feed)
+
+
+def takes(run: Callable[[], object], seconds: float) -> bool:
+    """Whether `run` takes less processor time than this, once in three times: other work slows it too."""
+
+    def taken() -> float:
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+
+    return any(taken() < seconds for _ in range(3))
+
+
+def linear(seconds: Callable[[int], float], size: int) -> bool:
+    """Whether four times the size takes less than eight times the processor time, once in three times.
+
+    Each size is timed beside the other: what else the machine does then slows both.
+    """
+    return any(seconds(4 * size) < 8 * seconds(size) for _ in range(3))
 
 
 def fitted(context: Context) -> Feed:

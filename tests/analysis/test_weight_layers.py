@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from architectures import ARCHITECTURES, export
 from nets import net, normal
 from onnx import numpy_helper
 
@@ -197,19 +195,11 @@ PARTS = {
 }
 
 
-@cache
-def exported(name: str, how: str) -> Model:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export(ARCHITECTURES[name], how, path)
-        return Model.load(path.read_bytes())
-
-
 @pytest.mark.parametrize("how", ["torchscript", pytest.param("dynamo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["bert", "gpt", "vit", "llama"])
-def test_exported_transformers(name: str, how: str) -> None:
+def test_exported_transformers(name: str, how: str, exported: Callable[[str, str], Path]) -> None:
     """Packed or apart, split by Split or by Gather, rotated, masked, with fewer key heads."""
-    model = exported(name, how)
+    model = Model.load(exported(name, how))
     found = [(layer.role, heads(model, layer)) for layer in layers_of(model)]
     packed = [("query+key+value", 4), ("output", 4), ("token", None), ("token", None)]
     apart = [("query", 4), ("key", 2), ("value", 2), ("output", 4), *[("token", None)] * 3]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, export
+from architectures import ARCHITECTURES
 from channel_cases import close, drawn, parameters
 from nets import RUNTIME, Feed, compute
 
@@ -33,12 +32,7 @@ SLOW = [
 ]
 
 
-@cache
-def exported(name: str, how: str) -> Model:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export(ARCHITECTURES[name], how, path)
-        return Model.load(path.read_bytes())
+Exported = Callable[[str, str], Path]
 
 
 def samples(name: str, batch: int) -> Feed:
@@ -46,9 +40,8 @@ def samples(name: str, batch: int) -> Feed:
     return {key: value.numpy() for key, value in model_inputs.items()}
 
 
-def check(name: str, how: str) -> tuple[int, ...]:
+def check(name: str, model: Model) -> tuple[int, ...]:
     """Sizes of the groups; the cut of each, and of all at once, equals the masked network."""
-    model = exported(name, how)
     groups = find_groups(model, samples(name, 3), RUNTIME)
     for choice in (*(drawn([group], 0.6) for group in groups.free), drawn(groups.free, 0.75, seed=1)):
         cut, masked = model.copy(), mask(model, choice)
@@ -65,11 +58,11 @@ def check(name: str, how: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(("name", "how"), QUICK)
-def test_quick_exports(name: str, how: str) -> None:
-    assert check(name, how) == QUICK[name, how]
+def test_quick_exports(name: str, how: str, exported: Exported) -> None:
+    assert check(name, Model.load(exported(name, how))) == QUICK[name, how]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "how"), SLOW)
-def test_all_exports(name: str, how: str) -> None:
-    assert check(name, how)
+def test_all_exports(name: str, how: str, exported: Exported) -> None:
+    assert check(name, Model.load(exported(name, how)))

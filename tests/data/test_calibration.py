@@ -816,8 +816,8 @@ def peak(path: Path, width: int) -> int:
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_memory_does_not_grow_with_the_samples(tmp_path: Path, compressed: bool) -> None:
-    """2 MB and 20 MB of samples, batches of 128 kB."""
-    for name, count in {"small": 1000, "large": 10000}.items():
+    """1 MB and 10 MB of samples, batches of 128 kB."""
+    for name, count in {"small": 500, "large": 5000}.items():
         write_npz(tmp_path / f"{name}.npz", count, 500, compressed)
     peak(tmp_path / "small.npz", 500)  # what is imported and cached once
     small, large = (peak(tmp_path / f"{name}.npz", 500) for name in ("small", "large"))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
-from sklearn.cluster import KMeans
+from nets import takes
 
 from onnxfuse.numerics.kmeans import kmeans, nearest
 
@@ -51,6 +49,8 @@ def test_near_the_optimum(name: str, count: int) -> None:
 @pytest.mark.parametrize("count", [16, 128])
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "many alike"])
 def test_as_good_as_scikit_learns(name: str, count: int) -> None:
+    from sklearn.cluster import KMeans  # takes a second, which workers without this test need not wait
+
     numbers = SHAPES[name]
     found = kmeans(numbers.astype(np.float32), count)
     theirs = KMeans(count, n_init=1, random_state=0).fit(numbers[:, None])
@@ -79,8 +79,6 @@ def test_few_numbers_are_their_own_centres() -> None:
 
 def test_a_million_numbers_take_little_time() -> None:
     numbers = np.random.default_rng(1).standard_normal(1_000_000).astype(np.float32)
-    start = time.process_time()
-    centres = kmeans(numbers, 256)
-    nearest(numbers, centres)
-    assert time.process_time() - start < 3
-    assert error(numbers, centres) < 1.05 * 2.72 / 256**2 * len(numbers)  # Panter and Dite, for many centres
+    assert takes(lambda: nearest(numbers, kmeans(numbers, 256)), 3)
+    best = 2.72 / 256**2 * len(numbers)  # Panter and Dite, for many centres
+    assert error(numbers, kmeans(numbers, 256)) < 1.05 * best

@@ -8,6 +8,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import linear
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxfuse.ir.model import Model
@@ -1250,15 +1251,11 @@ def chain_of(length: int) -> onnx.ModelProto:
 
 
 def test_time_is_linear_in_the_nodes():
-    # Processor time: other work on the machine must not decide.
-    times = {}
-    for length in (500, 4000):
-        seconds = []
-        for _ in range(2):
-            model = Model.load(chain_of(length))
-            start = time.process_time()
-            result = Fold().run(model, None)  # type: ignore[arg-type]
-            seconds.append(time.process_time() - start)
-            assert len(result.model.nodes) == length // 2
-        times[length] = min(seconds)
-    assert times[4000] < 8 * 3 * times[500], times
+    def seconds(length):
+        model = Model.load(chain_of(length))
+        start = time.process_time()
+        result = Fold().run(model, None)  # type: ignore[arg-type]
+        assert len(result.model.nodes) == length // 2
+        return time.process_time() - start
+
+    assert linear(seconds, 640)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import properties
 import pytest
 import torch
-from architectures import ARCHITECTURES, EXPORTERS, Architecture, export
+from architectures import ARCHITECTURES, EXPORTERS, Architecture
 
 from onnxfuse.data.calibration import Batch
 from onnxfuse.errors import ModelWarning
@@ -48,19 +48,6 @@ def _case(name: str, how: str) -> object:
 every_export = pytest.mark.parametrize(
     ("name", "how"), [_case(name, how) for name in ARCHITECTURES for how in EXPORTERS]
 )
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    folder = tmp_path_factory.mktemp("exports")
-
-    @cache
-    def path(name: str, how: str) -> Path:
-        file = folder / f"{name}.{how}.onnx"
-        export(ARCHITECTURES[name], how, file)
-        return file
-
-    return path
 
 
 def _batches(architecture: Architecture, how: str) -> list[Batch]:
