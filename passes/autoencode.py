@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from onnxfuse.analysis.regions.region import site_name
 from onnxfuse.errors import InputError
 from onnxfuse.findings import Change, Skip
 from onnxfuse.fitting.input_rows import input_rows
@@ -137,7 +136,7 @@ class Autoencode(Pass):
     def _plans(self, model: Model, context: Context) -> tuple[list[_Plan], list[Skip]]:
         """The operators that are replaced and by what, and why others are not."""
         shapes = shapes_on(model, first_feed(context), context.runtime)
-        known = {node: (site_name(node),) for node in model.nodes if node.op in LINEAR_OPERATORS}
+        known = {node: (node.site_name,) for node in model.nodes if node.op in LINEAR_OPERATORS}
         asked = choosing.choose({self.options.only: None}, known, "linear operator")
         plans: list[_Plan] = []
         answers = choosing.Answers()
@@ -264,7 +263,7 @@ def _replace(model: Model, plan: _Plan, encode: Affine, decode: Affine) -> tuple
     op, kind = plan.op, plan.op.node.op
     made = {node.outputs[0].name for node in op.nodes}
     old = [node for node in model.nodes if node.outputs and node.outputs[0].name in made]
-    own: dict[str, Any] = {"by": NAME, "replaces": [site_name(node) for node in old]}
+    own: dict[str, Any] = {"by": NAME, "replaces": [node.site_name for node in old]}
     x, y = model.tensor(op.x), model.tensor(op.y)
     model.remove(old)
     first, second = f"{op.name}_encode", f"{op.name}_decode"

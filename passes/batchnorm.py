@@ -24,7 +24,6 @@ import numpy as np
 from pydantic import Field
 
 from onnxfuse.analysis.normalization import CONVOLUTIONS, normalized_by
-from onnxfuse.analysis.regions.region import site_name
 from onnxfuse.data.batch_axes import batch_axes
 from onnxfuse.data.calibration import Batch
 from onnxfuse.data.rows import first_rows
@@ -88,11 +87,11 @@ class Batchnorm(Pass):
         sites: list[LinearOp] = []
         skipped: list[Skip] = []
         for node in model.nodes:
-            if not self._is_chosen(site_name(node), node.op) or not is_main_domain(node):
+            if not self._is_chosen(node.site_name, node.op) or not is_main_domain(node):
                 continue
             op = linear_op(model, node, transposed=True)
             if isinstance(op, str):
-                skipped.append(Skip((site_name(node),), op))
+                skipped.append(Skip((node.site_name,), op))
             elif op.dtype.kind != "f":
                 skipped.append(Skip((op.name,), f"statistics of {op.dtype} are not kept"))
             elif normalizer := normalized_by(model, op.nodes[-1].outputs[0]):

@@ -22,7 +22,6 @@ import numpy.typing as npt
 from onnx import TensorProto
 from pydantic import Field
 
-from onnxfuse.analysis.regions.region import site_name
 from onnxfuse.findings import Json
 from onnxfuse.fitting.rewriting import (
     OperatorOptions,
@@ -210,12 +209,12 @@ def _coded(model: Model, only: str, context: Context) -> tuple[int, set[str]]:
         if (
             node.op not in LINEAR_OPERATORS
             or VALUES not in promises(node)
-            or not fnmatchcase(site_name(node), only)
+            or not fnmatchcase(node.site_name, only)
         ):
             continue
         shape = shapes[node.inputs[1].name].shape
         if not model.is_weight(node.inputs[1]) and shape is not None:
-            names.add(site_name(node))
+            names.add(node.site_name)
             sizes[node.inputs[1].name] = math.prod(size for size in shape if isinstance(size, int))
     return sum(sizes.values()), names
 
@@ -226,7 +225,7 @@ def _code(model: Model, weight: SharedWeight) -> None:
     table, index = np.unique(value.reshape(-1).astype(np.float64), return_inverse=True)
     small = np.uint8 if len(table) <= 256 else np.uint16
     nodes = weight.nodes(model)
-    made: dict[str, Any] = {"by": Cluster.name, "replaces": [site_name(node) for node in nodes]}
+    made: dict[str, Any] = {"by": Cluster.name, "replaces": [node.site_name for node in nodes]}
     stored = model.add_weight(f"{weight.tensor.name}_index", index.astype(small).reshape(value.shape))
     names = [f"{weight.tensor.name}_{what}" for what in ("index_cast", "values")]
     # Gather takes no small integers.

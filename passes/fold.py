@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import ClassVar
 
-from onnxfuse.analysis.constant_folding import GROWTH, fold_constants, label
+from onnxfuse.analysis.constant_folding import GROWTH, fold_constants
 from onnxfuse.analysis.noops import OPERATORS
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.folding.affine import fold_affine
@@ -111,7 +111,7 @@ class _Folding:
         self._workspace.growth += folded.growth
         self._workspace.overridden.update(dict.fromkeys(folded.overridden))
         for node, reason in folded.refused.items():
-            self._uncomputed[node] = Skip((label(node),), reason)
+            self._uncomputed[node] = Skip((node.site_name,), reason)
         if folded.shape_nodes:
             names = tuple(folded.shape_nodes)
             self.changes.append(Change(names, "static shapes became constants"))

@@ -33,7 +33,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from onnxfuse.analysis.cost import node_macs, shapes_at
 from onnxfuse.analysis.regions.check import check_geometry
-from onnxfuse.analysis.regions.region import Region, describe_region, site_name
+from onnxfuse.analysis.regions.region import Region, describe_region
 from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.findings import Change, Json, Skip
@@ -323,7 +323,7 @@ class Fuse(Pass):
             model: stays as it is.
             chosen: regions that share no node.
             context: of the pass, or of a trial.
-            quick: see `walk.walk`.
+            quick: see `fitting.walk.walk`.
         """
         made = model.copy()
         fresh = [(_replace(made, i.fit.candidate, i.fit.affine, self.name), i.region.v) for i in chosen]

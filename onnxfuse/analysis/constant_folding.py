@@ -91,11 +91,6 @@ def proven_shapes(model: Model) -> dict[str, TensorInfo]:
     return {}
 
 
-def label(node: Node) -> str:
-    """The node's name, or that of its first output where it has none."""
-    return node.name or next((t.name for t in node.outputs if t.name), "")
-
-
 def integers(model: Model, tensor: Tensor | None) -> list[int] | None:
     """The value of a small integer constant as a flat list; None for anything else."""
     if tensor is None or not model.is_weight(tensor):
@@ -146,7 +141,7 @@ def _fold_shapes(model: Model, folded: Folded) -> None:
         if value is None or model.is_output(node.outputs[0]):
             continue
         tensor = node.outputs[0]
-        folded.shape_nodes.append(label(node))
+        folded.shape_nodes.append(node.site_name)
         model.remove([node])
         to_initializer(model, tensor, value)
 
@@ -311,7 +306,7 @@ def _store(model: Model, chosen: list[Node], folded: Folded) -> None:
     for tensor, node in wanted:
         if tensor.name in failed:
             folded.refused[node] = failed[tensor.name]
-    names = {node: label(node) for node in chosen}
+    names = {node: node.site_name for node in chosen}
     folded.overridden += [t.name for node in chosen for t in node.inputs if t.name and overridable(model, t)]
     failing = {node for tensor, node in wanted if tensor.name in failed}
     model.remove({node for _, node in wanted} - failing)
@@ -348,7 +343,6 @@ __all__ = [
     "Folded",
     "fold_constants",
     "integers",
-    "label",
     "overridable",
     "param",
     "proven_shapes",

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnxfuse.analysis.attention_roles import ROLES, find_roles, heads_before, heads_behind
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.findings import Skip
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
@@ -47,7 +46,7 @@ def find_weight_layers(model: Model) -> tuple[list[WeightLayer], list[Skip]]:
             ops[node] = found
         elif is_main_domain(node) and node.op in WEIGHTED and any(map(model.is_weight, node.inputs[:2])):
             first = model.is_weight(node.inputs[0]) and not model.is_weight(node.inputs[1])
-            skips.append(Skip((label(node),), f"{node.op} has its weight first" if first else found))
+            skips.append(Skip((node.site_name,), f"{node.op} has its weight first" if first else found))
     roles = find_roles(model, ops, shapes)
     layers: list[WeightLayer] = []
     for weight in shared_weights(ops.values()):

@@ -17,7 +17,6 @@ from itertools import compress
 
 import numpy as np
 
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Axis, Kept
 from onnxfuse.channels.groups import Choice
@@ -142,7 +141,7 @@ def _rewrite(model: Model, system: System, kept: Kept, by: str) -> list[tuple[st
         value = _value_of(number, kept)
         place = number.place
         node = _node(model, place.node)
-        done.append((label(node), str(place), old, value))
+        done.append((node.site_name, str(place), old, value))
         if place.attribute is not None:
             _set_attribute(node, place.attribute, place.entry, value)
         else:
@@ -241,4 +240,4 @@ def _write_split(model: Model, split: EvenSplit, kept: Kept) -> list[tuple[str, 
         if len(node.inputs) > 1:
             node.inputs.pop()
         node.inputs.append(model.add_weight(f"{split.node}_sizes", np.array(sizes, np.int64)))
-    return [(label(node), f"split[{i}]", a, b) for i, (a, b) in enumerate(zip(old, sizes, strict=True))]
+    return [(node.site_name, f"split[{i}]", a, b) for i, (a, b) in enumerate(zip(old, sizes, strict=True))]

@@ -13,7 +13,6 @@ from functools import cached_property
 
 import numpy as np
 
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Axis, leaves
 from onnxfuse.channels.site import SINGLE, AxisUse, Number, Role, Sink, System
@@ -153,7 +152,7 @@ def find_groups(model: Model, feed: Feed | None = None, runtime: Runtime | None 
         runtime: where they are run; to be given with `feed`.
 
     Raises:
-        InputError, NotApplicableError: as `observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
     """
     system = trace(model, feed, runtime)
     return ChannelGroups(tuple(_groups(system)), system)
@@ -252,7 +251,7 @@ def _group(system: System, members: list[Axis], found: list[_Found]) -> Group:
         touches=tuple(touches),
         numbers=tuple(dict.fromkeys(number for own in found for number in own.numbers)),
         sinks=sinks,
-        statistics=tuple(dict.fromkeys(label(node) for node in counting if node is not None)),
+        statistics=tuple(dict.fromkeys(node.site_name for node in counting if node is not None)),
         frozen=members[0].frozen,
         leaves=tuple(members),
         system=system,

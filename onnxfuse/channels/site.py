@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels.dims import Axis, ClashError, freeze_leaves, is_dynamic, leaves, mark_channel, unify
 from onnxfuse.channels.lengths import Numbers, Tag, of_constant, worth_reading
 from onnxfuse.ir.model import Model
@@ -385,7 +384,7 @@ class ChannelNode(ModelNodeView):
         mark_channel(dim)
         for root in self.system.roots.get(tensor, (tensor,)):
             at = axis % len(self.axes(slot)) if root is tensor else None
-            self.system.uses.append(AxisUse(root, at, dim, role, label(self.node)))
+            self.system.uses.append(AxisUse(root, at, dim, role, self.node.site_name))
 
     def number(
         self,

@@ -16,7 +16,6 @@ from typing import Annotated, TypeVar
 import numpy as np
 from pydantic import Field
 
-from onnxfuse.analysis.regions.region import site_name
 from onnxfuse.channels.consumers import RowView
 from onnxfuse.channels.importance import Statistics, statistics
 from onnxfuse.findings import Change, Json, Skip
@@ -85,11 +84,11 @@ def linear_ops(
     found: list[LinearOp] = []
     skipped: list[Skip] = []
     for node in model.nodes:
-        if node.op not in LINEAR_OPERATORS or not fnmatchcase(site_name(node), only):
+        if node.op not in LINEAR_OPERATORS or not fnmatchcase(node.site_name, only):
             continue
         op = linear_op(model, node, shapes)
         if isinstance(op, str):
-            skipped.append(Skip((site_name(node),), op))
+            skipped.append(Skip((node.site_name,), op))
         else:
             found.append(op)
     return found, skipped
@@ -140,7 +139,7 @@ def unmeasurable(model: Model, trial: Model, nodes: Collection[Node], context: C
     measured = {site.op.node for site in sites}
     reasons = {skip.nodes[0]: skip.reason for skip in skipped}
     unknown = "its output can't be compared with the original's"
-    return {node: reasons.get(site_name(node), unknown) for node in nodes if node not in measured}
+    return {node: reasons.get(node.site_name, unknown) for node in nodes if node not in measured}
 
 
 # What they see ------------------------------------------------------------------------------------
@@ -204,8 +203,8 @@ def walked(
         context: of the pass.
         mask: see `Mask`.
         refit: without it fresh operators are solved, fixed ones measured, and nothing else is touched.
-        fixed: see `walk.refit_sites`.
-        fresh: see `walk.refit_sites`.
+        fixed: see `fitting.sites.refit_sites`.
+        fresh: see `fitting.sites.refit_sites`.
         ridge: see `walk.walk`.
         paper: see `walk.walk`.
         quick: see `walk.walk`.

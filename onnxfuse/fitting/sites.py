@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 from onnx import NodeProto
 
-from onnxfuse.analysis.regions.region import site_name
 from onnxfuse.errors import InputError
 from onnxfuse.findings import Skip
 from onnxfuse.ir.marks import promises
@@ -117,7 +116,7 @@ def refit_sites(
         rewritten: what to solve.
         fresh: nodes to be solved from nothing, each with the tensor of both models that it stands for.
         mask: see `RefitSite`.
-        known: types and shapes of the original's tensors, as `observed_shapes.shapes_on` has them; None takes
+        known: types and shapes of the original's tensors, of `runtime.observed_shapes.shapes_on`; None takes
             what can be inferred.
         before: what `rewritten` was made from, where that isn't the original; what it computes alike is left.
         fixed: nodes whose weights are to stay as they are. Each is a site, behind a change or not: a place to
@@ -144,7 +143,7 @@ def refit_sites(
             continue
         op = linear_op(rewritten, node, shapes)
         if isinstance(op, str):
-            skipped.append(Skip((site_name(node),), op))
+            skipped.append(Skip((node.site_name,), op))
         elif reason := _unsolvable(op, owned=node in new or node in stay):
             skipped.append(Skip((op.name,), reason))
         else:

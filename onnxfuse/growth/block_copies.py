@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.analysis.residual_blocks import Block, is_own
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Tensor
@@ -39,11 +38,11 @@ def copy_block(model: Model, block: Block, x: Tensor, prefix: str, by: str) -> T
             [twins.get(t, t) for t in node.inputs],
             [f"{prefix}.{t.name}" if t.name else "" for t in node.outputs],
             node.attrs,
-            f"{prefix}.{label(node)}",
+            f"{prefix}.{node.site_name}",
             domain=node.domain,
             by=by,
         )
         twins.update(zip(node.outputs, made.outputs, strict=True))
     end = next(t for t in block.add.inputs if t is not block.u)
-    name = f"{prefix}.{label(block.add)}"
+    name = f"{prefix}.{block.add.site_name}"
     return model.add_node("Add", [x, twins[end]], [f"{name}.out"], name=name, by=by).outputs[0]

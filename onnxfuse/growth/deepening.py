@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.analysis.layers import Layer
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor, Variable
@@ -24,7 +23,7 @@ def detach(model: Model, tensor: Tensor) -> Tensor:
     """
     node = model.producer(tensor)
     assert node is not None
-    node.name = label(node)
+    node.name = node.site_name
     raw = Variable(model.unique_name(f"{tensor.name}_before"))
     node.outputs[node.outputs.index(tensor)] = raw
     return raw

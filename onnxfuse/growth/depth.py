@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.analysis.layers import IDEMPOTENT, Layer, find_layers, followed
 from onnxfuse.analysis.residual_blocks import Block, before, find_blocks
 from onnxfuse.ir.model import Model
@@ -55,7 +54,7 @@ def find_sites(model: Model, scheme: DepthScheme, blocks: int = 1) -> list[Deepe
         elif node.outputs[0] not in leading:
             chain = "no operator with weights follows it"
         reason, place = (chain, None) if isinstance(chain, str) else (None, chain)
-        found.append(DeepeningSite((label(node),), place, reason, True))
+        found.append(DeepeningSite((node.site_name,), place, reason, True))
     return found
 
 

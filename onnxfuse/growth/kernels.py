@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.analysis.normalization import CONVOLUTIONS
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
@@ -19,7 +18,7 @@ def find_kernels(model: Model) -> dict[Tensor, list[str]]:
     found: dict[Tensor, list[str]] = {}
     for node in model.nodes:
         if node.op in CONVOLUTIONS.names and is_main_domain(node):
-            found.setdefault(node.inputs[1], []).append(label(node))
+            found.setdefault(node.inputs[1], []).append(node.site_name)
     return found
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Axis
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
@@ -141,7 +140,7 @@ def _skips(groups: ChannelGroups, name: str) -> Iterator[_Skip]:
         ]
         if slots and others and node.key in _SUMS:
             yield _Skip(node, slots, others[0])
-        elif slots or label(node) in sources:
+        elif slots or node.site_name in sources:
             carried.update(t for t in node.outputs if _lies(groups, t, leaves))
 
 

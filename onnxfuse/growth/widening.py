@@ -1,7 +1,7 @@
 """More channels in a group, and the function unchanged: R2WiderR, Net2WiderNet, NetMorph.
 
 After Painter, "Towards a more complete theory of function preserving transforms". New channels are taken as
-copies of old ones on every axis they lie on (`edits.take`), so whatever treats channels one by one treats
+copies of old ones on every axis they lie on (`channels.take`), so whatever treats channels one by one treats
 them as it did the old. Then the weights that compute them and those that read them are set, by one of
 
 - `r2r`, equations (8), (9): twins [U; U], read with [V, -V]. U and V are free: half of the new weights. Twins

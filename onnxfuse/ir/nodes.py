@@ -225,9 +225,14 @@ class Node(gs.Node):
         return protos.operator_key(self.domain, self.op)
 
     @property
+    def site_name(self) -> str:
+        """The name by which users mean the node: its own, or its first output's where it has none."""
+        return self.name or next((tensor.name for tensor in self.outputs if tensor.name), "")
+
+    @property
     def label(self) -> str:
-        """The node in messages: its name, or else its first output, and its operator."""
-        return f"'{self.name or (self.outputs[0].name if self.outputs else '')}' ({self.op})"
+        """The node in messages: its `site_name` and its operator."""
+        return f"'{self.site_name}' ({self.op})"
 
     @property
     def edited(self) -> bool:

@@ -64,8 +64,8 @@ class LinearOp:
 
     @property
     def name(self) -> str:
-        """The node's name, or its output's where the node has none."""
-        return str(self.node.name or self.node.outputs[0].name)
+        """The node's `site_name`."""
+        return self.node.site_name
 
     @property
     def x(self) -> str:

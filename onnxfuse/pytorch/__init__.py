@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxfuse.pytorch.bridge.importer import operators, to_torch
-    from onnxfuse.pytorch.bridge.registry import register
+    from onnxfuse.pytorch.bridge.rules import register
     from onnxfuse.pytorch.bridge.weights import Weight, is_trainable
     from onnxfuse.pytorch.bridge.writeback import from_torch
 

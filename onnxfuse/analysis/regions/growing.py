@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from onnxfuse.analysis.regions.facts import RegionNode
 from onnxfuse.analysis.regions.indexed_graph import IndexedGraph, natural_view
 from onnxfuse.analysis.regions.linear_rules import TRANSPARENT
-from onnxfuse.analysis.regions.region import Region, RegionKind, site_name
+from onnxfuse.analysis.regions.region import Region, RegionKind
 from onnxfuse.analysis.regions.rules import apply_rule
 from onnxfuse.analysis.regions.view import DataView, Flow, Layout, Shape, map_flow, token_flow
 from onnxfuse.ir.nodes import Node, Tensor
@@ -293,7 +293,7 @@ class RegionGrowth:
             has_nonlinearity=flow.curved,
             u_shape=u_shape,
             v_shape=v_shape,
-            sites=tuple(site_name(n) for n in nodes if self.graph.is_linear(n)),
+            sites=tuple(n.site_name for n in nodes if self.graph.is_linear(n)),
             sides=self.sides(nodes),
         )
 

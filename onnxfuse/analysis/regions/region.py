@@ -51,14 +51,9 @@ class Region:
     sides: tuple[str, ...] = ()
 
 
-def site_name(node: Node) -> str:
-    """The node's name, or its first output's where it has none."""
-    return str(node.name or node.outputs[0].name)
-
-
 def describe_region(region: Region) -> str:
     """One line for tables: `conv1..conv2 (2 Conv, skip) 16->16 s1 rf5`."""
-    linear = [n for n in region.nodes if site_name(n) in region.sites]
+    linear = [n for n in region.nodes if n.site_name in region.sites]
     kinds = sorted({n.op for n in linear}, key=[n.op for n in linear].index)
     counts = [f"{sum(n.op == kind for n in linear)} {kind}" for kind in kinds]
     notes = ", ".join([*counts, *(["skip"] if region.residual else [])])

@@ -26,7 +26,7 @@ import numpy as np
 from onnxfuse.analysis.regions.growing import RegionGrowth
 from onnxfuse.analysis.regions.indexed_graph import IndexedGraph, natural_view
 from onnxfuse.analysis.regions.linear_rules import TRANSPARENT
-from onnxfuse.analysis.regions.region import Region, site_name
+from onnxfuse.analysis.regions.region import Region
 from onnxfuse.analysis.regions.view import DataView
 from onnxfuse.findings import Skip
 from onnxfuse.ir.model import Model
@@ -86,7 +86,7 @@ class _Search:
                     reached.setdefault(index, reason)
         covered = {node for region in regions for node in region.nodes}
         skips = [
-            Skip((site_name(node),), _reason(own.get(i), reached.get(i)))
+            Skip((node.site_name,), _reason(own.get(i), reached.get(i)))
             for i, node in enumerate(self.graph.nodes)
             if self.graph.is_linear(node) and node not in covered
         ]

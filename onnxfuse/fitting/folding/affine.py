@@ -14,7 +14,6 @@ import math
 
 import numpy as np
 
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.fitting.folding.workspace import Decision, Edit, Workspace, refuse
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ops.channel_affine import (
@@ -71,7 +70,7 @@ def _into_previous(workspace: Workspace, node: Node, x: Tensor) -> Edit | str:
     bias = op.bias * affine.scale + affine.shift
     if reason := _too_dear(workspace, node, cost) or overflow(op, weight, bias):
         return reason
-    names = (*map(label, op.nodes), label(node))
+    names = (*map(label, op.nodes), node.site_name)
 
     def make() -> list[Node]:
         target = node.outputs[0]
@@ -109,7 +108,7 @@ def _into_next(workspace: Workspace, node: Node, x: Tensor) -> Edit | str:
     cost = workspace.copy_cost(op)
     if reason := _too_dear(workspace, node, cost) or overflow(op, weight, bias):
         return reason
-    names = (label(node), *map(label, op.nodes))
+    names = (node.site_name, *map(label, op.nodes))
 
     def make() -> list[Node]:
         workspace.overriding(node.inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxfuse.analysis.constant_folding import integers, label
+from onnxfuse.analysis.constant_folding import integers
 from onnxfuse.analysis.noops import handed_on, permutation
 from onnxfuse.fitting.folding.workspace import Decision, Edit, Workspace, refuse
 from onnxfuse.ir.nodes import Node, Tensor
@@ -44,7 +44,7 @@ def bypass(workspace: Workspace, node: Node, source: Tensor, what: str) -> Decis
             workspace.release(dropped)
             return users
 
-        return Edit((label(node),), what, make)
+        return Edit((node.site_name,), what, make)
     producer = model.producer(source)
     if producer is None or model.is_weight(source) or workspace.pinned(source):
         return refuse(
@@ -61,7 +61,7 @@ def bypass(workspace: Workspace, node: Node, source: Tensor, what: str) -> Decis
         workspace.release(dropped)
         return [producer, *users]
 
-    return Edit((label(node),), what, rename)
+    return Edit((node.site_name,), what, rename)
 
 
 def join_transposes(workspace: Workspace, node: Node) -> Decision:
@@ -77,7 +77,7 @@ def join_transposes(workspace: Workspace, node: Node) -> Decision:
         return bypass(workspace, node, before.inputs[0], "a Transpose undoes the one before it: removed")
     if workspace.only_user(node.inputs[0]) is not node:
         return None
-    names = (label(before), label(node))
+    names = (before.site_name, node.site_name)
 
     def make() -> list[Node]:
         between = node.inputs[0]
@@ -99,7 +99,7 @@ def join_reshapes(workspace: Workspace, node: Node) -> Decision:
     target = integers(workspace.model, optional_input(node, 1))
     if target is None or 0 in target or workspace.only_user(node.inputs[0]) is not node:
         return None
-    names = (label(before), label(node))
+    names = (before.site_name, node.site_name)
 
     def make() -> list[Node]:
         between = node.inputs[0]

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxfuse.analysis.constant_folding import label
 from onnxfuse.findings import Skip
 from onnxfuse.fitting.folding.workspace import Decision, Edit, Workspace
 from onnxfuse.ir.nodes import Node

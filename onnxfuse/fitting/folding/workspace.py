@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from onnxfuse.analysis.constant_folding import GROWTH, label, overridable
+from onnxfuse.analysis.constant_folding import GROWTH, overridable
 from onnxfuse.findings import Json, Skip
 from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
 from onnxfuse.ir.model import Model
@@ -154,4 +154,4 @@ Rule: TypeAlias = Callable[[Workspace, Node], Decision]
 
 def refuse(node: Node, reason: str) -> Skip:
     """The refusal of a rule at one node."""
-    return Skip((label(node),), reason)
+    return Skip((node.site_name,), reason)

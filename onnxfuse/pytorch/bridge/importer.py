@@ -19,7 +19,7 @@ from torch import fx, nn
 from onnxfuse.ir.model import LoadableModel, Model
 from onnxfuse.pytorch.bridge.keys import CALLED, put
 from onnxfuse.pytorch.bridge.operator import of_node
-from onnxfuse.pytorch.bridge.registry import TABLE
+from onnxfuse.pytorch.bridge.rules import TABLE
 from onnxfuse.pytorch.bridge.scopes import ModelScope
 from onnxfuse.pytorch.bridge.store import Store
 from onnxfuse.pytorch.bridge.weights import Weight, check_ties, is_trainable, stored

@@ -21,7 +21,7 @@ from onnxfuse.ir import shapes
 from onnxfuse.ir.marks import GRADIENT_KEY
 from onnxfuse.pytorch.bridge.keys import CALLED, Keys
 from onnxfuse.pytorch.bridge.operator import Operator, constant_value, of_proto
-from onnxfuse.pytorch.bridge.registry import TABLE
+from onnxfuse.pytorch.bridge.rules import TABLE
 from onnxfuse.pytorch.bridge.store import Store, holder
 from onnxfuse.pytorch.bridge.tensors import torch_type
 from onnxfuse.pytorch.bridge.values import MOST_ON_HOST, Call, Host, Value, is_fixed, object_array

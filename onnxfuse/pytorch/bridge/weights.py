@@ -24,7 +24,7 @@ from onnxfuse.ir.nodes import Constant
 from onnxfuse.ops.table import OPS, Key, Kind, Trait, parse_key
 from onnxfuse.pytorch.bridge.keys import Keys
 from onnxfuse.pytorch.bridge.operator import Operator, constant_value, of_node, of_proto
-from onnxfuse.pytorch.bridge.registry import TABLE
+from onnxfuse.pytorch.bridge.rules import TABLE
 from onnxfuse.pytorch.bridge.tensors import torch_type
 
 MASKED = 1e4
