@@ -1,7 +1,7 @@
 """Interfaces through which long loops and passes say how far they are and what happened.
 
 What shows progress on a terminal or writes the journal to a file implements them elsewhere
-(`onnxfuse.instruments`).
+(`onnxfuse.pipeline.instruments`).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from onnxfuse.fitting.walk import Solved
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Variable
 from onnxfuse.numerics.affine import Affine
-from onnxfuse.ops.linear import LINEAR, LinearOp, linear_op
+from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, linear_op
 from onnxfuse.ops.linear_building import add_linear
 from onnxfuse.pipeline import choosing
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
@@ -137,7 +137,7 @@ class Autoencode(Pass):
     def _plans(self, model: Model, context: Context) -> tuple[list[_Plan], list[Skip]]:
         """The operators that are replaced and by what, and why others are not."""
         shapes = shapes_on(model, first_feed(context), context.runtime)
-        known = {node: (site_name(node),) for node in model.nodes if node.op in LINEAR}
+        known = {node: (site_name(node),) for node in model.nodes if node.op in LINEAR_OPERATORS}
         asked = choosing.choose({self.options.only: None}, known, "linear operator")
         plans: list[_Plan] = []
         answers = choosing.Answers()

@@ -25,17 +25,16 @@ from pydantic import Field
 
 from onnxfuse.analysis.normalization import CONVOLUTIONS, normalized_by
 from onnxfuse.analysis.regions.region import site_name
+from onnxfuse.data.batch_axes import batch_axes
 from onnxfuse.data.calibration import Batch
 from onnxfuse.data.rows import first_rows
-from onnxfuse.data.sources import batch_axes
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.findings import Change, Json, Skip
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Variable
 from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassOptions, PassResult
 from onnxfuse.runtime.observe import TappedModel, observe
-from onnxfuse.runtime.session import Feed
 
 NAME = "batchnorm"
 NAMED = CONVOLUTIONS.names | {"Gemm"}

@@ -38,10 +38,10 @@ from onnxfuse.fitting.rewriting import (
 )
 from onnxfuse.fitting.search import SearchResult
 from onnxfuse.fitting.sites import check_mask
-from onnxfuse.ir.marks import VALUES, ZEROS, keep, kept
+from onnxfuse.ir.marks import VALUES, ZEROS, keep, promises
 from onnxfuse.ir.model import Model
 from onnxfuse.numerics.kmeans import kmeans, nearest
-from onnxfuse.ops.linear import LINEAR
+from onnxfuse.ops.linear import LINEAR_OPERATORS
 from onnxfuse.ops.shared_weights import SharedWeight
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.runtime.observed_shapes import shapes_on
@@ -172,7 +172,7 @@ class Cluster(Pass):
         if not self.options.codebook:
             return "neither latency nor the plain file shrinks, the packed one does"
         for weight in weights:
-            if VALUES in kept(weight.nodes(made)[0]):
+            if VALUES in promises(weight.nodes(made)[0]):
                 _code(made, weight)
         made.prune()
         return "weights are stored as tables and indices: the file shrinks, latency does not"
@@ -180,7 +180,7 @@ class Cluster(Pass):
 
 def _is_done(model: Model, weight: SharedWeight, values: int) -> bool:
     """Whether an earlier run has left a weight with no more values than that."""
-    if not any(VALUES in kept(node) for node in weight.nodes(model)):
+    if not any(VALUES in promises(node) for node in weight.nodes(model)):
         return False
     return len(np.unique(weight.read(model))) <= values
 
@@ -189,7 +189,7 @@ def _by_kmeans(model: Model, weight: SharedWeight, values: int) -> _Clustered:
     """A weight with at most so many values; zeros of a pruned one are one of them."""
     value = weight.read(model)
     flat = value.reshape(-1).astype(np.float64)
-    pruned = any(ZEROS in kept(node) for node in weight.nodes(model))
+    pruned = any(ZEROS in promises(node) for node in weight.nodes(model))
     stays = (flat == 0) & pruned
     centers = kmeans(flat[~stays], values - int(stays.any()))
     centers = np.unique(centers.astype(value.dtype).astype(np.float64))
@@ -207,7 +207,11 @@ def _coded(model: Model, only: str, context: Context) -> tuple[int, set[str]]:
     sizes: dict[str, int] = {}
     names: set[str] = set()
     for node in model.nodes:
-        if node.op not in LINEAR or VALUES not in kept(node) or not fnmatchcase(site_name(node), only):
+        if (
+            node.op not in LINEAR_OPERATORS
+            or VALUES not in promises(node)
+            or not fnmatchcase(site_name(node), only)
+        ):
             continue
         shape = shapes[node.inputs[1].name].shape
         if not model.is_weight(node.inputs[1]) and shape is not None:

@@ -31,7 +31,7 @@ from onnxfuse.fitting.folding.workspace import Edit, Rule, Workspace
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ops.channel_affine import AFFINE_OPERATORS
-from onnxfuse.ops.linear import LINEAR, is_main_domain
+from onnxfuse.ops.linear import LINEAR_OPERATORS, is_main_domain
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 
 NAME = "fold"
@@ -39,7 +39,7 @@ NAME = "fold"
 _RULES: dict[str, tuple[Rule, ...]] = dict.fromkeys(OPERATORS, (remove_no_op,))
 for _name in AFFINE_OPERATORS:
     _RULES[_name] = (*_RULES.get(_name, ()), fold_affine)
-for _name in LINEAR:
+for _name in LINEAR_OPERATORS:
     _RULES[_name] = (join_linear,)
 _RULES["Transpose"] += (join_transposes,)
 _RULES["Reshape"] += (join_reshapes,)

@@ -33,7 +33,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from onnxfuse.analysis.cost import node_macs, shapes_at
 from onnxfuse.analysis.regions.check import check_geometry
-from onnxfuse.analysis.regions.region import Region, describe, site_name
+from onnxfuse.analysis.regions.region import Region, describe_region, site_name
 from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.findings import Change, Json, Skip
@@ -277,7 +277,7 @@ class Fuse(Pass):
             context.journal(
                 "fuse candidate",
                 place=place,
-                region=describe(item.region),
+                region=describe_region(item.region),
                 relative_error=item.fit.held,
                 output_change=item.change,
             )
@@ -356,9 +356,9 @@ class Fuse(Pass):
 def _change(ranked: _Ranked, solved: Solved) -> Change:
     """The report's line for one region."""
     region = ranked.region
-    made = f"fused {describe(region)} into one {_operator(ranked.fit.candidate)}"
+    made = f"fused {describe_region(region)} into one {_operator(ranked.fit.candidate)}"
     detail: dict[str, Json] = {
-        "region": describe(region),
+        "region": describe_region(region),
         "tensor": region.v,
         "operator": solved.site.op.name,
         "ridge": solved.ridge,

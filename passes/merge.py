@@ -56,14 +56,14 @@ from onnxfuse.fitting.rewriting import (
 from onnxfuse.fitting.search import SearchResult, farthest
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.fitting.trials import Trials
-from onnxfuse.ir.marks import GRADIENT_KEY, kept
+from onnxfuse.ir.marks import GRADIENT_KEY, promises
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.numerics.agglomeration import Step, agglomerate, joined
+from onnxfuse.numerics.agglomeration import Merger, agglomerate, clusters_after
 from onnxfuse.numerics.similarity import Criterion, distance
 from onnxfuse.numerics.weight_sharing import Mode, gradient_shares, one_weight
-from onnxfuse.ops.linear import LINEAR, LinearOp, linear_op
+from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, linear_op
 from onnxfuse.ops.linear_weights import can_share_bias, share_weights
 from onnxfuse.ops.shared_weights import producer
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
@@ -121,7 +121,7 @@ class _Plan:
     """
 
     layers: list[WeightLayer]
-    steps: list[Step]
+    steps: list[Merger]
     total: int
     already: int
     middle: float
@@ -131,7 +131,7 @@ class _Plan:
         """Clusters after so many steps. In each the layer nearest to the middle of the network is first: it
         stays where it is, for layers near input and output are the more salient ones (O'Neill et al.,
         "Fusing layers")."""
-        found = [[self.layers[i] for i in cluster] for cluster in joined(self.steps[:count])]
+        found = [[self.layers[i] for i in cluster] for cluster in clusters_after(self.steps[:count])]
         return [sorted(cluster, key=self.far) for cluster in found]
 
     def far(self, layer: WeightLayer) -> tuple[float, int]:
@@ -174,14 +174,14 @@ class Merge(Pass):
     ) -> list[WeightLayer]:
         """Those of the layers that may share a weight; the others are added to `skipped`."""
         layers = []
-        nodes = [op.node for layer in found for op in layer.ops if op.node.op in LINEAR]
+        nodes = [op.node for layer in found for op in layer.ops if op.node.op in LINEAR_OPERATORS]
         # An exact merge predicts nothing.
         exact = self.contract is Contract.EXACT
         refused = {} if exact else unmeasurable(model, model, nodes, context)
         for layer in found:
             reasons = [refused[op.node] for op in layer.ops if op.node in refused]
-            transposed = [op.node.op for op in layer.ops if op.node.op not in LINEAR]
-            if any(kept(op.node) for op in layer.ops):
+            transposed = [op.node.op for op in layer.ops if op.node.op not in LINEAR_OPERATORS]
+            if any(promises(op.node) for op in layer.ops):
                 skipped.append(Skip((layer.name,), "it is pruned or clustered, which sharing would undo"))
             elif transposed:
                 skipped.append(Skip((layer.name,), f"the error of {transposed[0]} can't be predicted"))
@@ -202,7 +202,7 @@ class Merge(Pass):
         plan = _Plan(everything, [], len(layers) + already, already, middle, groups)
         pairs = [pair for own in classes for pair in combinations(own, 2)]
         found = dict(zip(pairs, self._compared(model, plan, pairs, context), strict=True))
-        steps: list[Step] = []
+        steps: list[Merger] = []
         first = 0
         for own in classes:
             distances = np.full((len(own), len(own)), np.inf)
@@ -210,7 +210,7 @@ class Merge(Pass):
                 distances[i, j] = distances[j, i] = found[own[i], own[j]]
             for step in agglomerate(distances, adjacent=self.options.pairs == "adjacent"):
                 members, others = (tuple(first + i for i in part) for part in (step.members, step.others))
-                steps.append(Step(members, others, step.height))
+                steps.append(Merger(members, others, step.height))
             first += len(own)
         order = sorted(range(len(steps)), key=lambda place: (self._worth(steps[place], everything), place))
         plan.steps.extend(steps[place] for place in order)
@@ -219,7 +219,7 @@ class Merge(Pass):
             context.journal("merge candidate", place=place, layers=names, distance=step.height)
         return plan
 
-    def _worth(self, step: Step, layers: Sequence[WeightLayer]) -> float:
+    def _worth(self, step: Merger, layers: Sequence[WeightLayer]) -> float:
         """The cost by which steps of different classes compare: where parameters count, the change of outputs
         for each that is saved."""
         if self.options.criterion != "output" or self.options.layers is not None:

@@ -27,7 +27,7 @@ from onnx.backend.test.case.node import collect_testcases
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.ir.model import Model
 from onnxfuse.pytorch.bridge.importer import operators, to_torch
-from onnxfuse.pytorch.bridge.weights import to_tensor, torch_type
+from onnxfuse.pytorch.bridge.tensors import to_tensor, torch_type
 from onnxfuse.runtime.session import Runtime
 
 NEWER = "the operator set is newer than ONNX Runtime's"

@@ -19,7 +19,7 @@ from onnx import helper
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.findings import Prediction
 from onnxfuse.ir.editing import PASS_KEY
-from onnxfuse.ir.marks import kept
+from onnxfuse.ir.marks import promises
 from onnxfuse.ir.model import Model
 from onnxfuse.passes.autoencode import Autoencode
 from onnxfuse.passes.batchnorm import Batchnorm
@@ -520,7 +520,7 @@ def test_passes_that_compress_in_a_row() -> None:
     parameters = [step.after.parameters for step in outcome.steps]
     assert parameters[1] > parameters[2] > parameters[3] > 0
     for node in outcome.model.nodes:
-        if node.op == "Conv" and kept(node):
+        if node.op == "Conv" and promises(node):
             value = weight(outcome.model, node.inputs[1].name)
             assert len(np.unique(value)) <= 64
     users = [n.inputs[1].name for n in outcome.model.nodes if n.op in LINEAR]

@@ -1,4 +1,4 @@
-"""Which projection is what in an attention: query, key, value or output, and its heads."""
+"""The roles of projections in an attention (query, key, value, output), and their heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from onnxfuse.analysis.layers import MULTIPLYING
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.ops.linear import LinearOp, Shapes, optional_input
+from onnxfuse.ir.shapes import Shapes
+from onnxfuse.ops.linear import LinearOp, optional_input
 from onnxfuse.ops.table import OPS, Kind
 
 ROLES = ("query", "key", "value", "output")
@@ -52,7 +53,13 @@ _TURNING = OPS.of_kind(Kind.EMBEDDING)
 
 
 def find_roles(model: Model, ops: dict[Node, LinearOp], shapes: Shapes) -> dict[Node, set[str]]:
-    """What parts of attentions the linear operators make, where they make any."""
+    """For each linear operator around an attention the roles that it has; others are left out.
+
+    Args:
+        model: has the operators.
+        ops: its linear operators, by node.
+        shapes: of its tensors.
+    """
     marks: dict[Tensor, _Mark] = {}
     roles: dict[Node, set[str]] = {}
 
@@ -103,7 +110,7 @@ def find_roles(model: Model, ops: dict[Node, LinearOp], shapes: Shapes) -> dict[
 
 
 def _attention_inputs(node: Node, operands: Sequence[_Mark | None]) -> tuple[_Mark | None, ...]:
-    """Marks of queries, keys and values: what has no input of its own is packed with what is before it."""
+    """Marks of queries, keys and values: one without an input of its own is packed with the one before."""
     found: list[_Mark | None] = []
     for place in range(3):
         found.append(found[-1] if place and optional_input(node, place) is None else operands[place])
@@ -135,7 +142,7 @@ def _is_last_axis(node: Node, shapes: Shapes) -> bool:
 
 
 def _joined(node: Node, operands: Sequence[_Mark | None]) -> _Mark | None:
-    """The mark of what an operator without weights makes of its inputs; those without a mark don't count."""
+    """The mark of the output of an operator without weights; inputs without a mark don't count."""
     kinds = {mark for mark in operands if mark is not None}
     if len(kinds) == 1:
         return kinds.pop()
@@ -159,7 +166,16 @@ def _text(value: Any) -> Any:
 
 
 def heads_behind(model: Model, op: LinearOp, parts: int, shapes: Shapes) -> Iterator[int | None]:
-    """What all the Reshapes and attention operators behind an operator tell; it makes so many parts."""
+    """The number of heads of each part that an operator makes, by every Reshape and attention behind it.
+
+    None where one of them does not tell.
+
+    Args:
+        model: has the operator.
+        op: the operator.
+        parts: how many of queries, keys and values it makes.
+        shapes: of the model's tensors.
+    """
     stack, seen = [model.tensor(op.y)], set[Tensor]()
     while stack:
         tensor = stack.pop()
@@ -197,7 +213,13 @@ def _split(
 
 
 def heads_before(model: Model, op: LinearOp, shapes: Shapes) -> int | None:
-    """From how many heads the inputs of an operator were put together."""
+    """The number of heads that the inputs of an operator were put together from, None where nothing tells.
+
+    Args:
+        model: has the operator.
+        op: the operator.
+        shapes: of the model's tensors.
+    """
     tensor = model.tensor(op.x)
     while (node := model.producer(tensor)) is not None:
         if (count := _declared_heads(node, tensor)) is not None:
@@ -213,7 +235,7 @@ def heads_before(model: Model, op: LinearOp, shapes: Shapes) -> int | None:
 
 
 def _declared_heads(node: Node, tensor: Tensor) -> int | None:
-    """How many heads `tensor` has by an attribute of an attention operator that reads or makes it."""
+    """The number of heads of `tensor` by an attribute of an attention operator that reads or makes it."""
     if (node.domain, node.op) not in _ATTENTIONS:
         return None
     serves_keys = tensor in node.inputs[1:3] and tensor is not node.inputs[0]
@@ -222,7 +244,7 @@ def _declared_heads(node: Node, tensor: Tensor) -> int | None:
 
 
 def _asked_shape(model: Model, shape: Tensor) -> list[int | None]:
-    """What is known of a shape that a Reshape is given, from its end on; 0 and -1 say nothing."""
+    """The sizes that a Reshape is given, from the end on; None where 0, -1 or a computation stands."""
     stored, producer = model.weight(shape), model.producer(shape)
     if stored is not None:
         return [int(size) if size > 0 else None for size in stored.reshape(-1)]

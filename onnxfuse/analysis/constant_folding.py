@@ -1,4 +1,4 @@
-"""Folding constants: what a graph computes from nothing but constants, computed once and stored.
+"""Folding constants: the part of a graph that depends on nothing but constants, computed once and stored.
 
 Two kinds of nodes go. `Shape` and `Size` of static dimensions (also `Gather` or `Slice` of a `Shape` where
 just the dimensions picked are static: a batch that stays dynamic does no harm). And nodes all of whose
@@ -23,7 +23,7 @@ from onnxfuse.errors import NotApplicableError
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.shape_inference import weightless
-from onnxfuse.ir.shapes import TensorInfo, info_of
+from onnxfuse.ir.shapes import Shapes, TensorInfo, info_of
 from onnxfuse.ops.linear import is_main_domain, optional_input, weight_type
 from onnxfuse.ops.table import OPS, Kind, Trait
 from onnxfuse.runtime.session import Runtime
@@ -39,11 +39,11 @@ _NOT_LARGER = OPS.having(Trait.SAME_ELEMENTS).names | {"Slice", "Compress"}
 
 @dataclass
 class Folded:
-    """What `fold_constants` did and refused to do.
+    """The outcome of `fold_constants`.
 
     `shape_nodes` and `evaluated` name the nodes that are gone, `stored` the tensors that became initializers,
-    `overridden` the initializers among the inputs that a user could have fed; `growth` is in bytes;
-    `shapes` is what `proven_shapes` says now.
+    `overridden` the initializers among the inputs that a user could have fed; `refused` says why nodes
+    stayed; `growth` is in bytes; `shapes` are `proven_shapes` afterwards.
     """
 
     shapes: dict[str, TensorInfo]
@@ -56,9 +56,9 @@ class Folded:
 
 
 def fold_constants(model: Model, budget: int = GROWTH) -> Folded:
-    """Replace what `model` computes from constants by initializers named as the tensors were.
+    """Replace the tensors that `model` computes from constants by initializers of the same names.
 
-    `budget` is what the file may grow by, in bytes. Results whose size shape inference cannot tell yet are
+    `budget` bounds the growth of the file, in bytes. Results whose size shape inference cannot tell yet are
     left for another call, after which more shapes may be known.
     """
     folded = Folded(shapes=proven_shapes(model))
@@ -73,7 +73,7 @@ def fold_constants(model: Model, budget: int = GROWTH) -> Folded:
 
 
 def proven_shapes(model: Model) -> dict[str, TensorInfo]:
-    """Types and shapes of what nodes compute, as they follow from the inputs' declarations alone.
+    """Types and shapes of computed tensors, as they follow from the inputs' declarations alone.
 
     What the file declares of other tensors may be wrong: a batch of one there often survives from an export
     whose inputs were made dynamic afterwards. Whoever folds by a shape must not believe it.
@@ -112,10 +112,18 @@ def overridable(model: Model, tensor: Tensor) -> bool:
     return model.source.ir_version >= 4 and model.listed.get(tensor.name) is tensor
 
 
-def freeze(model: Model, tensor: Tensor, value: np.ndarray) -> None:
+def to_initializer(model: Model, tensor: Tensor, value: np.ndarray) -> None:
     """Turn a tensor whose producer was removed into an initializer of the same name.
 
-    Bodies that capture it find it by that name. ValueError: it still has a producer.
+    Bodies that capture it find it by that name.
+
+    Args:
+        model: edited in place.
+        tensor: has no producer.
+        value: is stored.
+
+    Raises:
+        ValueError: it still has a producer.
     """
     if tensor.inputs:
         raise ValueError(f"'{tensor.name}' is computed")
@@ -140,11 +148,17 @@ def _fold_shapes(model: Model, folded: Folded) -> None:
         tensor = node.outputs[0]
         folded.shape_nodes.append(label(node))
         model.remove([node])
-        freeze(model, tensor, value)
+        to_initializer(model, tensor, value)
 
 
-def static_value(model: Model, node: Node, shapes: Mapping[str, TensorInfo]) -> np.ndarray | None:
-    """The value of a node that reads a shape, where the dimensions it needs are static."""
+def static_value(model: Model, node: Node, shapes: Shapes) -> np.ndarray | None:
+    """The value of a node that reads a shape, None where a dimension that it needs is not static.
+
+    Args:
+        model: has the node.
+        node: a Shape or Size, or a Gather or Slice of a Shape.
+        shapes: of the model's tensors.
+    """
     if node.op == "Shape":
         dims = _shape_read(node, shapes)
         return _integers(dims, (len(dims),)) if dims is not None else None
@@ -163,7 +177,7 @@ def static_value(model: Model, node: Node, shapes: Mapping[str, TensorInfo]) -> 
     return _gathered(model, node, dims) if node.op == "Gather" else _sliced(model, node, dims)
 
 
-def _shape_read(node: Node, shapes: Mapping[str, TensorInfo]) -> tuple[int | str | None, ...] | None:
+def _shape_read(node: Node, shapes: Shapes) -> tuple[int | str | None, ...] | None:
     info = shapes.get(node.inputs[0].name)
     if info is None or info.shape is None:
         return None
@@ -189,7 +203,14 @@ def _sliced(model: Model, node: Node, dims: Sequence[int | str | None]) -> np.nd
 
 
 def param(model: Model, node: Node, index: int, name: str) -> list[int] | None:
-    """A list of integers that older opsets have as attribute `name`, newer ones as input `index`."""
+    """A list of integers that older opsets have as an attribute, newer ones as an input; None if unknown.
+
+    Args:
+        model: has the node.
+        node: the node.
+        index: of the input.
+        name: of the attribute.
+    """
     if name in node.attrs:
         value = node.attrs[name]
         return [int(v) for v in value] if isinstance(value, list) else [int(value)]
@@ -251,7 +272,7 @@ def _is_candidate(model: Model, node: Node) -> bool:
 
 
 def _weigh(
-    model: Model, node: Node, sizes: Mapping[Tensor, int], shapes: Mapping[str, TensorInfo]
+    model: Model, node: Node, sizes: Mapping[Tensor, int], shapes: Shapes
 ) -> tuple[str | None, dict[Tensor, int]]:
     """(why the node can't be evaluated, bytes of each of its outputs)."""
     if any(_stored_outside(t) and sizes[t] > GROWTH for t in node.inputs if t.name):
@@ -278,7 +299,7 @@ def _stored_outside(tensor: Tensor) -> bool:
 
 
 def _store(model: Model, chosen: list[Node], folded: Folded) -> None:
-    """Evaluate the chosen nodes and store what other nodes need of them."""
+    """Evaluate the chosen nodes and store those of their results that other nodes need."""
     inside = set(chosen)
     wanted = [
         (tensor, node)
@@ -296,7 +317,7 @@ def _store(model: Model, chosen: list[Node], folded: Folded) -> None:
     model.remove({node for _, node in wanted} - failing)
     for tensor, node in wanted:
         if node not in failing:
-            freeze(model, tensor, values[tensor.name])
+            to_initializer(model, tensor, values[tensor.name])
             folded.stored.append(tensor.name)
     model.prune()
     left = set(model.nodes)
@@ -326,10 +347,10 @@ __all__ = [
     "GROWTH",
     "Folded",
     "fold_constants",
-    "freeze",
     "integers",
     "label",
     "overridable",
     "param",
     "proven_shapes",
+    "to_initializer",
 ]

@@ -1,7 +1,7 @@
-"""What a model costs: parameters, multiply-accumulates and bytes (latency: `runtime.latency`).
+"""The cost of a model: parameters, multiply-accumulates and bytes (latency: `runtime.latency`).
 
 Multiply-accumulates (MACs) are counted by rules, one for each operator that multiplies by weights or
-contracts two tensors; element-wise operators, normalisations, pooling and data movement count as 0, as is
+contracts two tensors; element-wise operators, normalizations, pooling and data movement count as 0, as is
 usual. Where a rule needs a size that is not known, or an operator has no rule and could hide work (one that
 multiplies, one that is in no table, a local function, a loop of unknown length), the count is None and says
 why: a number that leaves something out would be worse. An `If` counts as its heavier branch.
@@ -20,23 +20,23 @@ from onnxfuse.ir.external_data import BITS, byte_size
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ir.protos import DEFAULT_DOMAINS, bodies, light_graph, operator_key
-from onnxfuse.ir.shapes import TensorInfo, info_of
+from onnxfuse.ir.shapes import Shapes, TensorInfo, info_of
 from onnxfuse.ops.facet import Facet, keyed
 from onnxfuse.ops.table import OPS, Key, Kind, Op
 from onnxfuse.ops.view import ProtoView
 from onnxfuse.runtime import observed_shapes
 
 if TYPE_CHECKING:
-    from onnxfuse.runtime.session import Feed, Runtime
+    from onnxfuse.ir.model import Feed
+    from onnxfuse.runtime.session import Runtime
 
 
-Shapes = Mapping[str, TensorInfo]
 Sizes = Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs.
+    """The cost of a model.
 
     `parameters` are the elements of all weights in use, a shared one counted once; 64-bit integers, booleans
     and strings (shapes, axes, indices) are not parameters. `bytes` are those of all stored values in use but
@@ -208,6 +208,14 @@ def dimension_sizes(model: Model, feed: Feed, runtime: Runtime) -> dict[str, int
     """The sizes that a feed gives to the model's named dynamic dimensions.
 
     The inputs tell most of them; names that only outputs or inner tensors have take a run.
+
+    Args:
+        model: declares the names.
+        feed: fits its inputs.
+        runtime: runs the model.
+
+    Raises:
+        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
     """
     sizes: dict[str, int] = {}
     for info in model.inputs:
@@ -233,21 +241,40 @@ def _bind(sizes: dict[str, int], info: TensorInfo, shape: Sequence[int | str | N
 
 
 def shapes_at(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInfo]:
-    """Shapes of all tensors at the sizes of one feed."""
+    """Shapes of all tensors at the sizes of one feed.
+
+    Args:
+        model: has the tensors.
+        feed: fits its inputs.
+        runtime: runs the model.
+
+    Raises:
+        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
+    """
     return _concrete(observed_shapes.shapes_on(model, feed, runtime), dimension_sizes(model, feed, runtime))
 
 
 def measure(model: Model, feed: Feed, runtime: Runtime) -> Cost:
-    """`count` at the sizes of one feed."""
+    """The cost of a model at the sizes of one feed.
+
+    Args:
+        model: the model.
+        feed: fits its inputs.
+        runtime: runs it, for shapes that inference leaves open.
+
+    Raises:
+        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
+    """
     return count(
         model, observed_shapes.shapes_on(model, feed, runtime), dimension_sizes(model, feed, runtime)
     )
 
 
 def count(model: Model, shapes: Shapes, sizes: Sizes | None = None) -> Cost:
-    """Parameters, MACs, nodes (bodies included) and bytes of `model`.
+    """Parameters, MACs, nodes (bodies included) and bytes of a model.
 
     Args:
+        model: the model.
         shapes: of its tensors, as `Model.shapes` gives them.
         sizes: of dynamic dimensions, by name.
     """
@@ -263,7 +290,13 @@ def count(model: Model, shapes: Shapes, sizes: Sizes | None = None) -> Cost:
 
 
 def node_macs(nodes: Iterable[Node], shapes: Shapes, opset: int) -> int | None:
-    """MACs of some nodes of a main graph at concrete shapes; None where `count` would not know either."""
+    """MACs of some nodes of a main graph; None where `count` would not know them either.
+
+    Args:
+        nodes: the nodes.
+        shapes: of the model's tensors, concrete.
+        opset: of the model.
+    """
     counts = [proto_macs(node.proto(opset), shapes) for node in nodes]
     return None if None in counts else sum(count for count in counts if count is not None)
 

@@ -1,4 +1,4 @@
-"""How alike the layers of a model are: what `inspect` tells of it.
+"""Distances between the layers of a model that can be compared.
 
 Layers are held against those of the same role, kernel and number of inputs: then the columns of their
 matrices mean the same kind of thing. They need not have equally many rows where the criterion doesn't.
@@ -24,7 +24,8 @@ class Likeness:
     """Layers, or heads of them, and their distances from each other.
 
     Attributes:
-        role: what all of them are, as `alike.WeightLayer` has it, "heads" added where they are heads.
+        role: of all of them, as in `WeightLayer`; "heads" is added where they are heads.
+        criterion: that of the distances.
         names: of the layers; heads are numbered in brackets.
         shapes: of their matrices.
         distances: by the criterion, in the order of the names; None where it can't compare.
@@ -43,12 +44,12 @@ class Likeness:
         return f"{self.role}, {'/'.join(map(str, rows))} x {self.shapes[0][1]}"
 
 
-def survey(model: Model, criterion: Criterion, by_heads: bool, seed: int) -> tuple[Likeness, ...]:
-    """All layers that have any to be compared with, in the order of the graph.
+def similarities(model: Model, criterion: Criterion, by_heads: bool, seed: int) -> tuple[Likeness, ...]:
+    """Distances between all layers that have others to be compared with, in the order of the graph.
 
     Args:
         model: is left as it is.
-        criterion: of `similarity.CRITERIA`.
+        criterion: one of `numerics.similarity.CRITERIA`.
         by_heads: whether to take the layers of attentions apart into heads, where the graph tells them.
         seed: of the criterion.
     """
@@ -105,8 +106,8 @@ def _distances(matrices: list[np.ndarray], criterion: Criterion, seed: int) -> D
     return tuple(map(tuple, found))
 
 
-def nearest(likeness: Likeness, layer: int) -> list[tuple[float, int]]:
-    """The others that a layer can be compared with, the nearest first: distance and place."""
+def nearest_layers(likeness: Likeness, layer: int) -> list[tuple[float, int]]:
+    """The other layers that a layer can be compared with, the nearest first: (distance, place) of each."""
     known = enumerate(likeness.distances[layer])
     return sorted((value, other) for other, value in known if value is not None and other != layer)
 

@@ -1,4 +1,4 @@
-"""Layers psi(W x + b) of a graph, and new ones behind them that change nothing.
+"""Layers psi(W x + b) of a graph.
 
 A layer is a linear operator with stored weights, the BatchNormalization behind it and the activation psi
 behind that, if there are any. Operators of one kind that share their weights are one layer at several places.

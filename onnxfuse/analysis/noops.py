@@ -6,7 +6,7 @@ tell, the node does something.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,10 +14,9 @@ from onnxfuse.analysis.constant_folding import integers, param
 from onnxfuse.ir.external_data import numpy_dtype
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.ir.shapes import Shapes
 from onnxfuse.ops.linear import is_main_domain, optional_input, weight_type
 
-Shapes = Mapping[str, TensorInfo]
 NoOpRule = Callable[[Model, Node, Shapes], Tensor | None]
 
 
@@ -25,6 +24,11 @@ def handed_on(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
     """The tensor that equals the node's first output whatever is fed; None where the node does something.
 
     Usually one of the node's inputs; for a Squeeze that undoes an Unsqueeze, what went into that.
+
+    Args:
+        model: has the node.
+        node: the node.
+        shapes: of the model's tensors; only static sizes count.
     """
     rule = _RULES.get(node.op) if is_main_domain(node) else None
     return None if rule is None else rule(model, node, shapes)

@@ -1,7 +1,7 @@
 """Residual blocks v = u + F(u) of a graph, and copies of them that compute u.
 
 A copy stands behind the block: v' = v + F'(E(v)), where F' is F with weights of its own, and E is the
-activation or normalisation between the last sum and u, if there is one, also copied, so that F' reads what F
+activation or normalization between the last sum and u, if there is one, also copied, so that F' reads what F
 was trained to read. It is the identity because the last operator of F' is zero: the weights and bias of a
 linear operator, or scale and bias of a BatchNormalization. These learn from the first step on, for their
 gradient is what they read times the gradient of v', and what lies before them from the second on. The
@@ -17,8 +17,9 @@ from onnxfuse.analysis.normalization import NORMALIZATIONS
 from onnxfuse.analysis.regions.linear_rules import CURVED, SCALING
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
+from onnxfuse.ir.shapes import Shapes
 from onnxfuse.ops.channel_affine import training_mode
-from onnxfuse.ops.linear import LinearOp, Shapes, is_main_domain, linear_op, weight_type
+from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op, weight_type
 from onnxfuse.ops.table import OPS, Trait
 
 _ENTRIES = CURVED | NORMALIZATIONS
@@ -33,7 +34,7 @@ class Block:
     Attributes:
         add: the sum.
         u: what goes around.
-        entry: the node that makes u of the last sum, if it is an activation or a normalisation.
+        entry: the node that makes u of the last sum, if it is an activation or a normalization.
         branch: the nodes of F in topological order, and those that only prepare weights for it.
         last: the tensors to be zero in a copy, in order: weight and bias, or scale and bias.
     """
@@ -70,9 +71,6 @@ def is_own(model: Model, tensor: Tensor) -> bool:
         return False
     dtype, shape = weight_type(model, tensor)
     return dtype.kind == "f" and len(shape) > 0
-
-
-# Finding --------------------------------------------------------------------------------------------
 
 
 def _between(model: Model, u: Tensor, end: Tensor) -> set[Node]:
@@ -156,7 +154,7 @@ def _linear_at(model: Model, node: Node, shapes: Shapes) -> LinearOp | None:
 
 
 def _is_unary(model: Model, node: Node) -> bool:
-    """Whether it computes what it computes from its first input and stored values."""
+    """Whether a node has one operand, its first input, beside stored values."""
     return all(model.is_weight(t) for t in node.inputs[1:] if t.name) and not node.bodies
 
 

@@ -2,7 +2,7 @@
 
 Weights are alike only where they serve alike: each layer has a role. Of a convolution or a dense layer that
 is its operator's kind (`LinearOp.kind`); of a projection around an attention, what it makes: query, key or
-value, or the output behind. Attention is recognised by what it computes, softmax(Q K^T) V, in one pass over
+value, or the output behind. Attention is recognized by what it computes, softmax(Q K^T) V, in one pass over
 the nodes: every tensor carries a mark that says which linear operator its values come from, or that they are
 such a product, its softmax, or what was attended to. Where unlike marks come together nothing is said, and
 the role stays the operator's kind.
@@ -69,8 +69,11 @@ def kin(layers: Sequence[WeightLayer]) -> list[list[WeightLayer]]:
 
 
 def heads(model: Model, layer: WeightLayer) -> int | None:
-    """Into how many heads a layer that makes queries, keys or values splits each of them; how many heads the
-    inputs of an output layer come from. None of other layers, and where the graph does not tell."""
+    """The number of heads in each part of a layer that makes queries, keys or values.
+
+    Of an output layer, the number of heads that its inputs come from; None of other layers, and where the
+    graph does not tell.
+    """
     parts = layer.role.split("+")
     if not set(parts) <= set(ROLES) or ("output" in parts and len(parts) > 1):
         return None

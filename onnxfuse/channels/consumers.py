@@ -21,7 +21,7 @@ import numpy as np
 
 from onnxfuse.channels.groups import ChannelGroups, Choice, Group
 from onnxfuse.channels.site import Sink
-from onnxfuse.ir.marks import kept
+from onnxfuse.ir.marks import promises
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
@@ -89,7 +89,7 @@ class Consumer:
         """Whether `write` can give it new weights without changing anybody else's, or what is promised of
         its own (`marks`)."""
         if self.op is not None:
-            return not self.op.shared and self.op.groups == 1 and not kept(self.op.node)
+            return not self.op.shared and self.op.groups == 1 and not promises(self.op.node)
         node = model.producer(model.tensor(self.node))
         return (
             self.stored is not None

@@ -22,9 +22,10 @@ from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Axis, Kept
 from onnxfuse.channels.groups import Choice
 from onnxfuse.channels.lengths import COPYING, dims_of
-from onnxfuse.channels.site import TO_THE_END, EvenSplit, Number, Pin, System
+from onnxfuse.channels.site import EvenSplit, Number, Pin, System
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
+from onnxfuse.ops.view import TO_THE_END
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from threadpoolctl import threadpool_limits
 
 from onnxfuse.channels.consumers import Consumer, RowView
 from onnxfuse.channels.groups import Group
-from onnxfuse.data.calibration import Batch, Batches
-from onnxfuse.ir.model import Model
+from onnxfuse.data.calibration import Batch, BatchStream
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.numerics.moments import Moments
 from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
 from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime.observe import TappedModel, observe
-from onnxfuse.runtime.session import Feed, Runtime
+from onnxfuse.runtime.session import Runtime
 
 COVARIANCE_RIDGE = 1e-2
 """Relative to the mean diagonal of a covariance."""
@@ -69,7 +69,7 @@ class Statistics:
 def statistics(
     model: Model,
     views: Iterable[RowView],
-    batches: Batches,
+    batches: BatchStream,
     runtime: Runtime,
     *,
     seed: int = 0,
@@ -104,7 +104,7 @@ def statistics(
 class _Gathering:
     """The moments of one view, summed batch by batch."""
 
-    def __init__(self, view: RowView, batches: Batches, seed: int, mask: str | None) -> None:
+    def __init__(self, view: RowView, batches: BatchStream, seed: int, mask: str | None) -> None:
         self.view = view
         self.sampler = RowSampler(seed, f"{view.tensor} {view.kernel}", mask if view.token else None)
         rows = max(LEAST_STATISTICS_ROWS, STATISTICS_ROWS_PER_COLUMN * view.columns)

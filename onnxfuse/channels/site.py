@@ -29,7 +29,6 @@ ChannelRule = Callable[["ChannelNode"], "list[Axes | None]"]
 SinkKind = Literal["sum", "mean", "norm", "rms norm"]
 Role = Literal["producer", "consumer", "along"]
 SINGLE = "a single index"
-TO_THE_END = 2**31 - 1  # a Slice bound of this size or more lies behind every axis
 UNKNOWN_SIZE = 1_000_003  # stands for a size that nothing is known of; no size of a real axis
 
 

@@ -19,12 +19,12 @@ from onnxfuse.channels.dims import leaves
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import ChannelGroups, Group
 from onnxfuse.errors import OnnxfuseError
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime.latency import interleaved
 from onnxfuse.runtime.observe import TappedModel
-from onnxfuse.runtime.session import Feed, Runtime
+from onnxfuse.runtime.session import Runtime
 
 REPEATS, SECONDS = 100, 1.5
 """Rounds of one neighborhood at all its widths, and how long they may take together."""

@@ -19,8 +19,7 @@ from onnxfuse.verification.divergence import first_divergence
 from onnxfuse.verification.records import OutputError
 
 if TYPE_CHECKING:
-    from onnxfuse.ir.model import Model
-    from onnxfuse.runtime.session import Feed
+    from onnxfuse.ir.model import Feed, Model
     from onnxfuse.verification.records import Comparison
 
 

@@ -38,10 +38,9 @@ from onnxfuse.results import Report, Result
 from onnxfuse.runtime.session import Runtime
 
 if TYPE_CHECKING:
-    from onnxfuse.ir.model import Model
+    from onnxfuse.ir.model import Feed, Model
     from onnxfuse.progress import Progress
     from onnxfuse.pytorch.training.retraining import Retrained
-    from onnxfuse.runtime.session import Feed
 
 DEFAULT_PASSES = "fold,fuse"
 SLOWER = "SLOWER THAN THE ORIGINAL"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from onnxfuse.analysis import layer_similarity
 from onnxfuse.analysis.cost import Cost, count, dimension_sizes, node_macs, shapes_at
-from onnxfuse.analysis.regions.region import Region, describe
+from onnxfuse.analysis.regions.region import Region, describe_region
 from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.channels.groups import find_groups
 from onnxfuse.channels.summary import summarize_groups
@@ -35,7 +35,7 @@ from onnxfuse.runtime.session import Runtime
 if TYPE_CHECKING:
     import onnx
 
-    from onnxfuse.runtime.session import Feed
+    from onnxfuse.ir.model import Feed
 
 
 def inspect(
@@ -80,7 +80,7 @@ def inspect(
     runtime = Runtime(provider, threads)
     several, feed, warnings = _feeds(found, calib, seed)
     groups = find_groups(found, several, runtime) if channels or growth else None
-    alike = None if criterion is None else layer_similarity.survey(found, criterion, heads, seed)
+    alike = None if criterion is None else layer_similarity.similarities(found, criterion, heads, seed)
     if plot is not None and alike:
         plots.heat_maps(alike, Path(plot))
     elif plot is not None:
@@ -198,4 +198,6 @@ def _summary(op: LinearOp, macs: int | None, share: float | None) -> LinearSumma
 
 
 def _region(region: Region) -> RegionSummary:
-    return RegionSummary(describe(region), region.u, region.v, region.kind, region.linear_ops, region.sites)
+    return RegionSummary(
+        describe_region(region), region.u, region.v, region.kind, region.linear_ops, region.sites
+    )

@@ -18,11 +18,11 @@ from onnxfuse.verification.metrics import Metric, MetricChange, evaluate, load_m
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import Calibration
-    from onnxfuse.ir.model import Model
+    from onnxfuse.ir.model import Feed, Model
     from onnxfuse.pipeline.base import Context
     from onnxfuse.pipeline.records import Outcome, StepReport
     from onnxfuse.runtime.latency import Latency
-    from onnxfuse.runtime.session import Feed, Runtime
+    from onnxfuse.runtime.session import Runtime
     from onnxfuse.verification.records import OutputError
 
 _TIMED_ROUNDS, _TIMED_SECONDS, _TIMED_ATTEMPTS = 1000, 4.0, 3

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from onnxfuse.data.calibration import Calibration, Samples
 from onnxfuse.ir import saving
-from onnxfuse.ir.model import Model, Source
+from onnxfuse.ir.model import LoadableModel, Model
 from onnxfuse.runtime.versions import check_runs
 
-ModelSource = Model | Source
+ModelSource = Model | LoadableModel
 PathOrText = str | PathLike[str]
 
 MADE_UP = (

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from onnxfuse.pipeline.base import Context, Pass
     from onnxfuse.pipeline.recipe import RecipeRetraining
     from onnxfuse.pipeline.records import Outcome, StepReport
-    from onnxfuse.pytorch.training.retraining import Request, Retrained, Training
+    from onnxfuse.pytorch.training.request import Request, Training
+    from onnxfuse.pytorch.training.retraining import Retrained
 
 
 def retraining() -> ModuleType:

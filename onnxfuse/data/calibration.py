@@ -16,11 +16,11 @@ from os import PathLike
 
 import numpy as np
 
-from onnxfuse.data.sources import Source, open_source
+from onnxfuse.data.opening import open_source
+from onnxfuse.data.sources import Source
 from onnxfuse.data.synthetic import Synthetic
 from onnxfuse.errors import InputError
-from onnxfuse.ir.model import Model
-from onnxfuse.runtime.session import Feed
+from onnxfuse.ir.model import Feed, Model
 
 Data = str | PathLike[str] | np.ndarray | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | None
 
@@ -35,10 +35,18 @@ class Batch:
     samples: int
 
 
-class Batches:
+class BatchStream:
     """A re-iterable stream of batches of one source."""
 
     def __init__(self, source: Source, units: np.ndarray, size: int, first_index: int) -> None:
+        """A stream of some units of a source.
+
+        Args:
+            source: has the samples.
+            units: their numbers, ascending.
+            size: units in a batch.
+            first_index: the number of the first batch.
+        """
         self._source = source
         self._units = units
         self._size = size
@@ -52,7 +60,7 @@ class Batches:
         for start in range(0, len(self._units), self._size):
             yield self._units[start : start + self._size]
 
-    def split(self, samples: int) -> tuple[Batches, Batches]:
+    def split(self, samples: int) -> tuple[BatchStream, BatchStream]:
         """About `samples` of the samples, spread over the stream: two thirds of them, and the rest.
 
         One that can't be divided serves as both.
@@ -67,8 +75,8 @@ class Batches:
         def units(numbers: np.ndarray) -> np.ndarray:
             return self._units[(numbers[:, None] * step + np.arange(step)).reshape(-1)]
 
-        fit = Batches(self._source, units(first), self._size, 0)
-        return fit, Batches(self._source, units(second), self._size, len(fit))
+        fit = BatchStream(self._source, units(first), self._size, 0)
+        return fit, BatchStream(self._source, units(second), self._size, len(fit))
 
     def __iter__(self) -> Iterator[Batch]:
         readings = self._source.read(self._groups())
@@ -89,8 +97,16 @@ class Calibration:
     """
 
     def __init__(
-        self, fit: Batches, held_out: Batches, labels: str | None, synthetic: bool, description: str
+        self, fit: BatchStream, held_out: BatchStream, labels: str | None, synthetic: bool, description: str
     ) -> None:
+        """Takes over both halves; `open` makes them.
+
+        Args:
+            fit, held_out: the samples.
+            labels: the name of the label array, None without.
+            synthetic: whether they are made up.
+            description: one line for reports.
+        """
         self.fit = fit
         self.held_out = held_out
         self.samples = fit.samples + held_out.samples
@@ -145,8 +161,8 @@ class Calibration:
         units = np.arange(opened.count) if source is None else _limited(opened, limit, seed)
         size = opened.batch or batch_size
         fitted, held = _split(opened, units, size, held_out, seed)
-        fit = Batches(opened, fitted, size, 0)
-        rest = Batches(opened, held, size, len(fit))
+        fit = BatchStream(opened, fitted, size, 0)
+        rest = BatchStream(opened, held, size, len(fit))
         dropped = len(units) - len(fitted) - len(held)
         description = f"{opened.name}: {fit.samples} samples fitted, {rest.samples} held out"
         if dropped:

@@ -24,7 +24,7 @@ _READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile,
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredArray:
     """An array that lies in a file (`open` starts at its .npy header) or in memory (`array`)."""
 
     where: str
@@ -45,7 +45,7 @@ class Stored:
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """What goes wrong while a file is read, reported as an InputError that names it."""
+    """Report what goes wrong while a file is read as an InputError that names it."""
     try:
         yield
     except _READ_ERRORS as error:
@@ -65,13 +65,13 @@ def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     return shape, fortran, dtype
 
 
-def _stored(where: str, opener: Callable[[], BinaryIO]) -> Stored:
+def _stored(where: str, opener: Callable[[], BinaryIO]) -> StoredArray:
     with reading(where), opener() as file:
         shape, fortran, dtype = _header(file)
-    return Stored(where, dtype, shape, open=opener, c_order=not fortran or len(shape) < 2)
+    return StoredArray(where, dtype, shape, open=opener, c_order=not fortran or len(shape) < 2)
 
 
-def npz_arrays(path: Path) -> dict[str, Stored]:
+def npz_arrays(path: Path) -> dict[str, StoredArray]:
     """The arrays of an `.npz` by name. Raises InputError where it cannot be read."""
     with reading(f"'{path}'"), zipfile.ZipFile(path) as archive:
         members = [name for name in archive.namelist() if name.endswith(".npy")]
@@ -87,7 +87,7 @@ def npz_arrays(path: Path) -> dict[str, Stored]:
     return {name: _stored(f"'{path}' array '{name}'", opener(member)) for name, member in names.items()}
 
 
-def npy_array(path: Path) -> Stored:
+def npy_array(path: Path) -> StoredArray:
     """The array of an `.npy`. Raises InputError where it cannot be read."""
     return _stored(f"'{path}'", lambda: path.open("rb"))
 
@@ -95,7 +95,7 @@ def npy_array(path: Path) -> Stored:
 class Cursor:
     """Reads ascending rows of C-ordered parts that follow one another, holding one file open."""
 
-    def __init__(self, parts: Sequence[Stored]) -> None:
+    def __init__(self, parts: Sequence[StoredArray]) -> None:
         self._parts = parts
         self._starts = np.cumsum([0, *(part.shape[0] for part in parts)])
         self._open: tuple[int, BinaryIO, int] | None = None  # part, its file, where its data starts

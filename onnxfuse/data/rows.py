@@ -1,4 +1,4 @@
-"""A few rows of a batch."""
+"""A few rows of a batch, for what needs a run but no statistics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxfuse.data.sources import batch_axes, fixed_batch
+from onnxfuse.data.batch_axes import batch_axes, fixed_batch
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import Batch
-    from onnxfuse.ir.model import Model
-    from onnxfuse.runtime.session import Feed
+    from onnxfuse.ir.model import Feed, Model
 
 
 def first_rows(model: Model, batch: Batch, size: int) -> Feed | None:

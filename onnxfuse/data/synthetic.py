@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from onnxfuse.data.sources import Reading, batch_axes
+from onnxfuse.data.batch_axes import batch_axes
+from onnxfuse.data.sources import Reading
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.ops.table import OPS, Trait
 from onnxfuse.runtime.feeds import format_shape
-from onnxfuse.runtime.session import Feed, Runtime
+from onnxfuse.runtime.session import Runtime
 
 _MOST, _LEAST = 256, 16  # samples where nobody says how many: as many as
 _BYTES = 2**24  # holds, because large samples are slow to run
@@ -152,7 +153,7 @@ def _item_size(model: Model, name: str) -> int:
 
 
 def _draw(model: Model, info: TensorInfo) -> Draw:
-    """How to make values for an input."""
+    """The recipe for an input's values."""
     dtype = info.dtype
     if dtype is None or dtype.kind not in "fbiu":
         raise InputError(f"samples for input '{info.name}' cannot be made up; give real ones with --calib")

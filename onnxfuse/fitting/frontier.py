@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxfuse.data.calibration import Batches
+from onnxfuse.data.calibration import BatchStream
 from onnxfuse.fitting.sites import tensors_read
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node
-from onnxfuse.runtime.session import Feed, Runtime, Session
+from onnxfuse.runtime.session import Runtime, Session
 from onnxfuse.runtime.spool import Spool
 
 
 class ReadOnce:
     """Batches by number, for many steps over them; the samples themselves are read at the first one only."""
 
-    def __init__(self, parts: Sequence[Batches]) -> None:
+    def __init__(self, parts: Sequence[BatchStream]) -> None:
         self._parts = parts
         self._known: list[tuple[int, bool]] = []
 

@@ -10,12 +10,11 @@ import numpy as np
 from onnxfuse.data.calibration import Batch
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.fitting.memory import in_budget
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
 from onnxfuse.ops.linear import LinearOp
 from onnxfuse.pipeline.base import Context
 from onnxfuse.runtime.observe import TappedModel, observe
-from onnxfuse.runtime.session import Feed
 
 TRAINING_ROWS_PER_COLUMN, LEAST_TRAINING_ROWS = 16, 1 << 13
 """Sampled rows per column of an operator, and the least."""

@@ -20,14 +20,14 @@ from threadpoolctl import threadpool_limits
 from onnxfuse.analysis.regions.region import Region
 from onnxfuse.data.calibration import Batch, Calibration
 from onnxfuse.fitting.memory import in_budget
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.numerics.affine import Affine
 from onnxfuse.numerics.moments import Moments, add_patches
 from onnxfuse.numerics.ridge import solve
 from onnxfuse.numerics.sampling import RowSampler, per_sample, row_shape
 from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime.observe import Background, TappedModel, observe
-from onnxfuse.runtime.session import Feed, Runtime
+from onnxfuse.runtime.session import Runtime
 
 LOCAL_ROWS_PER_COLUMN = 8
 """Sampled rows per column: enough to tell a good candidate from a bad one."""

@@ -24,15 +24,14 @@ from onnxfuse.fitting.memory import in_budget
 from onnxfuse.fitting.search import Level, SearchResult, farthest
 from onnxfuse.fitting.sites import RefitSite, refit_sites
 from onnxfuse.fitting.walk import Solved, refit_change, walk
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.ops.linear import LINEAR, LinearOp, linear_op
+from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, linear_op
 from onnxfuse.ops.shared_weights import SharedWeight, shared_weights
 from onnxfuse.pipeline.base import Context, PassResult
 from onnxfuse.pipeline.goals import Goals
 from onnxfuse.runtime.observed_shapes import shapes_on
-from onnxfuse.runtime.session import Feed
 
 COVARIANCE_MEMORY = 1 << 30
 """Bytes of covariances that are kept at a time; a single reader may take more."""
@@ -86,7 +85,7 @@ def linear_ops(
     found: list[LinearOp] = []
     skipped: list[Skip] = []
     for node in model.nodes:
-        if node.op not in LINEAR or not fnmatchcase(site_name(node), only):
+        if node.op not in LINEAR_OPERATORS or not fnmatchcase(site_name(node), only):
             continue
         op = linear_op(model, node, shapes)
         if isinstance(op, str):

@@ -12,12 +12,12 @@ from onnx import NodeProto
 from onnxfuse.analysis.regions.region import site_name
 from onnxfuse.errors import InputError
 from onnxfuse.findings import Skip
-from onnxfuse.ir.marks import kept
+from onnxfuse.ir.marks import promises
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.protos import DEFAULT_DOMAINS
 from onnxfuse.ir.shapes import TensorInfo, fill
-from onnxfuse.ops.linear import LINEAR, LinearOp, linear_op
+from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, linear_op
 
 MOST_UNKNOWNS = 6144
 """More unknowns for each output than this are not solved for: two Gram matrices of that size take 600 MB."""
@@ -136,11 +136,11 @@ def refit_sites(
     }
     new = dict(fresh)
     asked = set(fixed)
-    stay = asked | {node for node in rewritten.nodes if kept(node)}
+    stay = asked | {node for node in rewritten.nodes if promises(node)}
     ops: list[tuple[LinearOp, How]] = []
     skipped: list[Skip] = []
     for node in rewritten.nodes:
-        if node.op not in LINEAR or (node.outputs[0].name in same and node not in asked):
+        if node.op not in LINEAR_OPERATORS or (node.outputs[0].name in same and node not in asked):
             continue
         op = linear_op(rewritten, node, shapes)
         if isinstance(op, str):

@@ -23,10 +23,10 @@ from threadpoolctl import threadpool_limits
 
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.pipeline.base import Context
 from onnxfuse.progress import NoProgress
-from onnxfuse.runtime.session import Feed, Runtime
+from onnxfuse.runtime.session import Runtime
 from onnxfuse.verification.compare import differences
 
 Measure = Literal["error", "kl"]

@@ -33,7 +33,7 @@ from onnxfuse.errors import NotApplicableError
 from onnxfuse.findings import Change, Prediction
 from onnxfuse.fitting.frontier import Frontier, ReadOnce
 from onnxfuse.fitting.sites import RefitSite, channel_axis, unchanged
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.numerics.affine import Affine
 from onnxfuse.numerics.moments import Moments, add_patches
 from onnxfuse.numerics.ridge import (
@@ -49,7 +49,7 @@ from onnxfuse.ops.linear import LinearOp
 from onnxfuse.ops.linear_weights import write_weights
 from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime.observe import Background
-from onnxfuse.runtime.session import Feed, Runtime
+from onnxfuse.runtime.session import Runtime
 from onnxfuse.runtime.spool import Spool
 
 REFIT_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)

@@ -10,7 +10,8 @@ from onnxfuse.analysis.constant_folding import label
 from onnxfuse.analysis.normalization import CONVOLUTIONS
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.ops.linear import LinearOp, Shapes, is_main_domain, linear_op, weight_type
+from onnxfuse.ir.shapes import Shapes
+from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op, weight_type
 
 
 def find_kernels(model: Model) -> dict[Tensor, list[str]]:

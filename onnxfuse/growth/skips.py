@@ -22,11 +22,11 @@ from onnxfuse.analysis.constant_folding import label
 from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Axis
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
-from onnxfuse.channels.site import TO_THE_END
 from onnxfuse.growth.widening import New, additions, widen, width_obstacle
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ops.table import OPS, Trait
+from onnxfuse.ops.view import TO_THE_END
 from onnxfuse.runtime.session import Runtime
 
 _SUMS = OPS.having(Trait.ADDS)

@@ -42,7 +42,7 @@ from onnxfuse.channels.lengths import MOVING
 from onnxfuse.channels.site import System
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.numerics.random_weights import spread, uniform
+from onnxfuse.numerics.random_weights import deviation_of, uniform
 from onnxfuse.ops.linear import weight_type
 
 WidthScheme = Literal["r2r", "net2net", "netmorph"]
@@ -123,7 +123,7 @@ def widen(
         for touch in group.touches:
             weights.setdefault(touch.weight, []).append(touch)
     floating = [n for n in weights if weight_type(model, model.tensor(n))[0].kind == "f"]
-    spreads = {name: spread(_value(model, model.tensor(name))) for name in floating}
+    spreads = {name: deviation_of(_value(model, model.tensor(name))) for name in floating}
     take(model, {group: _chosen(group, kept) for group in wanted}, by=by)
     for name in floating:
         tensor = model.tensor(name)

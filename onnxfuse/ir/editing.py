@@ -113,7 +113,13 @@ class EditableGraph(Graph):
         return variable
 
     def set_body(self, node: Node, key: str, body: GraphProto) -> None:
-        """Replaces a subgraph of a node; what it captures from outside is noted anew."""
+        """Replaces a subgraph of a node; what it captures from outside is noted anew.
+
+        Args:
+            node: the node.
+            key: the attribute that holds the subgraph.
+            body: the new one.
+        """
         self._forget_captures(node)
         node.attrs[key] = body
         self._names.update(protos.inner_names(body))

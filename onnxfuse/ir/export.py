@@ -7,7 +7,7 @@ are checked against a new inference and dropped where that can't tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
@@ -16,23 +16,23 @@ from onnxfuse.errors import InputError
 from onnxfuse.ir import protos, shapes
 from onnxfuse.ir.graph import Graph
 from onnxfuse.ir.nodes import Constant, Node, Tensor
-from onnxfuse.ir.saving import Weight
-from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.ir.saving import StoredWeight
+from onnxfuse.ir.shapes import Shapes, TensorInfo
 
-Shapes = Callable[[], Mapping[str, TensorInfo]]
-"""Where the shapes of all tensors come from, asked for only if an edit makes a declared one doubtful."""
+ShapesOf = Callable[[], Shapes]
+"""A source of all tensors' shapes, asked for only if an edit makes a declared one doubtful."""
 
 _CONTENTS = ("node", "initializer", "sparse_initializer", "input", "output", "value_info")
 
 
-def model(graph: Graph, shapes_of: Shapes) -> ModelProto:
+def model(graph: Graph, shapes_of: ShapesOf) -> ModelProto:
     """The whole graph."""
     result = shell(graph, shapes_of)
     result.graph.initializer.extend(t.proto() for t in graph.initializers if not is_sparse(t))
     return result
 
 
-def shell(graph: Graph, shapes_of: Shapes) -> ModelProto:
+def shell(graph: Graph, shapes_of: ShapesOf) -> ModelProto:
     """The model without its dense initializers."""
     graph.sort()
     result = header(graph, "quantization_annotation")
@@ -48,24 +48,33 @@ def shell(graph: Graph, shapes_of: Shapes) -> ModelProto:
     return result
 
 
-def weights(graph: Graph) -> list[Weight]:
+def weights(graph: Graph) -> list[StoredWeight]:
     """The dense initializers as `saving.save` takes them, edited values not yet turned into protos."""
     return [_weight(tensor) for tensor in graph.initializers if not is_sparse(tensor)]
 
 
-def _weight(tensor: Constant) -> Weight:
+def _weight(tensor: Constant) -> StoredWeight:
     if tensor.stored is not None or tensor.dtype == object:
-        return Weight(tensor.proto())
+        return StoredWeight(tensor.proto())
     elem_type = helper.np_dtype_to_tensor_dtype(tensor.dtype)
     proto = TensorProto(name=tensor.name, data_type=elem_type, dims=tensor.shape)
     tensor.copy_notes(proto)
-    return Weight(proto, tensor.values, tensor.origin is not None and tensor.origin.external)
+    return StoredWeight(proto, tensor.values, tensor.origin is not None and tensor.origin.external)
 
 
 def between(
     graph: Graph, inputs: Sequence[str], outputs: Sequence[str], type_of: Callable[[str], TensorInfo]
 ) -> ModelProto:
-    """The part of the model from some tensors to others (see `Model.extract`)."""
+    """The part of the model from some tensors to others, as a model (see `Model.extract`).
+
+    Args:
+        graph: is not changed.
+        inputs, outputs: names of tensors.
+        type_of: gives the type and shape of a tensor, for the declarations of inputs.
+
+    Raises:
+        KeyError, InputError: as `Model.extract`.
+    """
     graph.sort()
     sources = [graph.tensor(name) for name in dict.fromkeys(inputs)]
     targets = [graph.tensor(name) for name in dict.fromkeys(outputs)]
@@ -89,7 +98,7 @@ def between(
 def _between(
     graph: Graph, sources: Iterable[Tensor], targets: Sequence[Tensor]
 ) -> tuple[set[Node], set[Tensor]]:
-    """The nodes on the way from the sources to the targets, and the initializers they use."""
+    """The nodes on the way from the sources to the targets, and the initializers that they use."""
     nodes: set[Node] = set()
     used: set[Tensor] = set()
     seen = set(sources)
@@ -156,7 +165,7 @@ def _info(tensor: Constant) -> TensorInfo:
     return TensorInfo(tensor.name, tensor.dtype, tuple(tensor.shape))
 
 
-def _value_infos(graph: Graph, present: set[str], shapes_of: Shapes) -> Iterator[ValueInfoProto]:
+def _value_infos(graph: Graph, present: set[str], shapes_of: ShapesOf) -> Iterator[ValueInfoProto]:
     """The declared inner tensors that are still there, corrected or left out where an edit belies them."""
     declared = [value for value in graph.source.graph.value_info if value.name in present]
     stale = graph.stale_names() if declared else set()

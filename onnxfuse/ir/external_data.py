@@ -1,4 +1,4 @@
-"""Where a tensor's bytes live, and how to get at them.
+"""The bytes of stored tensors, inline or in data files beside the model.
 
 A `TensorProto` keeps its values inline (`raw_data` or a typed field) or as a reference into a data file
 beside the model (`external_data`: location, offset, length). A reference is never followed unless somebody
@@ -60,6 +60,7 @@ class Reference:
 
 
 def is_external(tensor: TensorProto) -> bool:
+    """Whether the tensor's values lie in a data file."""
     return tensor.data_location == TensorProto.EXTERNAL
 
 
@@ -85,7 +86,7 @@ def byte_size(tensor: TensorProto) -> int:
 
 
 def check(tensor: TensorProto, folder: Path | None) -> None:
-    """Whether a tensor has exactly the data that its type and dims ask for, without reading external data.
+    """Refuses a tensor without exactly the data that its type and dims ask for; external data is not read.
 
     Raises:
         InputError: it has not, or its external reference is bad (see `reference`).
@@ -217,7 +218,13 @@ def chunks(source: Reference, step: int = CHUNK) -> Iterator[bytes]:
 
 
 def point(tensor: TensorProto, file_name: str, offset: int, length: int) -> None:
-    """Makes `tensor` a reference to a range of `file_name`, without any inline values."""
+    """Makes `tensor` a reference into a data file, without any inline values.
+
+    Args:
+        tensor: is changed.
+        file_name: the data file, relative to the model's folder.
+        offset, length: the range, in bytes.
+    """
     for field in _VALUE_FIELDS:
         tensor.ClearField(field)
     tensor.data_location = TensorProto.EXTERNAL
@@ -234,6 +241,7 @@ def model_tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every tensor in a graph: its initializers and those in its nodes' attributes, subgraphs included."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield sparse.values

@@ -1,4 +1,4 @@
-"""What a model takes on disk."""
+"""The bytes that a model takes on disk, as it is and compressed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import onnx
 
 from onnxfuse.ir.external_data import is_external, location, model_tensors
 
-CHUNK = 1 << 20
+READ_AT_ONCE = 1 << 20
 LEVEL = 6
-"""Of compression: gzip's default."""
+"""Level of compression: gzip's default."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,11 @@ class FileSize:
 
 
 def file_size(path: Path, *, gzipped: bool) -> FileSize:
-    """Bytes of a model and of the data files it refers to; `gzipped`: also of all of them packed one by one,
-    read in pieces.
+    """The size of a model file together with the data files that it refers to.
+
+    Args:
+        path: the model file.
+        gzipped: whether to compress them too, one by one; they are read in pieces.
 
     Raises:
         OSError: a file can't be read.
@@ -41,6 +44,6 @@ def _gzipped(path: Path) -> int:
     packer = zlib.compressobj(LEVEL, wbits=31)  # 31: a gzip header
     total = 0
     with path.open("rb") as file:
-        while piece := file.read(CHUNK):
+        while piece := file.read(READ_AT_ONCE):
             total += len(packer.compress(piece))
     return total + len(packer.flush())

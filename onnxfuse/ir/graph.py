@@ -1,4 +1,4 @@
-"""The graph of a model: its nodes and tensors, linked, and what there is to be seen in it.
+"""The graph of a model: its nodes and tensors, linked, and the questions that can be asked of it.
 
 It is made of the original proto and of linked nodes and tensors (`nodes`). `editing` changes it, `export`
 makes protos of it, `model` is what everybody works with. Weights may be initializers, initializers that are
@@ -15,7 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto
 
 from onnxfuse.ir import protos, shapes
-from onnxfuse.ir.nodes import CONSTANT_FORMS, Constant, Node, Stored, Tensor, Variable
+from onnxfuse.ir.nodes import CONSTANT_FORMS, Constant, Node, StoredValues, Tensor, Variable
 from onnxfuse.ir.protos import DEFAULT_DOMAINS
 from onnxfuse.ir.shapes import TensorInfo
 
@@ -44,6 +44,13 @@ class Graph:
     """
 
     def __init__(self, source: ModelProto, path: Path | None, folder: Path | None) -> None:
+        """The nodes and tensors of a proto, linked.
+
+        Args:
+            source: the proto; it is kept, and not to be modified.
+            path: the file it came from, None if it came from none.
+            folder: where its external data lies.
+        """
         self.path = path
         self.folder = folder
         self.source = source
@@ -69,7 +76,7 @@ class Graph:
         graph = self.source.graph
         for stored in (*graph.initializer, *graph.sparse_initializer):
             name = stored.values.name if isinstance(stored, SparseTensorProto) else stored.name
-            self._tensors[name] = constant = Constant(name, Stored(stored, self.folder))
+            self._tensors[name] = constant = Constant(name, StoredValues(stored, self.folder))
             self.initializers[constant] = None
         self.declared = {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
         for value in graph.input:
@@ -101,7 +108,7 @@ class Graph:
         return node
 
     def _attribute_tensor(self, proto: TensorProto) -> Constant:
-        return Constant(proto.name, Stored(proto, self.folder))
+        return Constant(proto.name, StoredValues(proto, self.folder))
 
     def _tensor_named(self, name: str) -> Tensor:
         if not name:
@@ -120,12 +127,12 @@ class Graph:
 
     @property
     def inputs(self) -> list[TensorInfo]:
-        """What a user feeds: initializers that are also listed as inputs are not among them."""
+        """The tensors that a user feeds; initializers that are also listed as inputs are not among them."""
         return [shapes.info_of(self.declared[t.name]) for t in self._inputs]
 
     @property
     def outputs(self) -> list[TensorInfo]:
-        """What a user gets, in order."""
+        """The tensors that a user gets, in order."""
         return [shapes.info_of(v) for v in self.source.graph.output]
 
     @property
@@ -339,6 +346,7 @@ class without_collector:
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
+    """A view of the array that can't be written to."""
     view = array.view()
     view.flags.writeable = False
     return view

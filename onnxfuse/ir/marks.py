@@ -20,11 +20,11 @@ VALUES = "values"
 """Weights that are equal stay equal."""
 
 
-def kept(node: Node) -> frozenset[str]:
-    """What is to be kept of a node's weight: `ZEROS`, `VALUES`, both or nothing."""
+def promises(node: Node) -> frozenset[str]:
+    """The promises that hold for a node's weight: `ZEROS`, `VALUES`, both or none."""
     return frozenset(node.metadata.get(KEPT_KEY, "").split())
 
 
 def keep(node: Node, what: str) -> None:
-    """Mark a node, beside what it is marked for already."""
-    node.metadata[KEPT_KEY] = " ".join(sorted({*kept(node), what}, reverse=True))
+    """Note on a node that a promise (`ZEROS` or `VALUES`) is to be kept, beside those noted already."""
+    node.metadata[KEPT_KEY] = " ".join(sorted({*promises(node), what}, reverse=True))

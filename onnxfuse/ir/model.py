@@ -19,14 +19,17 @@ from onnxfuse.ir.shape_inference import infer
 from onnxfuse.ir.shapes import TensorInfo
 
 Feed = dict[str, np.ndarray]
-Source = str | os.PathLike[str] | bytes | ModelProto
+"""Arrays by the name of the input, output or inner tensor that they belong to."""
+
+LoadableModel = str | os.PathLike[str] | bytes | ModelProto
+"""A model for `Model.load`: a path, the bytes of a file, or a proto."""
 
 
 class Model(EditableGraph):
     """A model under edit; `Model.load` makes one."""
 
     @classmethod
-    def load(cls, source: Source, folder: Path | None = None) -> "Model":
+    def load(cls, source: LoadableModel, folder: Path | None = None) -> "Model":
         """A model from a path, the bytes of a file, or a ModelProto (which is copied).
 
         External data is only looked at for its place and size; of what is no path, it lies in `folder`. Nodes

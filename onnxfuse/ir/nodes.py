@@ -8,7 +8,7 @@ out, byte for byte; where something did, only those fields are replaced.
 Three things differ from plain GraphSurgeon, because in a graph under edit identity is what matters:
 
 - Nodes and tensors compare and hash by identity.
-- A subgraph (the body of an `If`, `Loop`, `Scan`) stays a `GraphProto` in `node.attrs`, not to be changed
+- A subgraph (the body of an `If`, `Loop`, `Scan`) stays a `GraphProto` in its attributes, not to be changed
   but replaced (`Model.set_body`). The names that it captures from outside count as uses by its node.
 - Reading a `Constant` loads its values and keeps nothing: a model costs what its edits cost.
 """
@@ -39,7 +39,7 @@ CONSTANT_FORMS: dict[str, Callable[[Any], np.ndarray]] = {
 _stamps = itertools.count()
 
 
-class Stored(LazyValues):
+class StoredValues(LazyValues):
     """Values that still lie in the proto, or the data file, that they came from."""
 
     def __init__(self, tensor: TensorProto | SparseTensorProto, folder: Path | None) -> None:
@@ -90,21 +90,21 @@ class Constant(Tensor, gs.Constant):
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
-    _values: np.ndarray | Stored
+    _values: np.ndarray | StoredValues
 
-    def __init__(self, name: str, values: np.ndarray | Stored) -> None:
+    def __init__(self, name: str, values: np.ndarray | StoredValues) -> None:
         super().__init__(name, values)
-        self.origin = values if isinstance(values, Stored) else None
+        self.origin = values if isinstance(values, StoredValues) else None
         self.stamp = next(_stamps)  # differs between any two values that a constant ever had
 
     @property
-    def stored(self) -> Stored | None:
-        """Where the values lie if they are those of the file, else None."""
-        return self._values if isinstance(self._values, Stored) else None
+    def stored(self) -> StoredValues | None:
+        """The values as they lie in the file; None once they were replaced."""
+        return self._values if isinstance(self._values, StoredValues) else None
 
     @property
     def values(self) -> np.ndarray:
-        return self._values.load() if isinstance(self._values, Stored) else self._values
+        return self._values.load() if isinstance(self._values, StoredValues) else self._values
 
     @values.setter
     def values(self, array: np.ndarray) -> None:
@@ -168,6 +168,15 @@ class Node(gs.Node):
         domain: str = "",
         metadata: dict[str, str] | None = None,
     ) -> None:
+        """A node that no proto stands behind yet.
+
+        Args:
+            op, domain: the operator; "" is the default domain.
+            name: may be empty, and need not be unique.
+            attrs: plain values by name.
+            inputs, outputs: its tensors; `Variable("")` for an optional one that is left out.
+            metadata: its metadata_props.
+        """
         super().__init__(op, name, attrs, list(inputs), list(outputs), domain)
         self.metadata = metadata or {}
         self.origin: NodeProto | None = None
@@ -217,7 +226,7 @@ class Node(gs.Node):
 
     @property
     def label(self) -> str:
-        """How messages name it: by its name, or else its first output."""
+        """The node in messages: its name, or else its first output, and its operator."""
         return f"'{self.name or (self.outputs[0].name if self.outputs else '')}' ({self.op})"
 
     @property

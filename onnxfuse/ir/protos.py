@@ -67,7 +67,13 @@ def _text(data: bytes) -> str | bytes:
 
 
 def attribute_proto(key: str, value: Any, kind: int | None) -> AttributeProto:
-    """A value as an attribute of type `kind`; without a kind (no schema) the value's own type decides."""
+    """A plain value as an attribute.
+
+    Args:
+        key: its name.
+        value: a number, list, string, array or proto; an AttributeProto is returned as it is.
+        kind: its type; None (no schema) lets the value's own type decide.
+    """
     if isinstance(value, AttributeProto):
         return value
     if isinstance(value, np.ndarray) and kind is None:
@@ -78,7 +84,13 @@ def attribute_proto(key: str, value: Any, kind: int | None) -> AttributeProto:
 
 
 def schema_kind(op: str, domain: str, opset: int, key: str) -> int | None:
-    """The type that an operator's schema gives an attribute; None for unknown operators or attributes."""
+    """The type that an operator's schema gives an attribute; None for unknown operators or attributes.
+
+    Args:
+        op, domain: the operator.
+        opset: the version of the domain's operator set.
+        key: the attribute's name.
+    """
     try:
         attribute = onnx.defs.get_schema(op, opset, domain).attributes.get(key)
     except onnx.defs.SchemaError:
@@ -87,7 +99,7 @@ def schema_kind(op: str, domain: str, opset: int, key: str) -> int | None:
 
 
 def operator_key(domain: str | None, name: str) -> tuple[str, str]:
-    """An operator's domain, "" for ONNX's own under whichever of its names, and its name."""
+    """The key of an operator: its domain, "" for ONNX's own under either of its names, and its name."""
     return "" if domain is None or domain in DEFAULT_DOMAINS else domain, name
 
 
@@ -159,6 +171,7 @@ _HEAVY = (AttributeProto.TENSOR, AttributeProto.GRAPH, AttributeProto.TENSORS, A
 
 
 def light_graph(graph: GraphProto, keep_dims: bool = True) -> GraphProto:
+    """The graph without bulky or external values, subgraphs included; `keep_dims` as in `light_tensor`."""
     return GraphProto(
         name=graph.name,
         node=[light_node(n, keep_dims) for n in graph.node],
@@ -179,6 +192,7 @@ def light_imports(imports: Iterable[OperatorSetIdProto]) -> list[OperatorSetIdPr
 
 
 def light_function(function: onnx.FunctionProto, keep_dims: bool = True) -> onnx.FunctionProto:
+    """The function without bulky or external values; `keep_dims` as in `light_tensor`."""
     result = onnx.FunctionProto(
         name=function.name,
         domain=function.domain,
@@ -195,7 +209,12 @@ def light_function(function: onnx.FunctionProto, keep_dims: bool = True) -> onnx
 
 
 def copy_fields(source: Any, target: Any, leave: tuple[str, ...]) -> None:
-    """Copies all strings, numbers and lists of a message to another of its type, except those in `leave`."""
+    """Copies all strings, numbers and lists of a message to another of its type.
+
+    Args:
+        source, target: the messages.
+        leave: names of fields that are not copied.
+    """
     for field, value in source.ListFields():
         if field.name in leave:
             continue

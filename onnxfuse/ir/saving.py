@@ -32,7 +32,7 @@ _PAGE = 4096  # alignment of tensors in a data file, so that a runtime can map t
 
 
 @dataclass(frozen=True)
-class Weight:
+class StoredWeight:
     """An initializer to write: `proto` as it is, or with `array` for its values."""
 
     proto: TensorProto
@@ -48,7 +48,7 @@ class Weight:
 
 
 def save(
-    path: Path, shell: ModelProto, weights: Sequence[Weight], folder: Path | None, source: Path | None
+    path: Path, shell: ModelProto, weights: Sequence[StoredWeight], folder: Path | None, source: Path | None
 ) -> None:
     """Writes a model atomically.
 
@@ -78,7 +78,7 @@ def save(
 
 
 def check_target(path: Path, source: Path | None) -> None:
-    """Refuses a place that a model can't be written to: for whoever wants to know before a long run.
+    """Refuses a path that a model can't be written to, so that a long run need not end in vain.
 
     Raises:
         InputError: the folder is missing or not writable, or the target is a folder, a device, or the source.
@@ -118,9 +118,9 @@ class _Move:
 
 
 def _plan(
-    path: Path, shell: ModelProto, weights: Sequence[Weight], folder: Path | None
-) -> tuple[str, list[_Move], list[TensorProto | Weight]]:
-    """What moves into the data file and what stays: (data file's name, moves, initializers in order)."""
+    path: Path, shell: ModelProto, weights: Sequence[StoredWeight], folder: Path | None
+) -> tuple[str, list[_Move], list[TensorProto | StoredWeight]]:
+    """The data file's name, the values that move into it, and the initializers in order, moved ones too."""
     stay = folder is not None and _same(folder, path.parent)
     used: set[Path] = set()
     ranges: dict[Reference, _Move] = {}
@@ -136,7 +136,7 @@ def _plan(
             refer(tensor)
     overflow = shell.ByteSize() + sum(w.nbytes for w in weights) > PROTOBUF_LIMIT
     values: list[_Move] = []
-    kept: list[TensorProto | Weight] = []
+    kept: list[TensorProto | StoredWeight] = []
     for weight in weights:
         if weight.array is None and external_data.is_external(weight.proto):
             kept.append(proto := _copy(weight.proto))
@@ -154,7 +154,7 @@ def _plan(
     return _data_name(path, used), moves, kept
 
 
-def _goes_out(weight: Weight, overflow: bool) -> bool:
+def _goes_out(weight: StoredWeight, overflow: bool) -> bool:
     if weight.array is None:
         fixed = weight.proto.data_type in external_data.BITS
         return overflow and fixed and weight.nbytes > INLINE
@@ -176,7 +176,7 @@ def _copy(proto: TensorProto) -> TensorProto:
     return copied
 
 
-def _reference_shell(weight: Weight) -> TensorProto:
+def _reference_shell(weight: StoredWeight) -> TensorProto:
     """The weight's proto with everything but values; the reference is filled in when they are written."""
     like = weight.proto
     shell = TensorProto(name=like.name, data_type=like.data_type, dims=like.dims)
@@ -265,8 +265,8 @@ _GRAPH = ModelProto.DESCRIPTOR.fields_by_name["graph"].number
 _INITIALIZER = GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
 
 
-def _write_model(file: BinaryIO, shell: ModelProto, weights: Sequence[TensorProto | Weight]) -> None:
-    """Serialises `shell` with the weights as its initializers, one at a time."""
+def _write_model(file: BinaryIO, shell: ModelProto, weights: Sequence[TensorProto | StoredWeight]) -> None:
+    """Serializes `shell` with the weights as its initializers, one at a time."""
     head = ModelProto()
     protos.copy_fields(shell, head, ("graph",))
     body = shell.graph.SerializeToString()
@@ -285,7 +285,7 @@ def _write_model(file: BinaryIO, shell: ModelProto, weights: Sequence[TensorProt
         file.write(tensor.SerializeToString())
 
 
-def _inline(weight: Weight) -> TensorProto:
+def _inline(weight: StoredWeight) -> TensorProto:
     if weight.array is None:
         return weight.proto
     tensor = numpy_helper.from_array(weight.array, weight.proto.name)

@@ -17,11 +17,11 @@ from onnxfuse.ir import protos
 from onnxfuse.ir.export import declared_inputs, header, is_sparse
 from onnxfuse.ir.graph import Graph
 from onnxfuse.ir.nodes import Constant
-from onnxfuse.ir.shapes import Dim, TensorInfo, info_of, merge
+from onnxfuse.ir.shapes import AxisSize, TensorInfo, info_of, merge
 
 
 def infer(graph: Graph) -> dict[str, TensorInfo]:
-    """What the file declares and ONNX shape inference finds of every tensor in the main graph."""
+    """Type and shape of every tensor in the main graph, from the declarations and ONNX shape inference."""
     light = weightless(graph, graph.stale_names())
     declared = {v.name: v for v in (*light.graph.value_info, *light.graph.output, *light.graph.input)}
     named = {d.dim_param for v in declared.values() for d in v.type.tensor_type.shape.dim}
@@ -63,7 +63,7 @@ def _light(tensor: Constant) -> TensorProto:
 
 
 def _inferred(light: ModelProto, named: set[str]) -> dict[str, TensorInfo]:
-    """What ONNX shape inference finds; nothing where it fails.
+    """Types and shapes by ONNX shape inference; none where it fails.
 
     `named` are the dynamic dimensions that the file itself names: inference has placeholders of its own
     ("unk__0"), which only say that a size is unknown and become None.
@@ -86,5 +86,5 @@ def _inferred(light: ModelProto, named: set[str]) -> dict[str, TensorInfo]:
     return result
 
 
-def _placeholder(dim: Dim, named: set[str]) -> bool:
+def _placeholder(dim: AxisSize, named: set[str]) -> bool:
     return isinstance(dim, str) and dim.startswith("unk__") and dim not in named

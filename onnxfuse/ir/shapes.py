@@ -1,5 +1,6 @@
-"""What is known of a tensor's type and shape, and how two sources of that knowledge combine."""
+"""The type and shape of a tensor as far as they are known, and the ways to combine two such records."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,12 +8,13 @@ from onnx import TensorShapeProto, ValueInfoProto, helper
 
 from onnxfuse.ir.external_data import numpy_dtype
 
-Dim = int | str | None
+AxisSize = int | str | None
+"""The size of an axis: a number, the name of a dynamic dimension, or None where it is unknown."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor.
+    """A tensor's name, type and shape, as far as they are known.
 
     `shape` has sizes, names of dynamic dimensions, and None for what is unknown; None as a whole says that
     not even the rank is known. `dtype` None: the type is unknown, or not that of a dense tensor.
@@ -20,7 +22,7 @@ class TensorInfo:
 
     name: str
     dtype: np.dtype | None
-    shape: tuple[Dim, ...] | None
+    shape: tuple[AxisSize, ...] | None
 
     @property
     def complete(self) -> bool:
@@ -28,8 +30,12 @@ class TensorInfo:
         return self.dtype is not None and self.shape is not None and None not in self.shape
 
 
+Shapes = Mapping[str, TensorInfo]
+"""Types and shapes of tensors, by name."""
+
+
 def info_of(value: ValueInfoProto) -> TensorInfo:
-    """A declared value as a TensorInfo; "" and "?" and negative sizes count as unknown."""
+    """The record of a declared value; "" and "?" and negative sizes count as unknown."""
     if value.type.WhichOneof("value") != "tensor_type":
         return TensorInfo(value.name, None, None)
     tensor = value.type.tensor_type
@@ -37,21 +43,21 @@ def info_of(value: ValueInfoProto) -> TensorInfo:
     return TensorInfo(value.name, numpy_dtype(tensor.elem_type), shape)
 
 
-def _dim(dim: TensorShapeProto.Dimension) -> Dim:
+def _dim(dim: TensorShapeProto.Dimension) -> AxisSize:
     if dim.WhichOneof("value") == "dim_value":
         return dim.dim_value if dim.dim_value >= 0 else None
     return dim.dim_param if isinstance(dim.dim_param, str) and dim.dim_param not in ("", "?") else None
 
 
 def value_info(info: TensorInfo) -> ValueInfoProto:
-    """A declaration; unknown dimensions stay open."""
+    """The declaration of a tensor; unknown dimensions stay open."""
     if info.dtype is None:
         return ValueInfoProto(name=info.name)
     return helper.make_tensor_value_info(info.name, helper.np_dtype_to_tensor_dtype(info.dtype), info.shape)
 
 
 def merge(first: TensorInfo, second: TensorInfo | None) -> TensorInfo:
-    """What either says. Where they contradict, the first wins, except that a size beats a name."""
+    """Both records in one. Where they contradict, the first wins, except that a size beats a name."""
     if second is None:
         return first
     dtype = first.dtype if first.dtype is not None else second.dtype
@@ -61,7 +67,7 @@ def merge(first: TensorInfo, second: TensorInfo | None) -> TensorInfo:
     return TensorInfo(first.name, dtype, tuple(_more_precise(a, b) for a, b in pairs))
 
 
-def _more_precise(first: Dim, second: Dim) -> Dim:
+def _more_precise(first: AxisSize, second: AxisSize) -> AxisSize:
     if first is None or (isinstance(first, str) and isinstance(second, int)):
         return second
     return first

@@ -1,4 +1,4 @@
-"""What makes a file a model that onnxfuse can work on: checked once, when it is loaded.
+"""Checks that a file is a model that onnxfuse can work on, made once, when it is loaded.
 
 The ONNX checker sees a weightless copy with its nodes in topological order, so it neither follows
 references to external data nor meets protobuf's 2 GB limit. What it knows best is left to it: operators
@@ -97,7 +97,7 @@ def check_versions(proto: ModelProto, what: str) -> None:
 
 
 def check_tensors(proto: ModelProto, folder: Path | None) -> bool:
-    """Checks every stored tensor against its type and shape; whether any is external.
+    """Checks every stored tensor against its type and shape, and returns whether any is external.
 
     Raises:
         InputError: a tensor's data do not fit, or its external reference is bad.
@@ -153,7 +153,7 @@ def check_functions(proto: ModelProto, what: str) -> None:
     sizes: dict[tuple[str, str], int] = {}
 
     def size(nodes: Iterable[NodeProto], depth: int) -> int:
-        """How many nodes these are when every call is replaced by what it runs."""
+        """The number of nodes once every call is replaced by the function's nodes."""
         total = 0
         for node in nodes:
             total += 1 + sum(size(body.node, depth) for body in protos.bodies(node))
@@ -202,6 +202,11 @@ def check_operators(proto: ModelProto, nodes: Sequence[NodeProto], what: str) ->
 
     Operators of domains that onnx does not know are left alone: whether they can run is the runtime's word.
 
+    Args:
+        proto: the model.
+        nodes: those of its main graph, in topological order.
+        what: names the model in errors.
+
     Raises:
         InputError: an unknown operator, a bad attribute, an invalid subgraph or function.
     """
@@ -238,7 +243,7 @@ def _one_line(text: str) -> str:
 
 
 def find_nonfinite(tensor: TensorProto, folder: Path | None) -> str | None:
-    """Whether a stored tensor has a "NaN" or else an "Inf"; None if neither. Streamed in chunks."""
+    """ "NaN" or else "Inf" where a stored tensor has one, None where it has neither; streamed in chunks."""
     dtype = external_data.numpy_dtype(tensor.data_type)
     if dtype is None or not _is_float(dtype):
         return None
@@ -251,7 +256,7 @@ def find_nonfinite(tensor: TensorProto, folder: Path | None) -> str | None:
 
 
 def nonfinite(array: np.ndarray) -> str | None:
-    """Whether an array has a "NaN" or else an "Inf"; None if neither."""
+    """ "NaN" or else "Inf" where an array has one, None where it has neither."""
     if not _is_float(array.dtype):
         return None
     flat = array.reshape(-1)

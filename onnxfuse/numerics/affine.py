@@ -1,4 +1,4 @@
-"""An affine map y = W x + b as its numbers."""
+"""An affine map y = W x + b as its numbers, and the type that numerics compute in."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Step:
+class Merger:
     """Two clusters that become one; `height` is the mean distance between their members, no less than that
     of any step before it in its class."""
 
@@ -18,18 +18,18 @@ class Step:
     height: float
 
 
-def agglomerate(distances: np.ndarray, *, adjacent: bool = False) -> list[Step]:
+def agglomerate(distances: np.ndarray, *, adjacent: bool = False) -> list[Merger]:
     """All steps from single things to one cluster, the nearest two clusters first.
 
     Args:
         distances: (n, n), symmetric; infinite where two must not meet.
-        adjacent: whether only neighbours in the given order can meet, so that clusters are runs.
+        adjacent: whether only neighbors in the given order can meet, so that clusters are runs.
 
     Returns:
         At most n - 1 steps; members are indices, in order. On ties the earliest in order meet first.
     """
     clusters: list[tuple[int, ...]] = [(index,) for index in range(len(distances))]
-    steps: list[Step] = []
+    steps: list[Merger] = []
     height = 0.0
     while len(clusters) > 1:
         pairs = [
@@ -41,13 +41,13 @@ def agglomerate(distances: np.ndarray, *, adjacent: bool = False) -> list[Step]:
         if not np.isfinite(nearest):
             break
         height = max(height, nearest)
-        steps.append(Step(clusters[i], clusters[j], height))
+        steps.append(Merger(clusters[i], clusters[j], height))
         clusters[i] = tuple(sorted(clusters[i] + clusters[j]))
         del clusters[j]
     return steps
 
 
-def joined(steps: Sequence[Step]) -> list[tuple[int, ...]]:
+def clusters_after(steps: Sequence[Merger]) -> list[tuple[int, ...]]:
     """The clusters of several members that some first steps of an agglomeration leave."""
     found: list[tuple[int, ...]] = []
     for step in steps:

@@ -44,6 +44,17 @@ class Moments:
     """
 
     def __init__(self, dx: int, dy: int, groups: int = 1, *, single: bool = False) -> None:
+        """No rows yet.
+
+        Args:
+            dx: columns of x.
+            dy: columns of y.
+            groups: equal runs that x and y are split into.
+            single: whether buffered products are summed in float32 (see the class).
+
+        Raises:
+            ValueError: sizes that the groups do not divide.
+        """
         if min(dx, dy, groups) < 1 or dx % groups or dy % groups:
             raise ValueError(f"{dx} inputs and {dy} outputs can't be split into {groups} groups")
         self.dx, self.dy, self.groups = dx, dy, groups

@@ -15,18 +15,24 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def spread(kernel: np.ndarray) -> float:
-    """Standard deviation of a kernel; of one with equal weights, such as a single one, their size."""
+def deviation_of(kernel: np.ndarray) -> float:
+    """The standard deviation of a kernel; of one with equal weights, such as a single one, their size."""
     wide = kernel.astype(np.float64)
     return float(wide.std() or np.abs(wide).max(initial=0.0))
 
 
 def behind(kernel: np.ndarray, inputs: int) -> float:
-    """Standard deviation for a new kernel behind this one, each of whose outputs sums up so many inputs."""
-    return min(spread(kernel), float(np.sqrt(2 / inputs)))
+    """Standard deviation of a new kernel behind this one, each of whose outputs sums up `inputs` numbers."""
+    return min(deviation_of(kernel), float(np.sqrt(2 / inputs)))
 
 
 def uniform(random: np.random.Generator, shape: Sequence[int], deviation: float) -> np.ndarray:
-    """float64 of this shape, uniform about zero with this standard deviation."""
+    """Random numbers of this shape, float64, uniform about zero.
+
+    Args:
+        random: what draws them.
+        shape: theirs.
+        deviation: their standard deviation.
+    """
     bound = deviation * np.sqrt(3.0)
     return random.uniform(-bound, bound, shape)

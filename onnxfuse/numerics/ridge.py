@@ -6,7 +6,7 @@ the same system
 
     (C_xx + r I) D^T = C_xy - C_xx W0^T,      W = W0 + D,
 
-which pulls towards prior weights W0 (zero when there are none) and is the paper's solution at r = 0. The
+which pulls toward prior weights W0 (zero when there are none) and is the paper's solution at r = 0. The
 ridge is given relative to the mean diagonal of C_xx, so that one number serves tensors of any scale. Where
 C_xx is singular (dead or duplicated inputs, fewer rows than columns) r = 0 means the solution nearest to W0,
 which is also the limit of r -> 0.
@@ -42,7 +42,7 @@ def solve(moments: Moments, ridge: float, prior: npt.ArrayLike | None = None) ->
     Args:
         moments: of the data.
         ridge: at least 0, relative to the mean diagonal of C_xx (of each group's own).
-        prior: weights (dy, dx / groups) to shrink towards; None is zero.
+        prior: weights (dy, dx / groups) to shrink toward; None is zero.
 
     Raises:
         ValueError: negative ridge, or a prior of the wrong shape.

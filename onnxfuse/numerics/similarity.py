@@ -1,4 +1,4 @@
-"""How alike two weight matrices are, and which rows of one stand for which of the other.
+"""Distances between two weight matrices, and the rows of one that stand for those of the other.
 
 A row is a neuron: its incoming weights are a point in the space of the columns, and a layer is the cloud of
 its rows (Layer Fusion, O'Neill et al. 2020). With S = W^T W / n the second moment of n rows, and mean and
@@ -42,7 +42,8 @@ import scipy.linalg
 import scipy.optimize
 import scipy.spatial.distance
 
-Array = npt.NDArray[np.float64]
+from onnxfuse.numerics.affine import Array
+
 Criterion = Literal["euclidean", "covariance", "kl", "wasserstein", "aligned", "centroids"]
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -51,7 +52,7 @@ RIDGE = 1e-3
 """Added to the variances of Gaussians that are compared by `kl`, as a share of the mean variance of both."""
 
 CENTROIDS = 16
-"""How many centroids stand for the rows of a matrix at most."""
+"""The most centroids that stand for the rows of a matrix."""
 
 _EQUAL_ROWS = ("euclidean", "aligned")
 

@@ -5,7 +5,7 @@ layer's input, v_s the variance of its output and W0 the mean of the weights,
 
     W = (sum_s W_s C_s / v_s + r W0) (sum_s C_s / v_s + r I)^-1,
 
-which minimises the summed relative error of all outputs (RegMean, Jin et al. 2023, equation 2, for the layers
+which minimizes the summed relative error of all outputs (RegMean, Jin et al. 2023, equation 2, for the layers
 of one network instead of the same layer of several).
 """
 
@@ -21,7 +21,7 @@ from onnxfuse.numerics.similarity import freeze_share
 Mode = Literal["fit", "mean", "freeze", "mix"]
 
 RIDGE = 1e-3
-"""Of "fit", relative to the mean diagonal of the summed covariances."""
+"""The ridge of "fit", relative to the mean diagonal of the summed covariances."""
 
 
 def one_weight(
@@ -86,7 +86,10 @@ def gradient_shares(weights: Sequence[np.ndarray], mode: Mode, counts: Sequence[
     """The share of each operator's gradient in that of the common weight, weight by weight.
 
     Equal ones; or, of "freeze" (O'Neill et al. 2021, equation 6), gamma for the layer that was kept, the
-    others together what is left. Arguments as `one_weight`.
+    others together what is left.
+
+    Args:
+        weights, mode, counts: as in `one_weight`.
     """
     number = sum(counts)
     if mode != "freeze":

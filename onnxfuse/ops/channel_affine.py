@@ -18,7 +18,8 @@ import numpy as np
 
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.ops.linear import LinearOp, Shapes, channel_vector, is_main_domain, weight_type
+from onnxfuse.ir.shapes import Shapes
+from onnxfuse.ops.linear import LinearOp, channel_vector, is_main_domain, weight_type
 from onnxfuse.ops.table import OPS, Kind, Trait
 
 _POOLS = OPS.of_kind(Kind.POOL)
@@ -50,10 +51,14 @@ def affine_input(model: Model, node: Node) -> Tensor | None:
 def channel_affine(
     model: Model, node: Node, channels: int, axis: int, rank: int | None
 ) -> ChannelAffine | str:
-    """What `node` does to each channel of its input (see `affine_input`), or why it does something else.
+    """The scale and shift of each channel of a node's input (see `affine_input`), or why it has none.
 
-    `channels` is the size of the input's channel axis `axis` (-1: the last), `rank` its rank, None if
-    unknown.
+    Args:
+        model: has the node.
+        node: the operator.
+        channels: size of the input's channel axis.
+        axis: the channel axis; -1 is the last.
+        rank: of the input, None if unknown.
     """
     if affine_input(model, node) is None:
         return f"{node.op} does not scale or shift one tensor by constants"
@@ -73,11 +78,20 @@ def training_mode(node: Node) -> bool:
 def carried_channels(
     path: Sequence[Node], channels: int, op: LinearOp, shapes: Shapes, *, increasing: bool
 ) -> np.ndarray | str:
-    """Which channel of (N, C, *S) each input feature of `op` comes from, behind the operators of `path`.
+    """For each input feature of `op` its channel of (N, C, *S), or why there is no such map.
 
-    Those are first pools, then rearrangements. An average commutes with every affine map per channel unless
-    it averages padding in; a maximum commutes with an `increasing` one. The rearrangements are played through
-    on one sample that holds channel numbers. Returns int64 (op.in_features,), or why there is no such map.
+    An average commutes with every affine map per channel unless it averages padding in; a maximum commutes
+    with an increasing one. The rearrangements are played through on one sample that holds channel numbers.
+
+    Args:
+        path: the operators before `op`: first pools, then rearrangements.
+        channels: C.
+        op: the operator that reads the features.
+        shapes: of the model's tensors.
+        increasing: whether the map per channel is increasing, so that a maximum commutes with it.
+
+    Returns:
+        int64 (op.in_features,), or the reason.
     """
     pools = [n for n in path if n.op in POOLS]
     moves = path[len(pools) :]
@@ -139,7 +153,7 @@ def _batch_norm(model: Model, node: Node, channels: int, axis: int, rank: int | 
     if training_mode(node):
         return "BatchNormalization is in training mode"
     if axis != 1 and (rank is None or axis % rank != 1):
-        return "BatchNormalization does not normalise the axis that the operator computes"
+        return "BatchNormalization does not normalize the axis that the operator computes"
     values = []
     for tensor in node.inputs[1:5]:
         value = model.weight(tensor)

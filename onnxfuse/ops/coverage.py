@@ -1,4 +1,4 @@
-"""The record of what each analysis knows of an operator."""
+"""The record that says of an operator what each analysis knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one analysis knows of operators: its rules, and what it takes from an operator's row."""
+"""The rules that one analysis has for operators, and the defaults that it takes from their rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Facet(Generic[R]):
         return None if op is None else self.default(op)
 
     def coverage(self, key: Key) -> str:
-        """ "rule", "default", or why there is neither; of an operator in the table."""
+        """For an operator of the table "rule" or "default", or the reason why there is neither."""
         if key in self.rules:
             return "rule"
         op = OPS.get(*key)

@@ -1,4 +1,4 @@
-"""The check that no stored value would spoil what is computed with it."""
+"""The check that no stored value is NaN, or infinite where that would spoil every result."""
 
 from __future__ import annotations
 

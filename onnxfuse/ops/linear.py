@@ -18,7 +18,7 @@ writing goes back to the operator's own layout, dtype and initializer names.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,10 +26,9 @@ import numpy as np
 
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
-from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.ir.shapes import Shapes
 
 LinearKind = Literal["conv", "conv_transpose", "dense", "token"]
-Shapes = Mapping[str, TensorInfo]
 
 _FLOATING = ("float16", "float32", "float64", "bfloat16")
 
@@ -129,9 +128,12 @@ def linear_op(
 ) -> LinearOp | str:
     """The affine operator at `node` (Conv, Gemm or MatMul with constant weights), or the reason it is none.
 
-    `shapes` (what `Model.shapes` returns) tells a dense MatMul from a per-token one and settles auto_pad;
-    without it the shapes stored in the graph are used. `transposed` admits ConvTranspose, as kind
-    "conv_transpose".
+    Args:
+        model: has the node.
+        node: the operator.
+        shapes: as `Model.shapes` returns them; they tell a dense MatMul from a per-token one and settle
+            auto_pad. None: the shapes stored in the graph are used.
+        transposed: whether ConvTranspose is admitted, as kind "conv_transpose".
     """
     describe = _OPERATORS.get(node.op) if is_main_domain(node) else None
     if describe is None or (node.op == "ConvTranspose" and not transposed):
@@ -179,19 +181,30 @@ def weight_type(model: Model, tensor: Tensor) -> tuple[np.dtype[Any], tuple[int,
 
 
 def is_shared(model: Model, tensor: Tensor, node: Node) -> bool:
-    """Whether a weight has any user but one input of `node`."""
+    """Whether a weight has any user but one input of a node.
+
+    Args:
+        model: has both.
+        tensor: the weight.
+        node: the node that reads it.
+    """
     uses = sum(1 for t in node.inputs if t is tensor)
     others = any(user is not node for user in tensor.outputs)
     return others or uses > 1 or model.captured(tensor) or model.is_output(tensor)
 
 
 def channel_vector(shape: Sequence[int], channels: int, axis: int, rank: int | None) -> bool:
-    """Whether a constant of `shape` broadcasts to one value per channel (or one for all) over a tensor of
-    `rank`.
+    """Whether a constant broadcasts to one value per channel (or one for all) over a tensor.
 
-    `axis` is the channel axis; negative counts from the end, and then the rank need not be known for
-    constants of at most one dimension. The constant must not make the tensor larger: no more dimensions,
-    nothing but 1 or `channels` on the channel axis, 1 elsewhere.
+    It must not make the tensor larger: no more dimensions, nothing but 1 or `channels` on the channel axis, 1
+    elsewhere.
+
+    Args:
+        shape: of the constant.
+        channels: size of the tensor's channel axis.
+        axis: the channel axis. A negative one counts from the end, and then the rank need not be known for
+            constants of at most one dimension.
+        rank: of the tensor, None if unknown.
     """
     if rank is None:
         return axis == -1 and len(shape) <= 1 and (not shape or shape[0] in (1, channels))
@@ -204,7 +217,7 @@ def channel_vector(shape: Sequence[int], channels: int, axis: int, rank: int | N
     )
 
 
-# ---- recognising -----------------------------------------------------------------------------------------
+# ---- recognizing -----------------------------------------------------------------------------------------
 
 
 def _weight_shape(model: Model, tensor: Tensor) -> tuple[int, ...] | str:
@@ -295,7 +308,7 @@ _OPERATORS = {"Conv": _conv, "ConvTranspose": _conv, "Gemm": _gemm, "MatMul": _m
 WEIGHTED = frozenset(_OPERATORS)
 """Names of the operators, in ONNX's own domain, that `linear_op` can describe."""
 
-LINEAR = WEIGHTED - {"ConvTranspose"}
+LINEAR_OPERATORS = WEIGHTED - {"ConvTranspose"}
 """Those that it describes without being asked for transposed ones."""
 
 
@@ -350,10 +363,16 @@ def _text(value: Any) -> str:
 
 
 def constant_operand(model: Model, add: Node) -> Tensor:
+    """The stored operand of an Add."""
     return next(t for t in add.inputs if model.is_weight(t))
 
 
 def stored_value(model: Model, tensor: Tensor) -> np.ndarray:
+    """The value of a weight, as it is stored.
+
+    Raises:
+        ValueError: the tensor is no weight.
+    """
     value = model.weight(tensor)
     if value is None:
         raise ValueError(f"{tensor.name} is not a weight")
@@ -361,6 +380,7 @@ def stored_value(model: Model, tensor: Tensor) -> np.ndarray:
 
 
 def flat_value(model: Model, tensor: Tensor) -> np.ndarray:
+    """The value of a weight as a float64 vector."""
     return stored_value(model, tensor).astype(np.float64).reshape(-1)
 
 
@@ -368,6 +388,7 @@ def flat_value(model: Model, tensor: Tensor) -> np.ndarray:
 
 
 def _from_layout(op: LinearOp, stored: np.ndarray) -> np.ndarray:
+    """The matrix (out, in / groups * prod(kernel)) of a stored weight."""
     match op.node.op:
         case "Conv":
             return stored.reshape(op.out_features, op.columns)
@@ -381,6 +402,7 @@ def _from_layout(op: LinearOp, stored: np.ndarray) -> np.ndarray:
 
 
 def to_layout(op: LinearOp, weight: np.ndarray) -> np.ndarray:
+    """A matrix (out, in / groups * prod(kernel)) as the operator stores it (see the module's table)."""
     match op.node.op:
         case "Conv":
             return weight.reshape(op.out_features, -1, *op.kernel)

@@ -1,4 +1,4 @@
-"""New affine operators from matrices: the way back from the one view of `onnxfuse.linear`."""
+"""New affine operators from matrices: the way back from the one view of `ops.linear`."""
 
 from __future__ import annotations
 

@@ -21,14 +21,23 @@ def write_weights(
     *,
     by: str = "linear",
 ) -> None:
-    """Store `weight` (out, in / groups * prod(kernel)) and `bias` (out,) in the operator's own layout and
-    names.
+    """Store a weight and a bias in the operator's own layout and names.
 
     The whole bias goes to the last place that holds one (the bias Add, else the node's bias input); where
     there is none and `bias` isn't all zero, Conv and Gemm get a bias input and MatMul gets an Add behind it
-    (the output keeps its name). None leaves weight or bias alone. A tensor with other users is not touched:
-    the operator gets a private copy under a new name. Raises ValueError on a wrong shape and
-    NotApplicableError where a value overflows the stored dtype; then nothing was changed.
+    (the output keeps its name). A tensor with other users is not touched: the operator gets a private copy
+    under a new name.
+
+    Args:
+        model: edited in place.
+        op: the operator.
+        weight: (out, in / groups * prod(kernel)), None to leave it alone.
+        bias: (out,), None to leave it alone.
+        by: the pass, noted on an Add that is new.
+
+    Raises:
+        ValueError: a wrong shape; nothing was changed.
+        NotApplicableError: a value overflows the stored dtype; nothing was changed.
     """
     if weight is not None and weight.shape != (op.out_features, op.columns):
         raise ValueError(f"weight is {weight.shape}, not {(op.out_features, op.columns)}")
@@ -108,8 +117,11 @@ def _hand_out(model: Model, nodes: Sequence[Node], old: Sequence[Tensor], value:
 
 
 def overflow(op: LinearOp, weight: np.ndarray | None, bias: np.ndarray | None) -> str | None:
-    """Why these numbers cannot be stored in the operator's dtype, or None: a finite one would become
-    infinite.
+    """Why numbers can't be stored in the operator's dtype (a finite one would become infinite), or None.
+
+    Args:
+        op: the operator.
+        weight, bias: the numbers, None for none.
     """
     # bfloat16 is no type of NumPy's own; it has float32's range.
     limit = float(np.finfo(op.dtype if op.dtype.kind == "f" else np.float32).max)

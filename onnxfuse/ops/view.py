@@ -1,6 +1,6 @@
 """A node as the rules of an analysis see it: the questions that all of them ask.
 
-Each analysis adds its own: what flows in, what bounds there are, which axes are the same.
+Each analysis adds its own: flows, bounds, shapes, axes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.protos import attribute_value, operator_key
 from onnxfuse.ops.table import Key
 
+TO_THE_END = 2**31 - 1
+"""A Slice bound of this size or more lies behind every axis."""
+
 
 class NodeView:
-    """What a node says: its operator, its attributes, which optional inputs are there."""
+    """A node's operator, its attributes, and which optional inputs are there."""
 
     @property
     def key(self) -> Key:
@@ -49,7 +52,13 @@ class NodeView:
         return value.values if isinstance(value, Constant) else value
 
     def axis(self, name: str, default: int, rank: int) -> int:
-        """An axis attribute of a tensor of that rank, counted from the front."""
+        """An axis attribute, counted from the front.
+
+        Args:
+            name: the attribute.
+            default: its value where it is not given.
+            rank: of the tensor whose axis it is.
+        """
         return int(self.attribute(name, default)) % max(rank, 1)
 
     def integers(self, slot: int, attribute: str) -> list[int] | None:

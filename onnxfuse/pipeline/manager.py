@@ -36,9 +36,8 @@ from onnxfuse.verification.predictions import check_predictions
 from onnxfuse.verification.records import OutputError
 
 if TYPE_CHECKING:
-    from onnxfuse.ir.model import Model
+    from onnxfuse.ir.model import Feed, Model
     from onnxfuse.pipeline.instruments import Instrument
-    from onnxfuse.runtime.session import Feed
 
 
 VERIFIED_BATCHES = 2

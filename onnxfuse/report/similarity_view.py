@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from onnxfuse.analysis.layer_similarity import nearest, shown
+from onnxfuse.analysis.layer_similarity import nearest_layers, shown
 from onnxfuse.report.tables import WIDTH, heading, make_table, paragraph
 from onnxfuse.wording import counted, shortened
 
@@ -46,7 +46,7 @@ def _matrix(likeness: Likeness) -> RenderableType:
 def _partners(likeness: Likeness) -> RenderableType:
     table = make_table("", "", *("nearest" if not place else "" for place in range(_PARTNERS)))
     for row, name in enumerate(likeness.names):
-        near = nearest(likeness, row)[:_PARTNERS]
+        near = nearest_layers(likeness, row)[:_PARTNERS]
         cells = [f"{other + 1}: {shown(value)}" for value, other in near] or ["-"]
         table.add_row(f"  {row + 1}", shortened(name, WIDTH - 7 - _PARTNERS * (_PARTNER + 2)), *cells)
     return table

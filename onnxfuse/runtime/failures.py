@@ -1,4 +1,8 @@
-"""ONNX Runtime's exceptions as errors of ours, in one line."""
+"""Exceptions of ONNX Runtime as errors of onnxfuse.
+
+They share no base class, span several lines and name places in its C++ sources; users get the one line that
+is about their model.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,11 @@ from onnxfuse.errors import NotApplicableError
 
 @contextlib.contextmanager
 def failing_clearly() -> Iterator[None]:
+    """Turn whatever ONNX Runtime raises in the block into a NotApplicableError of one line.
+
+    Raises:
+        NotApplicableError: the block raised anything.
+    """
     try:
         yield
     except Exception as error:  # ORT's exceptions share no base class
@@ -30,7 +39,7 @@ _NOISE = (
 
 
 def one_line(error: Exception) -> str:
-    """ONNX Runtime's message without its error codes and C++ locations."""
+    """The message of an exception without ONNX Runtime's error codes and C++ locations."""
     text = str(error)
     for pattern, replacement in _NOISE:
         text = re.sub(pattern, replacement, text)

@@ -1,4 +1,7 @@
-"""Checks of what a session is fed."""
+"""Checks of a feed against a model's inputs, before ONNX Runtime sees it.
+
+Samples are checked with the same functions when they are opened, long before the first run.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,12 @@ def check_feed(feed: Mapping[str, np.ndarray], inputs: Sequence[TensorInfo]) -> 
 
 
 def check_type(info: TensorInfo, dtype: np.dtype, shape: Sequence[int]) -> None:
-    """Raise InputError unless an array of this type and shape can be fed to `info`. Nothing is cast."""
+    """Raise InputError unless an array can be fed to an input. Nothing is cast.
+
+    Args:
+        info: the input.
+        dtype, shape: those of the array.
+    """
     if info.dtype is None:
         raise InputError(f"input '{info.name}' is of a type that NumPy arrays cannot feed")
     is_text = info.dtype == object and dtype.kind in "US"

@@ -1,4 +1,8 @@
-"""Models on their way to a session: the outputs wanted, and what is larger than one message."""
+"""Models on their way to a session: cut down to the outputs wanted, and passed on whatever their size.
+
+A model is handed to ONNX Runtime as the bytes of one protobuf message, of 2 GiB at most. Of a larger one the
+large initializers go apart, as values that the session options carry.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +69,14 @@ def _serialized(proto: onnx.ModelProto) -> bytes | None:
 
 
 def handed_over(proto: onnx.ModelProto, options: ort.SessionOptions) -> tuple[bytes, list[ort.OrtValue]]:
-    """(the model's bytes, []); or of a model too large for that (the bytes without its large initializers,
-    their values), these values being put in `options`."""
+    """The bytes of a model, and the values that are handed over apart from them.
+
+    A model that fits one message has none of these. Of a larger one they are the large initializers. They
+    are put in `options`; keep them until the session is made.
+
+    Raises:
+        NotApplicableError: it is too large even without its large initializers.
+    """
     data = _serialized(proto)
     if data is not None:
         return data, []

@@ -1,9 +1,8 @@
 """Latency of several models, measured side by side.
 
-Latency is not predictable from multiply-accumulates (a 5x5 convolution has fewer than two 3x3 and can be
-slower), so it is measured: all models interleaved in one run, in an order drawn anew each round, because on a
-busy machine two separate timings compare the machine with itself at different moments. The ratio to the first
-model is taken round by round and its median reported, with a bootstrap confidence interval.
+It is not predictable from multiply-accumulates (a 5x5 convolution has fewer than two 3x3 and can be slower).
+All models are timed interleaved in one run, in an order drawn anew each round, because on a busy machine two
+separate timings compare the machine with itself at different moments.
 """
 
 from __future__ import annotations
@@ -19,10 +18,8 @@ from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Model
 
 if TYPE_CHECKING:
-    from onnxfuse.runtime.session import Feed, Runtime
-
-
-# --- latency ------------------------------------------------------------------------------------------------
+    from onnxfuse.ir.model import Feed
+    from onnxfuse.runtime.session import Runtime
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,16 @@ def latency(
     warmup: int = 3,
     seed: int = 0,
 ) -> Latency:
-    """Time `models` on `feed`, interleaved: every round runs each once, in an order drawn anew.
+    """Timings of `models` on `feed`, interleaved as the module says.
 
     Args:
+        models: the first is the one that the others are compared with.
+        runtime: runs them.
+        feed: fits all of them.
         repeats: rounds at most.
         seconds: no new round starts after this time; at least three are made whatever they take.
         warmup: runs of each model before the first round.
+        seed: of the orders and of the bootstrap.
 
     Raises:
         InputError: no models, or the feed does not fit one of them.
@@ -75,13 +76,18 @@ def latency(
     sessions = [runtime.session(model) for model in models]
     runs = [session.bind(feed).run for session in sessions]
     times = interleaved(runs, repeats=repeats, seconds=seconds, warmup=warmup, seed=seed)
-    return Latency(summarise(times, seed), len(times), tuple(sessions[0].providers), runtime.threads)
+    return Latency(timings_from(times, seed), len(times), tuple(sessions[0].providers), runtime.threads)
 
 
 def interleaved(
     runs: Sequence[Callable[[], Any]], *, repeats: int, seconds: float, warmup: int = 3, seed: int = 0
 ) -> np.ndarray:
-    """Nanoseconds of calls, (rounds, runs); arguments as `latency`."""
+    """Nanoseconds of calls, (rounds, runs).
+
+    Args:
+        runs: what is called.
+        repeats, seconds, warmup, seed: as in `latency`.
+    """
     for run in runs:
         for _ in range(warmup):
             run()
@@ -98,9 +104,17 @@ def interleaved(
     return np.array(times)
 
 
-def summarise(times: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[Timing, ...]:
-    """Timings from nanoseconds of shape (rounds, models). Ratios are taken round by round, so that what slows
-    a whole round (another process) cancels; medians, because what slows a single run must not count."""
+def timings_from(times: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[Timing, ...]:
+    """Timings from nanoseconds.
+
+    Ratios are taken round by round, so that what slows a whole round (another process) cancels; medians,
+    because what slows a single run must not count.
+
+    Args:
+        times: (rounds, models).
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+    """
     ratios = times / times[:, :1]
     draws = np.random.default_rng(seed).integers(len(times), size=(resamples, len(times)))
     found = []

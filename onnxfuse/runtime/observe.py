@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.progress import Advance, NoProgress
-from onnxfuse.runtime.session import Feed, Runtime
+from onnxfuse.runtime.session import Runtime
 
 
 class Fed(Protocol):
@@ -30,6 +30,11 @@ class TappedModel:
 
     def __init__(self, model: Model, tensors: Iterable[str], runtime: Runtime) -> None:
         """Make a session that computes `tensors`, and nothing that none of them depends on.
+
+        Args:
+            model: is left as it is.
+            tensors: names of tensors of the main graph.
+            runtime: runs it.
 
         Raises:
             InputError: no tensor of that name.

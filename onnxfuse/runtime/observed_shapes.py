@@ -1,4 +1,9 @@
-"""Types and shapes as a run meets them, of what inference leaves open."""
+"""Types and shapes as a run shows them, where inference leaves them open.
+
+`Model.shapes` knows what the file declares and what ONNX infers. The sizes that a feed gives to dynamic
+dimensions, and the types behind operators that inference does not know, take a run: the model is tapped, a
+few tensors at a time.
+"""
 
 from __future__ import annotations
 

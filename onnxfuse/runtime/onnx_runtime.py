@@ -1,4 +1,8 @@
-"""ONNX Runtime itself, imported and kept silent."""
+"""ONNX Runtime itself, imported and kept silent: every other module has `ort` from here.
+
+Some builds print while they are imported, and again whenever a device or a model displeases them. What is
+printed is kept off the screen; errors arrive as exceptions all the same.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Execution providers: which this machine can really use."""
+"""Execution providers, sessions made with them, and the cores they may use.
+
+A provider that the wheel was built with need not be one that this machine can load: only a probe tells
+(see `session`). Options that every session has are set here, in one place.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +54,13 @@ def _read(path: str) -> str:
 
 
 def short_name(provider: str) -> str:
+    """The provider as users write it: "cuda" for CUDAExecutionProvider."""
     return provider.removesuffix("ExecutionProvider").lower()
 
 
 @functools.cache
 def probe_provider(provider: str, device_id: int) -> tuple[str, str]:
-    """What really happens when a session asks for `provider`: (the provider it got, why if another)."""
+    """The provider that a session really gets when it asks for `provider`, and why if it is another."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [x], [y])
@@ -87,6 +92,7 @@ def _load_failure(log: str) -> str:
 
 
 def session_options() -> ort.SessionOptions:
+    """The options of every session: silent, one operator at a time, no thread that spins while it is idle."""
     options = ort.SessionOptions()
     options.log_severity_level = SILENT
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -100,6 +106,17 @@ def session_options() -> ort.SessionOptions:
 def make_session(
     model: bytes, options: ort.SessionOptions, provider: str, device_id: int
 ) -> ort.InferenceSession:
+    """A session with a provider, and the CPU behind it for operators that the provider lacks.
+
+    Args:
+        model: the bytes of a model.
+        options: as `session_options` makes them.
+        provider: its full name.
+        device_id: which GPU.
+
+    Raises:
+        Exception: whatever ONNX Runtime raises.
+    """
     device: dict[str, str] = {"device_id": str(device_id)} if provider in GPU_PROVIDERS else {}
     if provider == "CUDAExecutionProvider":
         # TensorFloat-32 keeps 10 bits of mantissa and is on by default: it would drown what a pass changed.

@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.shapes import info_of
 from onnxfuse.runtime.failures import failing_clearly, one_line
 from onnxfuse.runtime.feeds import check_feed
@@ -38,12 +38,11 @@ from onnxfuse.runtime.providers import (
     short_name,
 )
 
-Feed = dict[str, np.ndarray]
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Runtime:
-    """Where and how models run: one provider, one number of threads. Cheap to make; makes `Session`s."""
+    """A provider and a number of threads to run models with. Cheap to make; makes `Session`s."""
 
     def __init__(self, provider: str = "auto", threads: int | None = None, device_id: int = 0) -> None:
         """Settle on a provider.
@@ -153,6 +152,13 @@ class Session:
         declared: Iterable[onnx.ValueInfoProto],
         device_id: int,
     ) -> None:
+        """Takes over a session of ONNX Runtime's.
+
+        Args:
+            session: runs the model.
+            declared: the model's inputs as its proto declares them.
+            device_id: which GPU.
+        """
         self._session = session
         self._device_id = device_id
         fed = {arg.name for arg in session.get_inputs()}  # without the initializers that are listed as inputs
@@ -203,6 +209,14 @@ class Bound:
         outputs: Sequence[str],
         device_id: int,
     ) -> None:
+        """Copies `feed` to where the model runs.
+
+        Args:
+            session: runs the model.
+            feed: one array for each input.
+            outputs: names of the outputs that are computed.
+            device_id: which GPU.
+        """
         device = "cuda" if session.get_providers()[0] in GPU_PROVIDERS else "cpu"
         self._session = session
         self._outputs = outputs

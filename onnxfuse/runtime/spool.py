@@ -14,14 +14,14 @@ import numpy as np
 
 from onnxfuse.errors import InputError
 
-LIMIT = 96 << 20
+MEMORY_LIMIT = 96 << 20
 """Bytes kept in memory."""
 
 
 class Spool:
     """Arrays by (name, batch). A context manager: leaving it frees everything."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
+    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self._limit = limit
         self._held = 0
         self._memory: dict[str, dict[int, np.ndarray]] = {}

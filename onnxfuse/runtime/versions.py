@@ -1,4 +1,4 @@
-"""Which versions of ONNX the installed ONNX Runtime accepts."""
+"""The versions of ONNX that the installed ONNX Runtime accepts, found by asking it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_runs(model: Model) -> None:
     """Refuse a model that is too new for ONNX Runtime, though onnx itself knows its versions.
 
     Raises:
-        InputError: says so.
+        InputError: ONNX Runtime does not accept the model's opset or IR version.
     """
     ir_version = model.source.ir_version
     if model.opset and not runtime_accepts(model.opset, ir_version):

@@ -46,8 +46,8 @@ from onnxfuse.verification.tally import Deviation, Differences, Tally, add_sprea
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import Batch
-    from onnxfuse.ir.model import Model
-    from onnxfuse.runtime.session import Feed, Runtime, Session
+    from onnxfuse.ir.model import Feed, Model
+    from onnxfuse.runtime.session import Runtime, Session
 
 
 def _feeds(model: Model, batches: Iterable[Batch], run: Run) -> Iterator[tuple[Feed, Any, int]]:
@@ -161,6 +161,14 @@ def _compared(
 
 
 def output_difference(name: str, tally: Tally, spread: Deviation | None, floors: Floors) -> OutputDifference:
+    """The difference of one output as it is reported.
+
+    Args:
+        name: of the output.
+        tally: its differences.
+        spread: its deviation in the first model, None if it is not floating-point.
+        floors: noise floors by output.
+    """
     if tally.problem or tally.exact or spread is None:
         share = tally.unequal / tally.count if tally.count else 0.0
         return OutputDifference(name, share, 0.0, 0.0, np.inf if tally.unequal else 0.0, tally.problem)
@@ -171,9 +179,14 @@ def output_difference(name: str, tally: Tally, spread: Deviation | None, floors:
 
 
 def output_error(a: Model, b: Model, batches: Iterable[Batch], runtime: Runtime) -> OutputError:
-    """Relative error of `b`'s outputs against `a`'s over all of `batches`: what `--max-error` bounds.
+    """The relative error of `b`'s outputs against `a`'s, which `--max-error` bounds.
 
     For outputs that are not floating-point it is the share of elements that differ.
+
+    Args:
+        a, b: the models.
+        batches: fed to both, whole.
+        runtime: runs both.
 
     Raises:
         VerificationError: NaN or infinity, or outputs of another shape or type.
@@ -201,7 +214,7 @@ def differences(
     runs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any], int]],
     labels: tuple[str, str] = ("the original", "the result"),
 ) -> list[OutputDifference]:
-    """How far the second's outputs are from the first's, over all batches; noise floors are left out.
+    """Differences of the second's outputs from the first's, over all batches, without noise floors.
 
     Args:
         runs: for each batch the outputs of both by name, and its number of samples.

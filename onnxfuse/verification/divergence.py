@@ -1,4 +1,4 @@
-"""The search for the first tensor in which two models differ."""
+"""The search for the first tensor in which two models differ, to explain a comparison that failed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from onnxfuse.verification.tally import Deviation, Differences, add_spreads
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import Batch
-    from onnxfuse.ir.model import Model
-    from onnxfuse.runtime.session import Feed, Runtime
+    from onnxfuse.ir.model import Feed, Model
+    from onnxfuse.runtime.session import Runtime
 
 _CHUNK = 64  # tensors tapped at a time in search of a divergence
 

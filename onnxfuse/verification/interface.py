@@ -1,4 +1,4 @@
-"""Checks that two models have the same interface, and that one is valid."""
+"""Comparison without a run: do two models have the same inputs and outputs, and is a rewrite valid?"""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from onnxfuse.ir.model import Model
     from onnxfuse.ir.shapes import TensorInfo
     from onnxfuse.runtime.session import Runtime
-
-
-# --- the questions ------------------------------------------------------------------------------------------
 
 
 def structure_problem(before: Model, after: Model, runtime: Runtime) -> str | None:

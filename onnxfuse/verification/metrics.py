@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from onnxfuse.data.calibration import Batch
     from onnxfuse.runtime.session import Session
 
-Outputs = Mapping[str, np.ndarray]
-Metric = Callable[[Outputs, "np.ndarray | None"], np.ndarray]
+OutputArrays = Mapping[str, np.ndarray]
+Metric = Callable[[OutputArrays, "np.ndarray | None"], np.ndarray]
 
 _PROBABILITY = 1e-3  # how far from 1 the probabilities of a place may add up to
 
 
-def top1(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
+def top1(outputs: OutputArrays, labels: np.ndarray | None) -> np.ndarray:
     """The share of a sample's labels that the first output's largest entry is at: 1 or 0 where it has one.
 
     Args:
@@ -49,7 +49,7 @@ def top1(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
     return hit.mean(axis=1)
 
 
-def nll(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
+def nll(outputs: OutputArrays, labels: np.ndarray | None) -> np.ndarray:
     """Minus the mean negative log-likelihood of a sample's labels, in nats: exp(-score) is the
     perplexity of a sample.
 
@@ -67,7 +67,7 @@ def nll(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
     return np.take_along_axis(likelihood, truth[:, :, None].astype(np.int64), axis=2).mean(axis=(1, 2))
 
 
-def mse(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
+def mse(outputs: OutputArrays, labels: np.ndarray | None) -> np.ndarray:
     """Minus the mean squared error of the first output against the labels, which have its shape.
 
     Returns:
@@ -89,7 +89,7 @@ def mse(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
 METRICS: dict[str, Metric] = {"top1": top1, "mse": mse, "nll": nll}
 
 
-def _classes(metric: str, outputs: Outputs, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _classes(metric: str, outputs: OutputArrays, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Scores (n, places, classes) and class numbers (n, places) of the first output; errors as in `top1`."""
     name, output = next(iter(outputs.items()))
     truth = _labels(metric, labels)
@@ -142,7 +142,7 @@ def load_metric(spec: str) -> Metric:
         raise InputError(f"unknown metric '{spec}'; choose from {choices}, or give file.py:function")
     function = UserFunction.load(spec, default="metric")
 
-    def metric(outputs: Outputs, labels: np.ndarray | None) -> np.ndarray:
+    def metric(outputs: OutputArrays, labels: np.ndarray | None) -> np.ndarray:
         return _scores(spec, function(outputs, labels))
 
     return metric
@@ -165,6 +165,11 @@ def _scores(who: str, value: Any) -> np.ndarray:
 
 def evaluate(session: Session, batches: Iterable[Batch], metric: Metric) -> np.ndarray:
     """The score of every sample, in the order of the batches: float64 (samples,).
+
+    Args:
+        session: runs the model.
+        batches: the samples, with labels where the metric needs them.
+        metric: gives the scores of a batch.
 
     Raises:
         InputError: the metric does not suit outputs and labels, or returns too few or too many scores.

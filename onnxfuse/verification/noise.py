@@ -1,4 +1,8 @@
-"""The noise floor: how far a model is from itself when nothing but rounding differs."""
+"""The noise floor: how far a model is from itself when nothing but rounding differs.
+
+`compare` says why it is the unit of tolerance and how large it may be; here are the variants that ought to
+compute the same, and the sums over them.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxfuse.verification.records import Floor
-from onnxfuse.verification.tally import Differences, is_float, leaves, widened
+from onnxfuse.verification.tally import Differences, is_float, named_arrays, widened
 
 if TYPE_CHECKING:
-    from onnxfuse.ir.model import Model
-    from onnxfuse.runtime.session import Feed, Runtime, Session
+    from onnxfuse.ir.model import Feed, Model
+    from onnxfuse.runtime.session import Runtime, Session
 
 
 MULTIPLE = 8.0
-"""How many noise floors a difference may reach; the module docstring has the evidence."""
+"""The most noise floors that a difference may reach; `compare` has the evidence."""
 
 BATCH_SIZES = (1, 3)
 """Rows that the first batch is cut to, beside its full size, where the model's batch axis is dynamic."""
@@ -44,7 +48,7 @@ class NoiseFloors:
             again = variant(feed)
             pair.add({name: outputs[name] for name in again}, again)
         for name, value in outputs.items():
-            for leaf, array in leaves(name, value):
+            for leaf, array in named_arrays(name, value):
                 if is_float(array) and array.size:
                     size = np.abs(widened(array)) * _epsilon(array.dtype)
                     square, peak, count = self.smallest.get(leaf, (0.0, 0.0, 0))
@@ -64,24 +68,27 @@ class NoiseFloors:
         return floors
 
 
-# --- variants that change nothing that matters --------------------------------------------------------------
-
-
 def _nudged(feed: Feed, random: np.random.Generator) -> Feed:
     """Every floating-point input moved to a neighboring float, up or down at random."""
 
     def nudge(array: np.ndarray) -> np.ndarray:
         if array.dtype.kind != "f":
             return array
-        towards = np.where(random.random(array.shape) < 0.5, -np.inf, np.inf).astype(array.dtype)
-        return np.asarray(np.nextafter(array, towards))
+        toward = np.where(random.random(array.shape) < 0.5, -np.inf, np.inf).astype(array.dtype)
+        return np.asarray(np.nextafter(array, toward))
 
     return {name: nudge(array) for name, array in feed.items()}
 
 
 def noise_variants(model: Model, runtime: Runtime, base: Session, **kind: Any) -> list[Run]:
-    """Runs that ought to give what `base` does, a session of `model`; `kind` are the options that it was made
-    with."""
+    """Runs that ought to give the same as a session.
+
+    Args:
+        model: the session's model.
+        runtime: made the session.
+        base: the session.
+        **kind: the options that it was made with.
+    """
     random = np.random.default_rng(0)
     runs: list[Run] = [runtime.session(model, optimize=False, **kind).run]
     if runtime.threads > 1:

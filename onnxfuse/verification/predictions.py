@@ -1,4 +1,4 @@
-"""The check of a pass's predictions on the samples and positions that they are about."""
+"""The check of a pass's predictions: measured on the samples and positions that they are about."""
 
 from __future__ import annotations
 

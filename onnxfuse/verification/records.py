@@ -1,4 +1,4 @@
-"""Records of comparisons."""
+"""Records of comparisons. Relative errors are defined in `compare`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Floors = Mapping[str, "Floor"]
 
 @dataclass(frozen=True)
 class Floor:
-    """How far an output differs from itself, in its own unit: root mean square and largest difference."""
+    """An output's noise floor in its own unit: root mean square and largest difference from itself."""
 
     rms: float
     peak: float
@@ -25,10 +25,9 @@ class Floor:
 class OutputDifference:
     """One output of two models.
 
-    `relative` and `floor` are relative errors (module docstring); for outputs that are not floating-point,
-    `relative` is the share of elements that differ. `max_abs` is in the output's unit. `ratio` is the
-    difference in noise floors, the larger of root mean square and peak. `problem` is a difference of kind:
-    NaN, shape, type.
+    `relative` and `floor` are relative errors; for outputs that are not floating-point, `relative` is the
+    share of elements that differ. `max_abs` is in the output's unit. `ratio` is the difference in noise
+    floors, the larger of root mean square and peak. `problem` is a difference of kind: NaN, shape, type.
     """
 
     name: str
@@ -77,7 +76,7 @@ class Comparison:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What weakens a comparison that passed: outputs that these samples hardly determine."""
+        """Weak points of a comparison that passed: outputs that these samples hardly determine."""
         return tuple(
             f"output '{output.name}' is noise to {output.floor:.0%} on these samples, which test it little"
             for output in self.outputs
@@ -131,7 +130,7 @@ class PredictionCheck:
 
 @dataclass(frozen=True)
 class OutputError:
-    """Relative error of each output (module docstring) over `samples` samples."""
+    """Relative error of each output, over `samples` samples."""
 
     outputs: Mapping[str, float]
     samples: int

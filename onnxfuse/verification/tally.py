@@ -1,4 +1,7 @@
-"""Sums over batches: differences and deviations of outputs."""
+"""Sums over batches: differences of outputs between two runs, and their deviations in one.
+
+Outputs need not be tensors: sequences and maps are tallied by element.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,17 @@ from typing import Any
 
 import numpy as np
 
-# --- outputs, one at a time ---------------------------------------------------------------------------------
 
-
-def leaves(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+def named_arrays(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays in an output: itself, or the elements of a sequence, a map or an optional."""
     if value is None:
         return
     if isinstance(value, Mapping):
         for key in sorted(value):
-            yield from leaves(f"{name}[{key!r}]", value[key])
+            yield from named_arrays(f"{name}[{key!r}]", value[key])
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from leaves(f"{name}[{index}]", item)
+            yield from named_arrays(f"{name}[{index}]", item)
     else:
         yield name, np.asarray(value)
 
@@ -31,6 +32,7 @@ def is_float(array: np.ndarray) -> bool:
 
 
 def widened(array: np.ndarray) -> np.ndarray:
+    """The array in float64, or complex128."""
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
@@ -80,6 +82,13 @@ class Tally:
         self.problem: str | None = None
 
     def add(self, name: str, a: np.ndarray, b: np.ndarray, labels: tuple[str, str]) -> None:
+        """Take in one batch.
+
+        Args:
+            name: of the output.
+            a, b: its value in both runs.
+            labels: what messages call the two.
+        """
         self.problem = self.problem or mismatch(name, a, b, labels)
         if self.problem:
             return
@@ -98,7 +107,13 @@ class Tally:
 
 
 def mismatch(name: str, a: np.ndarray, b: np.ndarray, labels: tuple[str, str]) -> str | None:
-    """A difference of kind between two arrays, or a value that no comparison survives."""
+    """A difference of kind between two arrays (type, shape, NaN, infinity), in words; None without one.
+
+    Args:
+        name: of the output.
+        a, b: the arrays.
+        labels: what the message calls the two.
+    """
     if a.dtype != b.dtype:
         return f"'{name}' is {a.dtype} in {labels[0]} and {b.dtype} in {labels[1]}"
     if a.shape != b.shape:
@@ -123,7 +138,7 @@ class Differences:
 
     def add(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
         for name, value in a.items():
-            left, right = dict(leaves(name, value)), dict(leaves(name, b[name]))
+            left, right = dict(named_arrays(name, value)), dict(named_arrays(name, b[name]))
             for leaf in left.keys() ^ right.keys():
                 owner, other = self.labels if leaf in left else self.labels[::-1]
                 tally = self.tallies.setdefault(leaf, Tally())
@@ -133,11 +148,19 @@ class Differences:
 
 
 def add_spreads(spreads: dict[str, Deviation], outputs: Mapping[str, Any], rows: int) -> None:
+    """Take one batch of outputs into their deviations.
+
+    Args:
+        spreads: by output; new ones are added.
+        outputs: the batch's.
+        rows: its number of samples.
+    """
     for name, value in outputs.items():
-        for leaf, array in leaves(name, value):
+        for leaf, array in named_arrays(name, value):
             if is_float(array):
                 spreads.setdefault(leaf, Deviation()).add(widened(array), rows)
 
 
 def quotient(value: float, unit: float) -> float:
+    """`value` in units of `unit`; of a unit of 0, infinity or 0."""
     return value / unit if unit > 0 else (np.inf if value > 0 else 0.0)

@@ -5,7 +5,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxfuse.analysis.constant_folding import fold_constants, freeze, integers, overridable, proven_shapes
+from onnxfuse.analysis.constant_folding import (
+    fold_constants,
+    integers,
+    overridable,
+    proven_shapes,
+    to_initializer,
+)
 from onnxfuse.ir.model import Model
 
 NODE = helper.make_node
@@ -198,4 +204,4 @@ def test_helpers():
     assert integers(model, model.tensor("w")) is None
     assert integers(model, None) is None
     with pytest.raises(ValueError, match="computed"):
-        freeze(model, model.tensor("y"), np.ones(4, np.float32))
+        to_initializer(model, model.tensor("y"), np.ones(4, np.float32))

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxfuse.analysis.cost import Cost, count, dimension_sizes, measure
 from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Model
-from onnxfuse.runtime.latency import latency, summarise
+from onnxfuse.runtime.latency import latency, timings_from
 from onnxfuse.runtime.session import Runtime
 
 
@@ -205,7 +205,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     random = np.random.default_rng(0)
     load = random.lognormal(0, 1, size=(200, 1))  # what else the machine does, the same for all in a round
     times = 1e6 * load * np.array([[1.0, 0.5, 2.0]]) * random.lognormal(0, 0.02, size=(200, 3))
-    first, half, double = summarise(times)
+    first, half, double = timings_from(times)
     assert first.ratio == first.ratio_low == first.ratio_high == 1
     assert half.ratio == pytest.approx(0.5, rel=0.01)
     assert half.ratio_low < half.ratio < half.ratio_high
@@ -218,7 +218,7 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_a_few_hiccups_do_not_move_the_ratio() -> None:
     times = np.full((50, 2), 1e6)
     times[::10, 1] = 1e9
-    assert summarise(times)[1].ratio == 1
+    assert timings_from(times)[1].ratio == 1
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -226,7 +226,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     covered = 0
     for trial in range(200):
         times = np.stack([np.ones(60), random.lognormal(0, 0.3, 60)], axis=1)
-        found = summarise(times, seed=trial, resamples=400)[1]
+        found = timings_from(times, seed=trial, resamples=400)[1]
         covered += found.ratio_low <= 1 <= found.ratio_high
     assert 180 <= covered <= 200
 

@@ -827,7 +827,7 @@ def test_inputs_and_weights() -> None:
 
 
 def test_a_large_constant_gets_one_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxfuse.analysis.intervals.interval.LIMIT", 20)
+    monkeypatch.setattr("onnxfuse.analysis.intervals.interval.MOST_INDICES", 20)
     w, k = normal(6, 5), normal(30)
     known = found(net("m = MatMul(x, w) y = Add(m, k)", {"w": w[:, :1], "k": k}))
     assert ends(known["k"]) == [(k.min(), k.max())]

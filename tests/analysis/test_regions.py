@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxfuse.analysis.regions.check import check_geometry
-from onnxfuse.analysis.regions.region import Region, describe
-from onnxfuse.analysis.regions.search import _Growth, find_regions
+from onnxfuse.analysis.regions.growing import RegionGrowth
+from onnxfuse.analysis.regions.region import Region, describe_region
+from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.ir.model import Model
 from onnxfuse.runtime.session import Runtime
 
@@ -53,13 +54,13 @@ def found(model: Model, **options: int) -> dict[tuple[str, str], Region]:
 
 def only(model: Model) -> Region:
     regions, _ = find_regions(model)
-    assert len(regions) == 1, [describe(r) for r in regions]
+    assert len(regions) == 1, [describe_region(r) for r in regions]
     return regions[0]
 
 
 def reasons(model: Model) -> dict[str, str]:
     regions, skips = find_regions(model)
-    assert not regions, [describe(r) for r in regions]
+    assert not regions, [describe_region(r) for r in regions]
     return {s.nodes[0]: s.reason for s in skips}
 
 
@@ -185,8 +186,8 @@ def test_residual_block_with_and_without_its_skip():
     assert not branch.residual
     assert ops(block) == ["Conv", "BatchNormalization", "Relu", "Conv", "Add"]
     assert block.geometry == branch.geometry
-    assert describe(block) == "c1..c2 (2 Conv, skip) 3->3 s1 rf5"
-    assert describe(branch) == "c1..c2 (2 Conv) 3->3 s1 rf5"
+    assert describe_region(block) == "c1..c2 (2 Conv, skip) 3->3 s1 rf5"
+    assert describe_region(branch) == "c1..c2 (2 Conv) 3->3 s1 rf5"
 
 
 def test_residual_sum_that_starts_with_the_normalisation():
@@ -767,14 +768,14 @@ def long_model(nodes: int) -> Model:
 def count_steps(monkeypatch: pytest.MonkeyPatch, model: Model) -> tuple[int, int]:
     """Regions found, and nodes looked at on the way."""
     steps = 0
-    original = _Growth.step
+    original = RegionGrowth.step
 
     def counted(self: Any, index: int) -> Any:
         nonlocal steps
         steps += 1
         return original(self, index)
 
-    monkeypatch.setattr(_Growth, "step", counted)
+    monkeypatch.setattr(RegionGrowth, "step", counted)
     count = len(find_regions(model)[0])
     monkeypatch.undo()
     return count, steps

@@ -28,7 +28,7 @@ from onnx import numpy_helper
 from onnxfuse.analysis.cost import measure
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.ir.model import Model
-from onnxfuse.numerics.random_weights import spread, uniform
+from onnxfuse.numerics.random_weights import deviation_of, uniform
 from onnxfuse.passes.deepen import Deepen
 from onnxfuse.passes.widen import Widen
 from onnxfuse.pipeline.base import Context, Pass
@@ -159,7 +159,7 @@ def _padded(grown: Student) -> Student:
             before = old.get(tensor.name)
             if value.ndim > 1 and (before is None or before.shape != value.shape):
                 source = value if before is None else before
-                deviation = spread(source) or float(np.sqrt(2 / np.prod(value.shape[1:])))
+                deviation = deviation_of(source) or float(np.sqrt(2 / np.prod(value.shape[1:])))
                 drawn = uniform(random, value.shape, deviation).astype(value.dtype)
                 if before is not None:
                     drawn[tuple(map(slice, before.shape))] = before

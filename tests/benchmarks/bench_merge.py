@@ -35,7 +35,7 @@ import numpy as np
 from common import machine, normalised_cifar, parser, shared, table, write_json
 
 import onnxfuse
-from onnxfuse.data.calibration import Batches, Calibration
+from onnxfuse.data.calibration import BatchStream, Calibration
 from onnxfuse.errors import OnnxfuseError
 from onnxfuse.ir.file_size import file_size
 from onnxfuse.ir.model import Model
@@ -68,7 +68,7 @@ class Task:
     model: Model
     calibration: dict[str, np.ndarray]
     training: dict[str, np.ndarray]
-    test: Batches
+    test: BatchStream
     metric: Metric
     shown: Callable[[float], float]
     rate: float

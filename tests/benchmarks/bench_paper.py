@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxfuse.analysis.regions.region import Region
 from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.data.calibration import Calibration
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.numerics.moments import Moments, add_patches
 from onnxfuse.numerics.ridge import choose_ridge, per_channel, solve
 from onnxfuse.numerics.sampling import gather
@@ -35,7 +35,7 @@ from onnxfuse.passes.fold import Fold
 from onnxfuse.pipeline.base import Context
 from onnxfuse.pipeline.manager import PassManager
 from onnxfuse.runtime.observed_shapes import shapes_on
-from onnxfuse.runtime.session import Feed, Runtime
+from onnxfuse.runtime.session import Runtime
 
 MODELS = Path(__file__).parents[2] / "models"
 EXACT_MARK = 1e-5

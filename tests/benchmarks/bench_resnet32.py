@@ -22,7 +22,7 @@ from common import machine, normalised_cifar, parser, passed, seconds, shared, t
 
 import onnxfuse
 from onnxfuse.analysis.cost import measure
-from onnxfuse.data.calibration import Batches, Calibration
+from onnxfuse.data.calibration import BatchStream, Calibration
 from onnxfuse.ir.model import Model
 from onnxfuse.numerics.significance import paired_difference
 from onnxfuse.runtime.latency import Latency, latency
@@ -122,7 +122,7 @@ def compress(
     original: Model,
     q: int,
     calibration: dict[str, np.ndarray],
-    test: Batches,
+    test: BatchStream,
     before: np.ndarray,
     plain: float,
     runtime: Runtime,

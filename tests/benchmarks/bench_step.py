@@ -28,7 +28,7 @@ from common import fill, machine, parser, seconds, table, write_json
 from torch import Tensor, nn
 
 from onnxfuse.pytorch.bridge.importer import to_torch
-from onnxfuse.runtime.latency import Timing, summarise
+from onnxfuse.runtime.latency import Timing, timings_from
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -144,7 +144,7 @@ def timed(
     for number in range(rounds):
         for index in random.permutation(len(steps)):
             times[number, index] = 1e9 * seconds(steps[index])
-    timings: Sequence[Timing] = summarise(times)
+    timings: Sequence[Timing] = timings_from(times)
     return {name: asdict(timing) for name, timing in zip(("native", *modules), timings, strict=True)}
 
 

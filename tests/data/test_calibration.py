@@ -17,8 +17,8 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxfuse.data.batch_axes import batch_axes, fixed_batch
 from onnxfuse.data.calibration import Batch, Calibration
-from onnxfuse.data.sources import batch_axes, fixed_batch
 from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.shapes import TensorInfo

@@ -8,7 +8,7 @@ import numpy as np
 from nets import context, net, normal, perturbed, weight
 
 from onnxfuse.fitting.sites import refit_sites
-from onnxfuse.ir.marks import KEPT_KEY, VALUES, ZEROS, keep, kept
+from onnxfuse.ir.marks import KEPT_KEY, VALUES, ZEROS, keep, promises
 from onnxfuse.ir.model import Model
 from onnxfuse.passes.select import Select
 from onnxfuse.pipeline.manager import PassManager
@@ -29,7 +29,7 @@ def test_marks_add_up_and_survive_a_file(tmp_path: Path) -> None:
     assert model.nodes[2].metadata[KEPT_KEY] == "zeros values"
     model.save(tmp_path / "m.onnx")
     again = Model.load(tmp_path / "m.onnx")
-    assert [kept(node) for node in again.nodes] == [
+    assert [promises(node) for node in again.nodes] == [
         frozenset(what) for what in ((), (), {ZEROS, VALUES}, (), ())
     ]
 

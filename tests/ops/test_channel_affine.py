@@ -82,8 +82,8 @@ def test_reasons(node, reason):
 
 
 def test_the_batch_norm_axis():
-    assert "does not normalise the axis" in str(affine(CASES["BatchNormalization"], axis=-1, rank=3))
-    assert "does not normalise the axis" in str(affine(CASES["BatchNormalization"], axis=-1, rank=None))
+    assert "does not normalize the axis" in str(affine(CASES["BatchNormalization"], axis=-1, rank=3))
+    assert "does not normalize the axis" in str(affine(CASES["BatchNormalization"], axis=-1, rank=None))
     assert isinstance(affine(CASES["BatchNormalization"], axis=-1, rank=2), ChannelAffine)
 
 

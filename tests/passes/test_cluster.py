@@ -16,7 +16,7 @@ from nets import RUNTIME, alone, compute, context, dense, fitted, held, net, nor
 
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError
-from onnxfuse.ir.marks import VALUES, ZEROS, kept
+from onnxfuse.ir.marks import VALUES, ZEROS, promises
 from onnxfuse.ir.model import Model
 from onnxfuse.numerics.kmeans import kmeans, nearest
 from onnxfuse.passes.cluster import Cluster
@@ -195,7 +195,7 @@ def test_a_codebook_computes_the_very_same_weights(values: int, tmp_path: Path) 
     assert sizes["plain"][1] < (0.4 if values <= 256 else 0.6) * sizes["model"][1]
     assert Cluster.packed
     again = Model.load(tmp_path / "coded.onnx")
-    assert all(VALUES in kept(node) for node in again.nodes if node.op == "Gemm")
+    assert all(VALUES in promises(node) for node in again.nodes if node.op == "Gemm")
 
 
 def test_later_passes_refuse_a_coded_weight_and_fold_brings_it_back() -> None:
@@ -246,7 +246,7 @@ def test_what_is_clustered_counts_and_stays(codebook: bool, tmp_path: Path) -> N
         assert outcome.steps[0].committed, outcome.steps[0].reason
         outcome.model.save(tmp_path / f"{share}.onnx")
         later = Model.load(tmp_path / f"{share}.onnx")
-        marked = {n.outputs[0].name for n in later.nodes if VALUES in kept(n)}
+        marked = {n.outputs[0].name for n in later.nodes if VALUES in promises(n)}
         for name in done:  # whatever was clustered before has the same weights
             before, after = (_weight_of(m, name) for m in (now, later))
             np.testing.assert_array_equal(after, before)
@@ -298,7 +298,7 @@ def test_zeros_of_pruned_operators_stay_and_no_others_come(values: int, codebook
         new, old = _weight_of(outcome.model, name), _weight_of(pruned, name)
         np.testing.assert_array_equal(new == 0, old == 0)
         assert len(np.unique(new)) == values
-    marks = [kept(n) for n in outcome.model.nodes if n.op == "Gemm"]
+    marks = [promises(n) for n in outcome.model.nodes if n.op == "Gemm"]
     assert marks == [{ZEROS, VALUES}] * 3
 
 

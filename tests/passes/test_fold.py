@@ -354,7 +354,7 @@ def test_batch_norm_over_tokens_is_not_that_of_features():
     nodes = [NODE("MatMul", ["x", "w"], ["h"]), bn_node("h", "y")]
     result = check(build(nodes, {"x": ["n", 6, 4]}, {"w": normal(4, 6), **batch_norm(6)}), (2, 6, 4))
     assert ops(result) == ["MatMul", "BatchNormalization"]
-    assert "does not normalise the axis" in reasons(result)
+    assert "does not normalize the axis" in reasons(result)
 
 
 @pytest.mark.parametrize("opset", [13, 15])

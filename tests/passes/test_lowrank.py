@@ -30,7 +30,7 @@ from onnxfuse.analysis.cost import measure
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
-from onnxfuse.ir.marks import ZEROS, kept
+from onnxfuse.ir.marks import ZEROS, promises
 from onnxfuse.ir.model import Model
 from onnxfuse.ops.linear import LinearOp, linear_op
 from onnxfuse.passes.lowrank import Lowrank
@@ -377,7 +377,7 @@ def test_factors_that_were_pruned_lose_their_zeros_and_their_mark() -> None:
         model, ctx
     )
     assert all(report.committed for report in outcome.steps)
-    marked = {node.name or node.outputs[0].name: kept(node) for node in outcome.model.nodes}
+    marked = {node.name or node.outputs[0].name: promises(node) for node in outcome.model.nodes}
     assert marked["a"] == {ZEROS}
     assert not marked["h_up"]
     assert (weight(outcome.model, "h_up.weight") != 0).all()

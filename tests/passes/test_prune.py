@@ -13,7 +13,7 @@ from nets import RUNTIME, alone, compute, context, dense, fitted, held, net, nor
 
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError
-from onnxfuse.ir.marks import ZEROS, kept
+from onnxfuse.ir.marks import ZEROS, promises
 from onnxfuse.ir.model import Model
 from onnxfuse.passes.prune import Prune, smallest_mask
 from onnxfuse.passes.refit import Refit
@@ -180,7 +180,7 @@ def test_marks_and_zeros_survive_files_refits_and_further_runs(tmp_path: Path) -
     once = PassManager([first]).run(model, ctx).model
     once.save(tmp_path / "once.onnx")
     once = Model.load(tmp_path / "once.onnx")
-    assert [kept(n) for n in once.nodes if n.op == "Gemm"] == [{ZEROS}] * 3
+    assert [promises(n) for n in once.nodes if n.op == "Gemm"] == [{ZEROS}] * 3
     outcome = PassManager([Prune(amount=0.6), Refit(), Prune(amount=0.4)]).run(once, ctx)
     assert all(report.committed for report in outcome.steps)
     assert zeros(outcome.model) == round(0.6 * 684)

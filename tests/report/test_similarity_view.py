@@ -11,7 +11,7 @@ import pytest
 from nets import net
 
 from onnxfuse import inspect
-from onnxfuse.analysis.layer_similarity import Likeness, nearest, shown, survey
+from onnxfuse.analysis.layer_similarity import Likeness, nearest_layers, shown, similarities
 from onnxfuse.analysis.weight_layers import find_weight_layers
 from onnxfuse.cli.app import main
 from onnxfuse.errors import InputError
@@ -34,7 +34,7 @@ def deep(*widths: int) -> Model:
 def test_the_distances_are_those_of_the_criterion() -> None:
     model = deep(6, 6, 9, 6, 6, 4)
     layers, _ = find_weight_layers(model)
-    found = survey(model, "wasserstein", by_heads=False, seed=0)
+    found = similarities(model, "wasserstein", by_heads=False, seed=0)
     (of_six,) = found  # the layer with 9 inputs has none like it
     assert (of_six.role, of_six.criterion, of_six.title) == ("dense", "wasserstein", "dense, 4/6/9 x 6")
     assert of_six.names == ("h1", "h2", "h4", "h5")
@@ -42,7 +42,7 @@ def test_the_distances_are_those_of_the_criterion() -> None:
     own = [layers[place].matrix for place in (0, 1, 3, 4)]
     expected = [[distance(a, b, "wasserstein") for b in own] for a in own]
     np.testing.assert_allclose(np.array(of_six.distances, float), expected, atol=1e-12)
-    (by_rows,) = survey(model, "aligned", by_heads=False, seed=0)
+    (by_rows,) = similarities(model, "aligned", by_heads=False, seed=0)
     comparable = [[value is not None for value in row] for row in by_rows.distances]
     assert comparable == [[a.shape == b.shape for b in own] for a in own]
 
@@ -55,13 +55,13 @@ def test_kernels_and_groups_are_not_mixed() -> None:
         x="float[N,1,8,8] x",
         y="float[N,9,8,8] d",
     )
-    assert survey(model, "kl", by_heads=False, seed=0) == ()
+    assert similarities(model, "kl", by_heads=False, seed=0) == ()
 
 
 def test_heads_are_compared_with_heads() -> None:
     model = Model.load(TRANSFORMER)
     layers = {layer.name: layer for layer in find_weight_layers(model)[0]}
-    found = survey(model, "euclidean", by_heads=True, seed=0)
+    found = similarities(model, "euclidean", by_heads=True, seed=0)
     assert [(one.role, len(one.names)) for one in found] == [
         ("query heads", 16),
         ("key heads", 16),
@@ -91,7 +91,7 @@ def test_packed_heads_are_compared_part_by_part() -> None:
         x="float[N,5,8] x",
         y="float[N,2,5,4] y",
     )
-    found = survey(model, "euclidean", by_heads=True, seed=0)
+    found = similarities(model, "euclidean", by_heads=True, seed=0)
     assert [one.role for one in found] == [f"query+key+value heads, part {n} of 3" for n in (1, 2, 3)]
     matrix = find_weight_layers(model)[0][0].matrix
     expected = distance(matrix[8:12], matrix[12:16], "euclidean")
@@ -102,7 +102,7 @@ def test_weights_that_are_no_numbers_are_not_compared() -> None:
     model = deep(6, 6, 6, 6)
     bad = np.full((6, 6), np.nan, np.float32)
     model.set_weight(model.tensor("w1"), bad)
-    (found,) = survey(model, "wasserstein", by_heads=False, seed=0)
+    (found,) = similarities(model, "wasserstein", by_heads=False, seed=0)
     assert [value is None for value in found.distances[0]] == [False, True, False]
     assert found.distances[1] == (None, None, None)
 
@@ -111,7 +111,7 @@ def test_namesakes_stay_apart() -> None:
     model = deep(6, 6, 6, 6)
     for node in model.nodes:
         node.name = "same"
-    (found,) = survey(model, "wasserstein", by_heads=False, seed=0)
+    (found,) = similarities(model, "wasserstein", by_heads=False, seed=0)
     assert found.names == ("same", "same#2", "same#3")
 
 
@@ -170,8 +170,8 @@ def test_numbers_are_short() -> None:
 def test_nearest() -> None:
     values = ((0.0, 3.0, None), (3.0, 0.0, 1.0), (None, 1.0, 0.0))
     found = Likeness("dense", "aligned", ("a", "b", "c"), ((2, 2),) * 3, values)
-    assert nearest(found, 1) == [(1.0, 2), (3.0, 0)]
-    assert nearest(found, 0) == [(3.0, 1)]
+    assert nearest_layers(found, 1) == [(1.0, 2), (3.0, 0)]
+    assert nearest_layers(found, 0) == [(3.0, 1)]
 
 
 # ---- command line ----------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""Intervals through element-wise operators."""
+"""Intervals through element-wise operators.
+
+Monotone functions take the bounds of their operand; those that first fall and then rise (Swish, Gelu) need
+their turning point and least value too. Curves are widened by the error of a runtime's approximation.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ from scipy import special
 
 from onnxfuse.analysis.intervals.interval import CURVE, DIP, UNBOUNDED, Format, Interval, constant
 from onnxfuse.analysis.intervals.node import IntervalNode, IntervalRule, type_info
-from onnxfuse.analysis.intervals.rounding import clean, corners, rounded, sums, times
+from onnxfuse.analysis.intervals.rounding import clean, corners, rounded_bounds, sums, times
 from onnxfuse.ops.linear import is_main_domain
 from onnxfuse.ops.table import OPS, Trait
 
 
 def _add(a: Interval, b: Interval, form: Format) -> Interval:
-    return rounded(a.low + b.low, a.high + b.high, form)
+    return rounded_bounds(a.low + b.low, a.high + b.high, form)
 
 
 def _neg(x: Interval) -> Interval:
@@ -69,7 +73,7 @@ def _absolute(x: Interval) -> Interval:
 
 def _squared(site: IntervalNode) -> Interval:
     x = _absolute(site.at(0))
-    return rounded(times(x.low, x.low), times(x.high, x.high), site.format)
+    return rounded_bounds(times(x.low, x.low), times(x.high, x.high), site.format)
 
 
 def _pow(site: IntervalNode) -> Interval | None:
@@ -117,10 +121,10 @@ def _widened(
     return clean(np.where(np.isinf(low), low, wide_low), np.where(np.isinf(high), high, wide_high))
 
 
-Curve = Callable[[IntervalNode, np.ndarray], np.ndarray]
+CurveFunction = Callable[[IntervalNode, np.ndarray], np.ndarray]
 
 
-def _curve(function: Curve) -> IntervalRule:
+def _curve(function: CurveFunction) -> IntervalRule:
     """A function that does not decrease, as far as its parameters are not negative."""
 
     def rule(site: IntervalNode) -> Interval | None:
@@ -147,7 +151,7 @@ def _hard_sigmoid(site: IntervalNode, x: np.ndarray) -> np.ndarray:
     return np.clip(float(site.attribute("alpha", 0.2)) * x + float(site.attribute("beta", 0.5)), 0, 1)
 
 
-_CURVES: Mapping[str, Curve] = {
+_CURVES: Mapping[str, CurveFunction] = {
     "Sigmoid": lambda site, x: special.expit(x),
     "Tanh": lambda site, x: np.tanh(x),
     "Erf": lambda site, x: special.erf(x),
@@ -186,7 +190,7 @@ def _swish(site: IntervalNode) -> Interval | None:
     if alpha <= 0:
         return None
     found = _silu(site, constant(alpha, alpha))
-    return rounded(found.low / alpha, found.high / alpha, site.format)
+    return rounded_bounds(found.low / alpha, found.high / alpha, site.format)
 
 
 def _scaled_silu(site: IntervalNode) -> Interval:
@@ -213,7 +217,7 @@ def _cast(site: IntervalNode) -> Interval | None:
         return None
     if target.kind in "iu":
         return x.map(np.trunc) if np.abs(x.high).max() < 2.0**63 else None
-    return rounded(x.low, x.high, site.format)
+    return rounded_bounds(x.low, x.high, site.format)
 
 
 def _dropout(site: IntervalNode) -> Interval | None:

@@ -9,20 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onnxfuse.ir.shapes import Dim
+from onnxfuse.ir.shapes import AxisSize
 
-LIMIT = 1 << 18
+MOST_INDICES = 1 << 18
 """The most indices that bounds of one tensor are kept for; a larger tensor gets one pair for all."""
 
 POSITIONS = 1 << 22  # values that a mean over an unknown number of positions is taken to add up
 CURVE, DIP = 16, 128  # roundings of a curve's approximation, and of a product with one
 
-Dims = tuple[Dim, ...]
+Dims = tuple[AxisSize, ...]
 
 
 class Format(NamedTuple):
-    """Of a floating type: distance of 1 to the next number, the least normal number, the error of an
-    operation that underflows, the largest number."""
+    """Numbers of a floating type: the distance of 1 to the next one, the least normal one, the error of an
+    operation that underflows, the largest one."""
 
     eps: float
     normal: float
@@ -55,14 +55,14 @@ class Interval:
         return self.low.shape
 
     def hull(self, axes: Iterable[int] | None = None) -> Interval:
-        """One pair for all indices of some axes, which keep size 1; by default for everything, of rank 0."""
+        """One pair for all indices of some axes, which keep size 1; by default one for all, of rank 0."""
         if axes is None:
             return Interval(np.asarray(self.low.min()), np.asarray(self.high.max()))
         over = tuple(axes)
         return Interval(self.low.min(over, keepdims=True), self.high.max(over, keepdims=True))
 
     def union(self, other: Interval) -> Interval:
-        """What holds for values that are in either."""
+        """The least interval around both."""
         return Interval(np.minimum(self.low, other.low), np.maximum(self.high, other.high))
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Interval:
@@ -70,17 +70,20 @@ class Interval:
         return Interval(function(self.low), function(self.high))
 
     def zeros(self, axis: int, size: int) -> np.ndarray:
-        """Which indices of an axis of `size` are 0 whatever is fed, as a mask (size,)."""
+        """A mask (size,) of the indices of an axis that are 0 whatever is fed."""
         if not self.shape:
             return np.full(size, bool(self.low == 0 == self.high))
         zero = (self.low == 0) & (self.high == 0)
         return np.broadcast_to(np.moveaxis(zero, axis, 0).reshape(zero.shape[axis], -1).all(1), (size,))
 
 
-# ---- bounds ----------------------------------------------------------------------------------------------
-
-
 def constant(low: float, high: float, rank: int = 0) -> Interval:
+    """The same two bounds for all elements of a tensor.
+
+    Args:
+        low, high: the bounds.
+        rank: of the tensor, 0 where it is unknown.
+    """
     return Interval(np.full((1,) * rank, low, np.float64), np.full((1,) * rank, high, np.float64))
 
 

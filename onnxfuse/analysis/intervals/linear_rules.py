@@ -1,4 +1,8 @@
-"""Intervals through operators that are affine with stored weights."""
+"""Intervals through operators that are affine with stored weights.
+
+A bound of y = W x + b takes for each product the bound of x that makes it largest; `rounding.sums` adds them
+up.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,6 @@ from onnxfuse.analysis.intervals.node import IntervalNode, IntervalRule
 from onnxfuse.analysis.intervals.rounding import scaled_by, sums
 from onnxfuse.ops.channel_affine import training_mode
 from onnxfuse.ops.linear import WEIGHTED, LinearOp, linear_op
-
-# ---- operators with weights ------------------------------------------------------------------------------
 
 _BLOCK = 1 << 20  # products of weights and bounds in memory at a time
 _LARGEST = 1 << 26  # weights of one operator that is looked at
@@ -93,9 +95,6 @@ def _batch_norm(site: IntervalNode) -> Interval | None:
     products = Interval(*(np.stack(parts[:2], -1) for parts in terms))
     y = sums(products, terms[0][2], site.format, 5)
     return y if rank else y.hull()
-
-
-# ---- element by element ----------------------------------------------------------------------------------
 
 
 LINEAR_RULES: Mapping[str, IntervalRule] = {

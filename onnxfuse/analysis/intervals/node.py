@@ -1,4 +1,4 @@
-"""A node as the rules of intervals see it."""
+"""The view of a node that rules of intervals get, and what a rule returns."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from onnxfuse.analysis.constant_folding import integers
 from onnxfuse.analysis.intervals.interval import FORMATS, UNBOUNDED, Dims, Format, Interval
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.ops.linear import Shapes
+from onnxfuse.ir.shapes import Shapes, TensorInfo
 from onnxfuse.ops.view import ModelNodeView
 
 
@@ -60,9 +59,10 @@ class IntervalNode(ModelNodeView):
         return auto or any(self.attribute("pads", ())) or bool(self.attribute("ceil_mode", 0))
 
 
-Found = Interval | Sequence[Interval | None] | None
-IntervalRule = Callable[[IntervalNode], Found]
+IntervalResult = Interval | Sequence[Interval | None] | None
+IntervalRule = Callable[[IntervalNode], IntervalResult]
 
 
 def type_info(shapes: Shapes, tensor: Tensor) -> TensorInfo:
+    """The record of a tensor, an empty one where nothing is known of it."""
     return shapes.get(tensor.name) or TensorInfo(tensor.name, None, None)

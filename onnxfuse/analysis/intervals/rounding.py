@@ -1,4 +1,8 @@
-"""Bounds that hold in floating point: each step widened by what rounding can add."""
+"""Bounds that hold in floating point: each step widened by what rounding can add.
+
+`rules` derives how much that is. The rules of single operators compute with bounds through these functions,
+and never round by themselves.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from onnxfuse.ir.shapes import TensorInfo
 
 
 def unbounded(info: TensorInfo) -> Interval:
-    """What the type alone tells."""
+    """The bounds that the type alone gives."""
     rank = 0 if info.shape is None else len(info.shape)
     kind = "" if info.dtype is None else info.dtype.kind
     if kind == "b":
@@ -26,8 +30,13 @@ def unbounded(info: TensorInfo) -> Interval:
 
 
 def fitted(found: Interval | None, info: TensorInfo, selecting: bool) -> Interval:
-    """Bounds as a tensor of that type and shape can have them; `selecting` says that its operator computes
-    no new integers, which may wrap around."""
+    """Bounds as a tensor of a type and shape can have them.
+
+    Args:
+        found: what a rule found, None for nothing.
+        info: the tensor.
+        selecting: whether its operator computes no new integers, which may wrap around.
+    """
     everything = unbounded(info)
     form = None if info.dtype is None else FORMATS.get(info.dtype.name)
     integral = info.dtype is not None and info.dtype.kind in "biu" and selecting
@@ -45,11 +54,11 @@ def fitted(found: Interval | None, info: TensorInfo, selecting: bool) -> Interva
     found = found.map(lambda bound: bound.reshape((*missing, *bound.shape)))
     sizes = zip(found.shape, info.shape, strict=True)
     wrong = [i for i, (n, dim) in enumerate(sizes) if n != 1 and isinstance(dim, int) and n != dim]
-    return found.hull(range(len(info.shape)) if found.low.size > interval.LIMIT else wrong)
+    return found.hull(range(len(info.shape)) if found.low.size > interval.MOST_INDICES else wrong)
 
 
 def clean(low: np.ndarray, high: np.ndarray) -> Interval:
-    """Where a bound is no number, there is none."""
+    """The interval with infinity in place of a bound that is no number."""
     return Interval(np.where(np.isnan(low), -math.inf, low), np.where(np.isnan(high), math.inf, high))
 
 
@@ -61,22 +70,36 @@ def _up(high: np.ndarray, form: Format) -> np.ndarray:
     return np.where(np.isinf(high) | (whole & (np.abs(high) >= form.normal)), high, wide)
 
 
-def rounded(low: np.ndarray, high: np.ndarray, form: Format) -> Interval:
+def rounded_bounds(low: np.ndarray, high: np.ndarray, form: Format) -> Interval:
+    """Bounds of one operation's rounded result.
+
+    Args:
+        low, high: bounds of its exact result.
+        form: the type that it is rounded to.
+    """
     found = clean(low, high)
     return Interval(-_up(-found.low, form), _up(found.high, form))
 
 
 def times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The product, 0 where either factor is 0, also of infinity."""
     return np.where((a == 0) | (b == 0), 0, a * b)
 
 
 def corners(function: Callable[[Any, Any], np.ndarray], a: Interval, b: Interval, form: Format) -> Interval:
+    """Bounds of a function of two operands that is monotone in each, from its values at the four corners.
+
+    Args:
+        function: of two arrays.
+        a, b: the operands.
+        form: the type that the result is rounded to.
+    """
     values = [function(x, y) for x in (a.low, a.high) for y in (b.low, b.high)]
-    return rounded(functools.reduce(np.minimum, values), functools.reduce(np.maximum, values), form)
+    return rounded_bounds(functools.reduce(np.minimum, values), functools.reduce(np.maximum, values), form)
 
 
 def _sum_up(products: np.ndarray, bias: np.ndarray, form: Format, extra: int) -> np.ndarray:
-    """The largest computed sum over the last axis, see the module; `extra` roundings make a product."""
+    """The largest computed sum over the last axis (see `rules`); `extra` roundings make a product."""
     total = products.sum(-1) + bias
     size = np.abs(products).sum(-1) + np.abs(bias)
     nonzero = np.count_nonzero(products, -1)
@@ -92,6 +115,14 @@ def _sum_up(products: np.ndarray, bias: np.ndarray, form: Format, extra: int) ->
 
 
 def sums(products: Interval, bias: np.ndarray, form: Format, extra: int) -> Interval:
+    """Bounds of the computed sums over the last axis.
+
+    Args:
+        products: bounds of the terms.
+        bias: one more term of each sum.
+        form: the type in which it is summed.
+        extra: roundings that make a product.
+    """
     low = -_sum_up(-products.low, -bias, form, extra)
     return Interval(low, _sum_up(products.high, bias, form, extra))
 
@@ -103,7 +134,14 @@ def scaled_by(weight: np.ndarray, x: Interval) -> Interval:
 
 
 def rounded_mean(x: Interval, axes: tuple[int, ...], count: int, form: Format) -> Interval:
-    """Of `count` values, whose bounds vary along `axes`."""
+    """Bounds of a computed mean.
+
+    Args:
+        x: bounds of the values.
+        axes: along which the bounds vary; they keep size 1.
+        count: the number of values.
+        form: the type in which they are summed.
+    """
 
     def upper(high: np.ndarray) -> np.ndarray:
         size = np.abs(high).mean(axes, keepdims=True)

@@ -43,9 +43,9 @@ from onnxfuse.analysis.intervals.rounding import clean, fitted, unbounded
 from onnxfuse.analysis.intervals.shape_rules import SHAPE_RULES, picked, picked_or_zero
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Tensor
-from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.ir.shapes import Shapes, TensorInfo
 from onnxfuse.ops.facet import Facet, keyed
-from onnxfuse.ops.linear import Shapes, weight_type
+from onnxfuse.ops.linear import weight_type
 from onnxfuse.ops.table import OPS, Kind, Op, Trait
 
 
@@ -54,9 +54,9 @@ def intervals(model: Model, shapes: Shapes) -> dict[str, Interval]:
 
     Args:
         model: the model.
-        shapes: of its tensors, as `Model.shapes` or `cost.shapes_at` gives them. They are believed: where
-            they have the sizes of one feed, the bounds hold for feeds of those sizes. Where a file may
-            declare inner tensors wrongly, `constants.proven_shapes` is the one to give.
+        shapes: of its tensors, as `Model.shapes` or `analysis.cost.shapes_at` gives them. They are believed:
+            where they have the sizes of one feed, the bounds hold for feeds of those sizes. Where a file may
+            declare inner tensors wrongly, `analysis.constant_folding.proven_shapes` is the one to give.
     """
     known: dict[str, Interval] = {}
     with np.errstate(all="ignore"):
@@ -75,6 +75,7 @@ def intervals(model: Model, shapes: Shapes) -> dict[str, Interval]:
 
 
 def node_results(site: IntervalNode) -> list[Interval | None]:
+    """Bounds of each output of a node, None for what its rule does not tell."""
     rule = RULES.get(site.key)
     try:
         found = None if rule is None else rule(site)
@@ -90,7 +91,7 @@ def _stored(model: Model, tensor: Tensor) -> Interval:
     value = model.weight(tensor) if dtype.kind in "biuf" or dtype.name in FORMATS else None
     if value is None or value.size == 0:
         return unbounded(TensorInfo(tensor.name, None, shape))
-    if value.size > interval.LIMIT:
+    if value.size > interval.MOST_INDICES:
         exact = Interval(*(np.full((1,) * value.ndim, float(v)) for v in (value.min(), value.max())))
     else:
         array = value.astype(np.float64)

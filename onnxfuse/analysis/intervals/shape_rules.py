@@ -1,4 +1,7 @@
-"""Intervals through operators that move, pick, pool or sum elements."""
+"""Intervals through operators that move, pick, pool or sum elements.
+
+Bounds are kept by index along the axes that a rule can follow, and joined along the others.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from onnxfuse.analysis.intervals import interval
 from onnxfuse.analysis.intervals.interval import POSITIONS, ZERO, Dims, Interval, constant
 from onnxfuse.analysis.intervals.node import IntervalNode, IntervalRule, type_info
 from onnxfuse.analysis.intervals.rounding import rounded_mean, times
-from onnxfuse.ir.shapes import Dim
+from onnxfuse.ir.shapes import AxisSize
 
 
 def _filled(site: IntervalNode) -> Interval:
@@ -44,7 +47,7 @@ def _average_pool(site: IntervalNode) -> Interval:
 
 
 def _count(site: IntervalNode, axes: Iterable[int]) -> int | None:
-    """How many values lie along these axes of the first input."""
+    """The number of values along these axes of the first input, None if unknown."""
     dims = site.dims(0)
     sizes = None if dims is None else _static([dims[axis] for axis in axes])
     return None if sizes is None else math.prod(sizes)
@@ -95,7 +98,7 @@ def _concat(site: IntervalNode) -> Interval:
     axis = site.axis("axis", 1, rank)
     sizes = _static([dims[axis] if (dims := site.dims(slot)) else None for slot in range(len(parts))])
     others = np.broadcast_shapes(*(part.hull([axis]).shape for part in parts))
-    if sizes is None or sum(sizes) * math.prod(others) > interval.LIMIT:
+    if sizes is None or sum(sizes) * math.prod(others) > interval.MOST_INDICES:
         return functools.reduce(Interval.union, [part.hull([axis]) for part in parts])
     shapes = [(*others[:axis], size, *others[axis + 1 :]) for size in sizes]
 
@@ -162,12 +165,12 @@ def _pad(site: IntervalNode) -> Interval:
     return x
 
 
-def _extended(x: Interval, axis: int, sides: tuple[int, int], value: Interval, dim: Dim) -> Interval:
+def _extended(x: Interval, axis: int, sides: tuple[int, int], value: Interval, dim: AxisSize) -> Interval:
     """An axis with `value` before and behind: index by index if it is the channels' or has its own bounds."""
     if sides == (0, 0):
         return x
     size = x.shape[axis] if x.shape[axis] != 1 or axis != 1 else dim
-    if not isinstance(size, int) or (size == 1 and axis != 1) or max(sides) + size > interval.LIMIT:
+    if not isinstance(size, int) or (size == 1 and axis != 1) or max(sides) + size > interval.MOST_INDICES:
         return x.hull([axis]).union(value)
     first, last = max(-sides[0], 0), size - max(-sides[1], 0)
 
@@ -219,13 +222,13 @@ def _reshape(site: IntervalNode) -> Interval:
             else:
                 sizes = [1] * len(sizes)
         inner, outer = inner + sizes, outer + fresh
-    if math.prod(inner) > interval.LIMIT:
+    if math.prod(inner) > interval.MOST_INDICES:
         return x.hull()
     x = x.hull(i for i, n in enumerate(inner) if n == 1)
     return x.map(lambda bound: np.broadcast_to(bound, inner).reshape(outer))
 
 
-def _static(dims: Iterable[Dim]) -> list[int] | None:
+def _static(dims: Iterable[AxisSize]) -> list[int] | None:
     """Sizes that are all numbers."""
     sizes = list(dims)
     known = [size for size in sizes if isinstance(size, int)]
@@ -266,10 +269,12 @@ def _prefixes(before: Dims, after: Dims) -> list[tuple[int, int]]:
 
 
 def picked(site: IntervalNode) -> Interval:
+    """Bounds of a result whose elements are all among the first input's."""
     return site.at(0).hull()
 
 
 def picked_or_zero(site: IntervalNode) -> Interval:
+    """Bounds of a result whose elements are among the first input's, or 0."""
     return site.at(0).hull().union(ZERO)
 
 

@@ -1,4 +1,8 @@
-"""The check of a region's geometry: it is run alone and compared with the whole."""
+"""The check of a region's geometry by running it.
+
+The rules claim that a Conv or Gemm has v's shape for every u. Here the region and such an operator are run at
+many sizes, and their shapes compared.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,8 @@ from onnxfuse.errors import OnnxfuseError
 from onnxfuse.ir.model import Model
 
 if TYPE_CHECKING:
-    from onnxfuse.runtime.session import Feed, Runtime
+    from onnxfuse.ir.model import Feed
+    from onnxfuse.runtime.session import Runtime
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,6 @@ class GeometryCheck:
     sizes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     reason: str | None = None
 
-
-# Check --------------------------------------------------------------------------------------------
 
 TRIED_SIZES = (1, 2, 3, 4, 5, 7, 8, 16, 17, 30, 32, 33)
 

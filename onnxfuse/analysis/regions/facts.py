@@ -1,4 +1,4 @@
-"""What a region's search knows of tensors, and a node as its rules see it."""
+"""The facts about tensors that rules of regions may ask for, and a node as these rules see it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from onnx.reference import ReferenceEvaluator
 
-from onnxfuse.analysis.regions.view import COUNTING, DRAWING, FOLDED_ELEMENTS, Flow, Shape, View
+from onnxfuse.analysis.regions.view import COUNTING, DRAWING, FOLDED_ELEMENTS, DataView, Flow, Shape
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
@@ -18,8 +18,8 @@ from onnxfuse.ops.view import ModelNodeView
 
 
 @dataclass
-class Facts:
-    """What rules may ask about a graph: shapes, constants, and which tensors hold no data.
+class GraphFacts:
+    """A graph's shapes and constants, and which of its tensors hold no data.
 
     `shapes` is what is known of every tensor, a run's sizes included; `static` holds only sizes that are the
     same in every run. A tensor is `constant` if it depends on weights alone and `data_free` if it depends on
@@ -100,7 +100,7 @@ class RegionNode(ModelNodeView):
     `bit` is the bit in `Flow.linears` that this node gets if it proves to be a linear operator.
     """
 
-    facts: Facts
+    facts: GraphFacts
     node: Node
     flows: Sequence[Flow | None]
     bit: int = 0
@@ -112,7 +112,7 @@ class RegionNode(ModelNodeView):
     def flow(self, index: int = 0) -> Flow | None:
         """Flow of a data input; None for one that carries shapes only."""
         found = self.flows[index] if index < len(self.flows) else None
-        return None if found is None or found.view is View.SHAPE else found
+        return None if found is None or found.view is DataView.SHAPE else found
 
     def data(self) -> list[Flow]:
         """Flows of all data inputs."""
@@ -147,15 +147,21 @@ class RegionNode(ModelNodeView):
         return None if value is None else [int(v) for v in np.asarray(value).reshape(-1)]
 
     def axis_of(self, name: str, default: int, rank: int | None) -> int | None:
-        """An axis attribute counted from the front; None if it is negative and the rank unknown."""
+        """An axis attribute counted from the front; None if it is negative and the rank unknown.
+
+        Args:
+            name: the attribute.
+            default: its value where it is not given.
+            rank: of the tensor, None if unknown.
+        """
         axis = int(self.attribute(name, default))
         if axis >= 0:
             return axis
         return None if rank is None else axis + rank
 
 
-Result = Flow | str | list[Flow | None]
-RegionRule = Callable[[RegionNode], Result]
+FlowResult = Flow | str | list[Flow | None]
+RegionRule = Callable[[RegionNode], FlowResult]
 
 
 @dataclass(frozen=True)
@@ -167,10 +173,18 @@ class Entry:
 
 
 def sample(flow: Flow, reason: str, *, rank: int | None, curved: bool = False, tail: bool = False) -> Flow:
-    """The flow with its geometry lost, for a reason."""
+    """A flow with its geometry lost.
+
+    Args:
+        flow: that of the operand.
+        reason: why it is lost.
+        rank: of the result.
+        curved: whether the operator is not affine.
+        tail: whether the result can be v.
+    """
     return replace(
         flow,
-        view=View.SAMPLE,
+        view=DataView.SAMPLE,
         layout=(),
         axes=(),
         rank=rank,
@@ -182,7 +196,7 @@ def sample(flow: Flow, reason: str, *, rank: int | None, curved: bool = False, t
 
 
 def join(flows: Sequence[Flow]) -> Flow | str:
-    """Tensors that meet element by element, as one flow, or the reason why they can't meet."""
+    """The flow of tensors that meet element by element, or the reason why they can't meet."""
     first = flows[0]
     for second in flows[1:]:
         met = _meet(first, second)
@@ -207,11 +221,11 @@ def _meet(a: Flow, b: Flow) -> Flow | str:
         tail=False,
         lost=a.lost or b.lost,
     )
-    if a.view is View.TOKEN:
+    if a.view is DataView.TOKEN:
         return both
     if a.rank is None or a.rank != b.rank:
         return "tensors of different ranks meet, the batch axis is not certain"
-    if a.view is View.SAMPLE or b.view is View.SAMPLE:
+    if a.view is DataView.SAMPLE or b.view is DataView.SAMPLE:
         return sample(both, both.lost, rank=a.rank)
     if len(a.axes) != len(b.axes) or any(
         x != y and x is not None and y is not None for x, y in zip(a.layout, b.layout, strict=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxfuse.analysis.regions.facts import Entry, RegionNode, Result, join, sample
-from onnxfuse.analysis.regions.view import Flow, View
+from onnxfuse.analysis.regions.facts import Entry, FlowResult, RegionNode, join, sample
+from onnxfuse.analysis.regions.view import DataView, Flow
 from onnxfuse.ir.nodes import Tensor
 from onnxfuse.numerics.receptive_field import window
 from onnxfuse.ops.table import OPS, Kind, Trait
@@ -25,7 +25,7 @@ _SUMS = AFFINE - AFFINE.unary()
 MASKING = {"Add", "Sub", "Mul", "Where", "Min", "Max"}  # by which masks of attention scores come in
 
 
-def _pointwise(site: RegionNode) -> Result:
+def _pointwise(site: RegionNode) -> FlowResult:
     """Operators that work element by element, with constants and with other tensors of the region."""
     op, key = site.op, site.key
     if op == "Dropout" and not _inference(site):
@@ -63,7 +63,7 @@ def _inference(site: RegionNode) -> bool:
 def _broadcast(site: RegionNode, flow: Flow, operand: Tensor) -> Flow | str:
     """The flow after an element-wise operator with an operand that carries none of its data."""
     shape = site.facts.shape(operand)
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         longer = shape is None or flow.rank is None or len(shape) > flow.rank
         last = shape[-1] if shape else 1
         wider = isinstance(last, int) and flow.features is not None and last > flow.features
@@ -75,9 +75,9 @@ def _broadcast(site: RegionNode, flow: Flow, operand: Tensor) -> Flow | str:
         return f"'{operand.name}' has more axes than the tensor it meets"
     offset = flow.rank - len(shape)
     sizes = {offset + i: d for i, d in enumerate(shape) if d != 1}
-    if 0 in sizes and (flow.view is View.SAMPLE or flow.layout[0] == "N"):
+    if 0 in sizes and (flow.view is DataView.SAMPLE or flow.layout[0] == "N"):
         return f"'{operand.name}' differs from sample to sample of a batch"
-    if flow.view is View.SAMPLE:
+    if flow.view is DataView.SAMPLE:
         return flow
     features = flow.features
     for axis, size in sizes.items():
@@ -107,13 +107,13 @@ def _linear(site: RegionNode, flow: Flow, **changes: Any) -> Flow:
     return replace(flow, linears=flow.linears | site.bit, tail=True, **changes)
 
 
-def _conv(site: RegionNode) -> Result:
+def _conv(site: RegionNode) -> FlowResult:
     flow, weight = site.flow(), site.constant_shape(1)
     if flow is None or weight is None:
         return "its weights are not constant"
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         return "a convolution among per-token operators"
-    if flow.view is View.SAMPLE:
+    if flow.view is DataView.SAMPLE:
         return _linear(site, sample(flow, flow.lost, rank=flow.rank), features=weight[0])
     kernel = list(site.attribute("kernel_shape", weight[2:]))
     windowed = _windowed(site, flow, kernel)
@@ -149,7 +149,7 @@ def _windowed(site: RegionNode, flow: Flow, kernel: Sequence[int]) -> Flow | str
     return replace(flow, axes=tuple(axes))
 
 
-def _matmul(site: RegionNode) -> Result:
+def _matmul(site: RegionNode) -> FlowResult:
     left, right = site.flow(0), site.flow(1)
     if left is not None and right is not None:
         return _product(left, right)
@@ -160,17 +160,17 @@ def _matmul(site: RegionNode) -> Result:
         return "its weights are not constant"
     if len(weight) != 2:
         return "its weight is not a matrix"
-    if left.view is View.MAP and left.layout[-1] != "C":
+    if left.view is DataView.MAP and left.layout[-1] != "C":
         left = sample(left, "a MatMul over another axis than channels", rank=left.rank)
-    if left.view is View.SAMPLE and (left.rank is None or left.rank < 2):
+    if left.view is DataView.SAMPLE and (left.rank is None or left.rank < 2):
         return "a MatMul over the batch axis"
     return _linear(site, left, features=weight[1])
 
 
-def _product(left: Flow, right: Flow) -> Result:
+def _product(left: Flow, right: Flow) -> FlowResult:
     """A product of two tensors of the region: attention scores, or probabilities times values."""
     union = replace(left, linears=left.linears | right.linears, tail=False, curved=True)
-    if left.view is View.TOKEN:
+    if left.view is DataView.TOKEN:
         scores = not (left.scores or right.scores)
         return replace(union, features=right.features, aligned=False, scores=scores)
     if left.rank is None or left.rank != right.rank or left.rank < 3:
@@ -178,33 +178,33 @@ def _product(left: Flow, right: Flow) -> Result:
     return sample(union, "a product of two tensors mixes positions", rank=left.rank)
 
 
-def _mixing(site: RegionNode, flow: Flow) -> Result:
+def _mixing(site: RegionNode, flow: Flow) -> FlowResult:
     """A constant matrix from the left mixes tokens or positions."""
     weight = site.constant_shape(0)
     if weight is None:
         return "its weights are not constant"
     if flow.rank is None or flow.rank < 3 or len(weight) > 2:
         return "a constant matrix mixes the samples of a batch"
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         return replace(flow, aligned=False, tail=False)
     return sample(flow, "a constant matrix mixes positions", rank=flow.rank)
 
 
-def _gemm(site: RegionNode) -> Result:
+def _gemm(site: RegionNode) -> FlowResult:
     flow, weight = site.flow(), site.constant_shape(1)
     if flow is None or weight is None or len(weight) != 2:
         return "its weights are not constant"
     if site.attribute("transA", 0):
         return "it transposes its input"
-    if flow.view is View.MAP:
+    if flow.view is DataView.MAP:
         return "its input is a feature map"
     return _linear(site, flow, features=weight[0] if site.attribute("transB", 0) else weight[1])
 
 
-def _einsum(site: RegionNode) -> Result:
+def _einsum(site: RegionNode) -> FlowResult:
     """Einsum as per-token models use it: with a weight it is linear, of two tensors it is a product."""
     flows = site.data()
-    if any(f.view is not View.TOKEN for f in flows):
+    if any(f.view is not DataView.TOKEN for f in flows):
         return "Einsum on a feature map"
     if len(flows) == 2:
         return _product(*flows)
@@ -213,30 +213,30 @@ def _einsum(site: RegionNode) -> Result:
     return _linear(site, flows[0], features=None, rank=None, aligned=False)
 
 
-def _attention(site: RegionNode) -> Result:
+def _attention(site: RegionNode) -> FlowResult:
     """ONNX Attention: queries, keys and values from the region, a mask from anywhere, no cache."""
     if any(site.flow(i) is None for i in range(3)) or any(site.tensor(i) is not None for i in (4, 5)):
         return "attention with keys, values or a cache from outside"
     met = join(site.data()[:3])
-    if isinstance(met, str) or met.view is not View.TOKEN:
+    if isinstance(met, str) or met.view is not DataView.TOKEN:
         return "attention on a feature map"
     return replace(met, tail=False, curved=True, aligned=False, scores=False)
 
 
-# Pooling, normalisation, reduction ----------------------------------------------------------------
+# Pooling, normalization, reduction ----------------------------------------------------------------
 
 
 _AVERAGING = OPS.of_kind(Kind.POOL, Kind.REDUCE).having(Trait.AFFINE)
 _SOFTMAX = OPS.of_kind(Kind.SOFTMAX)
 
 
-def _pool(site: RegionNode) -> Result:
+def _pool(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         return "a pooling among per-token operators"
     curved = site.key not in _AVERAGING
-    if flow.view is View.SAMPLE:
+    if flow.view is DataView.SAMPLE:
         return sample(flow, flow.lost, rank=flow.rank, curved=curved)
     windowed = _windowed(site, flow, list(site.attribute("kernel_shape", ())))
     if isinstance(windowed, str):
@@ -244,27 +244,27 @@ def _pool(site: RegionNode) -> Result:
     return replace(windowed, tail=False, curved=flow.curved or curved)
 
 
-def _global(site: RegionNode) -> Result:
+def _global(site: RegionNode) -> FlowResult:
     """Operators that take in the whole image: no window, but a sample all the same."""
     flow = site.flow()
     assert flow is not None
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         return f"{site.node.op} among per-token operators"
     curved = site.key not in _AVERAGING
     return sample(flow, f"{site.node.op} takes in the whole image", rank=flow.rank, curved=curved)
 
 
-def _batch_normalization(site: RegionNode) -> Result:
+def _batch_normalization(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     if site.attribute("training_mode", 0):
         return "BatchNormalization in training mode"
-    if flow.view is View.MAP and flow.layout[1] != "C":
+    if flow.view is DataView.MAP and flow.layout[1] != "C":
         return "BatchNormalization over another axis than channels"
     return flow
 
 
-def _over_axis(site: RegionNode) -> Result:
+def _over_axis(site: RegionNode) -> FlowResult:
     """Softmax and LayerNormalization: one axis, or all from it on, seen together."""
     flow = site.flow()
     assert flow is not None
@@ -272,32 +272,32 @@ def _over_axis(site: RegionNode) -> Result:
     coerced = site.key in _SOFTMAX and site.opset < 13
     default = 1 if coerced else -1
     axis = site.axis_of("axis", default, flow.rank)
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         return replace(flow, curved=True, tail=False)
     if axis is None or axis == 0:
         return f"{op} over the batch axis"
     onwards = coerced or op.endswith("LayerNormalization")
     labels = flow.layout[axis:] if onwards else flow.layout[axis : axis + 1]
-    if flow.view is View.MAP and all(label in ("C", None) for label in labels):
+    if flow.view is DataView.MAP and all(label in ("C", None) for label in labels):
         return replace(flow, curved=True, tail=False)
     return sample(flow, f"{op} takes in the whole image", rank=flow.rank, curved=True)
 
 
-def _across_channels(site: RegionNode) -> Result:
+def _across_channels(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
-    if flow.view is View.MAP and flow.layout[1] != "C":
+    if flow.view is DataView.MAP and flow.layout[1] != "C":
         return f"{site.node.op} over another axis than channels"
     return replace(flow, curved=True, tail=False)
 
 
-def _reduce(site: RegionNode) -> Result:
+def _reduce(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     op = site.node.op
     curved = site.key not in _AVERAGING
     axes = site.integers(1, "axes")
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         last = axes is not None and (axes == [-1] or (flow.rank is not None and axes == [flow.rank - 1]))
         kept = bool(site.attribute("keepdims", 1))
         rank = None if flow.rank is None or axes is None else flow.rank - (0 if kept else len(axes))
@@ -316,14 +316,11 @@ def _reduce(site: RegionNode) -> Result:
     if 0 in axes or not axes:
         return f"{op} over the batch axis"
     kept = bool(site.attribute("keepdims", 1))
-    if flow.view is View.MAP and kept and all(flow.layout[a] in ("C", None) for a in axes):
+    if flow.view is DataView.MAP and kept and all(flow.layout[a] in ("C", None) for a in axes):
         features = 1 if any(flow.layout[a] == "C" for a in axes) else flow.features
         return replace(flow, curved=flow.curved or curved, tail=False, features=features)
     rank = flow.rank if kept else flow.rank - len(axes)
     return sample(flow, f"{op} takes in the whole image", rank=rank, curved=curved)
-
-
-# Axes moved, cut and joined -----------------------------------------------------------------------
 
 
 LINEAR_DEFAULTS = {

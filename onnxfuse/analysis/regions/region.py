@@ -56,7 +56,7 @@ def site_name(node: Node) -> str:
     return str(node.name or node.outputs[0].name)
 
 
-def describe(region: Region) -> str:
+def describe_region(region: Region) -> str:
     """One line for tables: `conv1..conv2 (2 Conv, skip) 16->16 s1 rf5`."""
     linear = [n for n in region.nodes if site_name(n) in region.sites]
     kinds = sorted({n.op for n in linear}, key=[n.op for n in linear].index)

@@ -1,4 +1,4 @@
-"""How a tensor inside a region depends on the tensor that enters it, and what each operator does to that.
+"""Rules of regions: for each operator, how its outputs depend on the tensor that enters the region.
 
 Regions are found by abstract interpretation: `u`, the tensor that enters, gets a `Flow`; each operator has a
 rule that makes its outputs' flows from its inputs'; and what a tensor's flow says decides whether it can be
@@ -6,8 +6,8 @@ rule that makes its outputs' flows from its inputs'; and what a tensor's flow sa
 
 - a *map* (N, C, *S): the tensor's axes are known one by one (`layout`: "N", "C", the number of a spatial
   axis, or None for an axis of size 1 that some Unsqueeze made), and each spatial axis has its window on u
-  (`axes`, see `geometry`). Transposes to channels-last, a MatMul on the channel axis, a LayerNorm over
-  channels are all fine.
+  (`axes`, see `numerics.receptive_field`). Transposes to channels-last, a MatMul on the channel axis, a
+  LayerNorm over channels are all fine.
 - a *sample*: what a map becomes where its geometry is lost (flattened, pooled over the whole image). Only the
   batch axis is still known, as axis 0. A fully connected operator on the flattened u can stand for it.
 - *tokens* (..., F): features on the last axis. Everything may happen in between, mixing of tokens included,
@@ -39,7 +39,7 @@ RULES = Facet(keyed({**LINEAR_RULES, **SHAPE_RULES}), lambda op: LINEAR_DEFAULTS
 """By operator: how its outputs' flows come from its inputs'."""
 
 
-def apply(site: RegionNode) -> list[Flow | None] | str:
+def apply_rule(site: RegionNode) -> list[Flow | None] | str:
     """Flows of a node's outputs, or the reason why the node can't be inside a region."""
     node = site.node
     entry = RULES.get(node.key)

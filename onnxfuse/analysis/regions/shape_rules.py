@@ -1,4 +1,7 @@
-"""Flows through operators that rearrange."""
+"""Flows through operators that rearrange: they move, cut, join, repeat or drop axes and elements.
+
+A map stays one as long as its layout can be told, tokens as long as the last axis is whole.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,41 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onnxfuse.analysis.regions.facts import Entry, RegionNode, Result, join, sample
-from onnxfuse.analysis.regions.view import UNBOUNDED, Flow, Layout, Shape, View
-from onnxfuse.ir.shapes import Dim
+from onnxfuse.analysis.regions.facts import Entry, FlowResult, RegionNode, join, sample
+from onnxfuse.analysis.regions.view import DataView, Flow, Layout, Shape
+from onnxfuse.ir.shapes import AxisSize
 from onnxfuse.numerics.receptive_field import Axis
+from onnxfuse.ops.view import TO_THE_END
 
 
-def _transpose(site: RegionNode) -> Result:
+def _transpose(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     perm = site.attribute("perm")
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         same_last = perm is not None and perm[-1] == len(perm) - 1
         return replace(flow, aligned=False, features=flow.features if same_last else None)
     if perm is None or flow.rank is None or perm[0] != 0:
         return "a Transpose moves the batch axis"
-    if flow.view is View.SAMPLE:
+    if flow.view is DataView.SAMPLE:
         return flow
     return replace(flow, layout=tuple(flow.layout[p] for p in perm))
 
 
-def _reshape(site: RegionNode) -> Result:
+def _reshape(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     source = site.facts.shape(site.node.inputs[0])
     result = site.facts.shape(site.node.outputs[0])
     target = site.integers(1, "shape")
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         rank = len(target) if target is not None else None if result is None else len(result)
         last = (target or [0])[-1] if target is not None else (result or (None,))[-1]
         features = last if isinstance(last, int) and last > 0 else None
         return replace(flow, aligned=False, rank=rank, features=features)
     if not _keeps_batch(source, result, target):
         return "a Reshape whose batch axis is not certain"
-    layout = _moved_units(flow, source, result) if flow.view is View.MAP else None
+    layout = _moved_units(flow, source, result) if flow.view is DataView.MAP else None
     if layout is not None:
         return replace(flow, layout=layout, rank=len(layout))
     rank = len(target) if target is not None else None if result is None else len(result)
@@ -61,7 +65,7 @@ def _keeps_batch(source: Shape | None, result: Shape | None, target: list[int] |
     return rest is not None and rest == _product_of(result[1:])
 
 
-def _product_of(dims: Sequence[Dim]) -> int | None:
+def _product_of(dims: Sequence[AxisSize]) -> int | None:
     sizes = [d for d in dims if isinstance(d, int) and d > 0]
     return math.prod(sizes) if len(sizes) == len(dims) else None
 
@@ -83,11 +87,11 @@ def _moved_units(flow: Flow, source: Shape | None, result: Shape | None) -> Layo
     return ("N", *(next(spare, None) if d == 1 else next(labels) for d in result[1:]))
 
 
-def _flatten(site: RegionNode) -> Result:
+def _flatten(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     axis = site.axis_of("axis", 1, flow.rank)
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         same = flow.rank == 2 and axis == 1
         return replace(flow, rank=2, aligned=flow.aligned and same, features=flow.features if same else None)
     if axis != 1:
@@ -95,11 +99,11 @@ def _flatten(site: RegionNode) -> Result:
     return sample(flow, "a Flatten folds the spatial axes", rank=2, tail=flow.tail)
 
 
-def _squeeze(site: RegionNode) -> Result:
+def _squeeze(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     axes = site.integers(1, "axes")
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         return replace(flow, aligned=False, rank=_less(flow.rank, axes), features=None)
     if axes is None or flow.rank is None:
         return "a Squeeze of axes that are not given"
@@ -107,7 +111,7 @@ def _squeeze(site: RegionNode) -> Result:
     if 0 in dropped:
         return "a Squeeze of the batch axis"
     rank = flow.rank - len(dropped)
-    if flow.view is View.MAP and all(_is_unit(site, flow, a) for a in dropped):
+    if flow.view is DataView.MAP and all(_is_unit(site, flow, a) for a in dropped):
         layout = tuple(label for a, label in enumerate(flow.layout) if a not in dropped)
         return replace(flow, layout=layout, rank=rank)
     return sample(flow, "a Squeeze drops a spatial axis", rank=rank, tail=flow.tail)
@@ -123,29 +127,29 @@ def _less(rank: int | None, axes: list[int] | None) -> int | None:
     return None if rank is None or axes is None else rank - len(axes)
 
 
-def _unsqueeze(site: RegionNode) -> Result:
+def _unsqueeze(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     axes = site.integers(1, "axes")
     if axes is None or flow.rank is None:
         return (
             replace(flow, aligned=False, rank=None)
-            if flow.view is View.TOKEN
+            if flow.view is DataView.TOKEN
             else "an Unsqueeze of unknown axes"
         )
     rank = flow.rank + len(axes)
     new = {a % rank for a in axes}
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         return replace(flow, aligned=False, rank=rank, features=1 if rank - 1 in new else flow.features)
     if 0 in new:
         return "an Unsqueeze before the batch axis"
-    if flow.view is View.SAMPLE:
+    if flow.view is DataView.SAMPLE:
         return replace(flow, rank=rank)
     old = iter(flow.layout)
     return replace(flow, layout=tuple(None if a in new else next(old) for a in range(rank)), rank=rank)
 
 
-def _concat(site: RegionNode) -> Result:
+def _concat(site: RegionNode) -> FlowResult:
     flows = site.data()
     first = flows[0]
     axis = site.axis_of("axis", 1, first.rank)
@@ -158,13 +162,13 @@ def _concat(site: RegionNode) -> Result:
     widths = [_width(site, i, axis) for i in range(len(site.node.inputs))]
     known = [w for w in widths if w is not None]
     features = sum(known) if len(known) == len(widths) else None
-    if met.view is View.TOKEN:
+    if met.view is DataView.TOKEN:
         last = axis is not None and met.rank is not None and axis == met.rank - 1
         aligned = last and all(f.aligned for f in flows)
         return replace(met, aligned=aligned, features=features if last else met.features, tail=False)
     if axis is None or axis == 0:
         return "a Concat over the batch axis"
-    if met.view is View.MAP and met.layout[axis] == "C":
+    if met.view is DataView.MAP and met.layout[axis] == "C":
         if len(flows) < len(widths):
             return "a Concat with constant channels"
         return replace(met, features=features, tail=False)
@@ -175,16 +179,16 @@ def _width(site: RegionNode, index: int, axis: int | None) -> int | None:
     """Size along a Concat's axis of one operand."""
     flow = site.flow(index)
     if flow is not None and flow.features is not None and axis is not None:
-        if flow.view is View.MAP and flow.layout[axis] == "C":
+        if flow.view is DataView.MAP and flow.layout[axis] == "C":
             return flow.features
-        if flow.view is View.TOKEN and flow.rank is not None and axis == flow.rank - 1:
+        if flow.view is DataView.TOKEN and flow.rank is not None and axis == flow.rank - 1:
             return flow.features
     shape = site.facts.shape(site.node.inputs[index])
     size = None if shape is None or axis is None or axis >= len(shape) else shape[axis]
     return size if isinstance(size, int) else None
 
 
-def _split(site: RegionNode) -> Result:
+def _split(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     axis = site.axis_of("axis", 0, flow.rank)
@@ -194,24 +198,24 @@ def _split(site: RegionNode) -> Result:
     if given is not None and len(given) == count:
         sizes = given
     last = axis is not None and flow.rank is not None and axis == flow.rank - 1
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         if given is None and last and flow.features is not None and flow.features % count == 0:
             sizes = [flow.features // count] * count
         one = replace(flow, tail=False, aligned=flow.aligned and last)
         return [replace(one, features=size if last else flow.features) for size in sizes]
     if axis is None or axis == 0:
         return "a Split of the batch axis"
-    if flow.view is View.MAP and flow.layout[axis] == "C":
+    if flow.view is DataView.MAP and flow.layout[axis] == "C":
         if given is None and flow.features is not None and flow.features % count == 0:
             sizes = [flow.features // count] * count
         return [replace(flow, tail=False, features=size) for size in sizes]
     return [sample(flow, "a Split along a spatial axis", rank=flow.rank) for _ in sizes]
 
 
-def _slice(site: RegionNode) -> Result:
+def _slice(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         return replace(flow, tail=False, aligned=False, features=_last_size(site))
     starts, ends = site.integers(1, "starts"), site.integers(2, "ends")
     if starts is None or ends is None or flow.rank is None:
@@ -235,11 +239,11 @@ def _last_size(site: RegionNode) -> int | None:
 def _cut(site: RegionNode, flow: Flow, axis: int, start: int, end: int, step: int) -> Flow | str:
     """The flow after a slice of one axis."""
     size = site.facts.static_size(site.node.inputs[0], axis)
-    label = flow.layout[axis] if flow.view is View.MAP else ("N" if axis == 0 else None)
+    label = flow.layout[axis] if flow.view is DataView.MAP else ("N" if axis == 0 else None)
     if label == "C" and flow.features is not None:
         size = flow.features
-    whole = start == 0 and step == 1 and (end >= UNBOUNDED or (size is not None and end >= size))
-    if whole or (flow.view is View.SAMPLE and axis != 0):
+    whole = start == 0 and step == 1 and (end >= TO_THE_END or (size is not None and end >= size))
+    if whole or (flow.view is DataView.SAMPLE and axis != 0):
         return flow
     if label in ("N", None):
         return "a Slice of the batch axis" if label == "N" else "a Slice of an axis of size 1"
@@ -250,7 +254,7 @@ def _cut(site: RegionNode, flow: Flow, axis: int, start: int, end: int, step: in
             return replace(flow, features=len(kept))
     if step < 1 or label == "C":
         return "a Slice that runs backwards" if step < 1 else "a Slice of an unknown number of channels"
-    if start < 0 or (0 <= end < UNBOUNDED and size is None):
+    if start < 0 or (0 <= end < TO_THE_END and size is None):
         return "a Slice whose place depends on the size of a dynamic axis"
     crop = end - size if size is not None else min(end, 0)
     axes = list(flow.axes)
@@ -259,7 +263,7 @@ def _cut(site: RegionNode, flow: Flow, axis: int, start: int, end: int, step: in
     return replace(flow, axes=tuple(axes))
 
 
-def _pad(site: RegionNode) -> Result:
+def _pad(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     pads = site.integers(1, "pads")
@@ -280,14 +284,14 @@ def _pad(site: RegionNode) -> Result:
 def _padded(flow: Flow, axis: int, begin: int, end: int) -> Flow | str:
     if begin == 0 and end == 0:
         return flow
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         last = axis == (flow.rank or 0) - 1
         features = flow.features + begin + end if last and flow.features is not None else flow.features
         return replace(flow, aligned=flow.aligned and last, features=features)
-    label = flow.layout[axis] if flow.view is View.MAP else ("N" if axis == 0 else None)
+    label = flow.layout[axis] if flow.view is DataView.MAP else ("N" if axis == 0 else None)
     if label == "N":
         return "a Pad of the batch axis"
-    if flow.view is View.SAMPLE:
+    if flow.view is DataView.SAMPLE:
         return flow
     if label == "C":
         return replace(flow, features=None if flow.features is None else flow.features + begin + end)
@@ -299,28 +303,28 @@ def _padded(flow: Flow, axis: int, begin: int, end: int) -> Flow | str:
     return replace(flow, axes=tuple(axes))
 
 
-def _gather(site: RegionNode) -> Result:
+def _gather(site: RegionNode) -> FlowResult:
     flow = site.flow()
     if flow is None:
         return "an embedding: its data are indices"
     axis = site.axis_of("axis", 0, flow.rank)
     tensor = site.tensor(1)
     indices = None if tensor is None else site.facts.value(tensor)
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         return replace(flow, tail=False, aligned=False, rank=None, features=None)
     if indices is None or axis is None or axis == 0:
         return "a Gather of the batch axis or with unknown indices"
-    if flow.view is View.MAP and flow.layout[axis] == "C" and indices.ndim == 1:
+    if flow.view is DataView.MAP and flow.layout[axis] == "C" and indices.ndim == 1:
         return replace(flow, tail=False, features=len(indices))
     rank = None if flow.rank is None else flow.rank + indices.ndim - 1
     return sample(flow, "a Gather picks positions", rank=rank)
 
 
-def _expand(site: RegionNode) -> Result:
+def _expand(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     source, result = site.facts.shape(site.node.inputs[0]), site.facts.shape(site.node.outputs[0])
-    if flow.view is View.TOKEN:
+    if flow.view is DataView.TOKEN:
         rank = None if result is None else len(result)
         return replace(flow, tail=False, aligned=False, rank=rank, features=_last_size(site))
     if source and result and len(source) == len(result) and source[0] is not None and source[0] == result[0]:
@@ -328,7 +332,7 @@ def _expand(site: RegionNode) -> Result:
     return f"{site.node.op} whose batch axis is not certain"
 
 
-def _resized(site: RegionNode) -> Result:
+def _resized(site: RegionNode) -> FlowResult:
     return f"{site.node.op} enlarges the image: no convolution with a stride can stand for it"
 
 

@@ -1,23 +1,22 @@
-"""Views and flows: how a tensor of a region lies over its input."""
+"""Views and flows: how a tensor of a region lies over its input (see `rules`)."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
 
-from onnxfuse.ir.shapes import Dim
+from onnxfuse.ir.shapes import AxisSize
 from onnxfuse.numerics.receptive_field import Axis
 from onnxfuse.ops.table import OPS, Kind
 
-Shape = tuple[Dim, ...]
+Shape = tuple[AxisSize, ...]
 Layout = tuple[str | int | None, ...]
-UNBOUNDED = 2**31 - 1  # a Slice end of this size or more means "to the end"
 COUNTING, DRAWING = OPS.of_kind(Kind.SHAPE), OPS.of_kind(Kind.RANDOM)
 FOLDED_ELEMENTS = 2**16  # plumbing values are small; anything larger is not worth evaluating here
 
 
-class View(enum.Enum):
-    """What is known of the axes of a tensor inside a region."""
+class DataView(enum.Enum):
+    """The axes of a tensor inside a region as far as they are known (see `rules`)."""
 
     MAP = "map"
     SAMPLE = "sample"
@@ -31,7 +30,7 @@ class Flow:
 
     Attributes:
         view: what is known of its axes.
-        layout, axes: of a map, see the module's docstring.
+        layout, axes: of a map, see `rules`.
         rank, features: of the tensor, where known.
         lost: of a sample, why it is no map.
         linears: bit i is set if the region's i-th linear operator is among its ancestors.
@@ -42,7 +41,7 @@ class Flow:
         aligned: of tokens, its leading axes are u's.
     """
 
-    view: View
+    view: DataView
     layout: Layout = ()
     axes: tuple[Axis, ...] = ()
     rank: int | None = None
@@ -59,9 +58,9 @@ class Flow:
 def map_flow(rank: int, features: int | None) -> Flow:
     """u as a map (N, C, *S)."""
     spatial = range(rank - 2)
-    return Flow(View.MAP, ("N", "C", *spatial), tuple(Axis() for _ in spatial), rank, features)
+    return Flow(DataView.MAP, ("N", "C", *spatial), tuple(Axis() for _ in spatial), rank, features)
 
 
 def token_flow(rank: int | None, features: int | None) -> Flow:
     """u as tokens (..., F)."""
-    return Flow(View.TOKEN, rank=rank, features=features, aligned=True)
+    return Flow(DataView.TOKEN, rank=rank, features=features, aligned=True)

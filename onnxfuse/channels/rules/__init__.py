@@ -1,5 +1,10 @@
-"""The rules: for each operator what it does to axes. One that has none freezes all that it touches; nothing
-is guessed."""
+"""The rules of coupled channels: for each operator what it does to axes.
+
+An operator that has none freezes all that it touches; nothing is guessed. Only `RULES` is imported from here;
+the modules have the rules by family of operators.
+
+Stands within `channels`, above `pipeline`.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from onnxfuse.channels.dims import (
 from onnxfuse.channels.lengths import dims_of
 from onnxfuse.channels.site import (
     SINGLE,
-    TO_THE_END,
     Axes,
     ChannelNode,
     ChannelRule,
@@ -27,6 +26,7 @@ from onnxfuse.channels.site import (
     StopRuleError,
 )
 from onnxfuse.ops.table import Key
+from onnxfuse.ops.view import TO_THE_END
 
 
 def _settled(dim: Axis) -> bool:

@@ -35,7 +35,7 @@ def hosted(array: Host, dtype: torch.dtype | None) -> Value | None:
 
 
 def as_host(elements: Any) -> Host:
-    """What NumPy made of an object array; it hands out single elements bare."""
+    """The result of NumPy on an object array, as an array: NumPy hands out single elements bare."""
     if isinstance(elements, np.ndarray):
         return elements
     array = np.empty((), object)
@@ -284,7 +284,7 @@ _NEVER_NEGATIVE = {
 
 
 def lower(element: Any) -> float:
-    """What a number is at least."""
+    """A lower bound of a number."""
     if not isinstance(element, fx.Node):
         return element
     if element.op == "call_method" and element.target in ("size", "numel"):
@@ -298,7 +298,7 @@ def lower(element: Any) -> float:
 
 
 def upper(element: Any) -> float:
-    """What a number is at most."""
+    """An upper bound of a number."""
     return math.inf if isinstance(element, fx.Node) else element
 
 

@@ -19,7 +19,7 @@ def number(call: Call, index: int) -> Any:
 
 
 def plain(call: Call, index: int) -> Any:
-    """Like `number`, where it may stand for the input among the others.
+    """The `number` of an input, where it may stand for the input among the others.
 
     None for an initializer, which is a tensor of the module that may be changed, and where the shape of the
     result hangs on it.
@@ -41,7 +41,7 @@ def operands(call: Call) -> list[Any]:
 
 
 def refuse_wide_unsigned(call: Call, index: int = 0) -> None:
-    """Refuses element types that torch can store, but not compute with."""
+    """Refuse element types that torch can store, but not compute with."""
     if call.dtype(index) in WIDE_UNSIGNED:
         call.refuse(f"torch does no arithmetic on {str(call.dtype(index)).removeprefix('torch.')}")
 
@@ -51,7 +51,7 @@ def like(call: Call, node: fx.Node, index: int = 0) -> Value:
     return Value("", call.dtype(index), call.rank(index), node)
 
 
-def spread(call: Call, node: fx.Node, dtype: torch.dtype | None) -> Value:
+def broadcasted(call: Call, node: fx.Node, dtype: torch.dtype | None) -> Value:
     """The result of an operator that broadcasts its inputs."""
     ranks = [call.rank(index) for index in range(len(call.inputs))]
     return Value("", dtype, None if None in ranks else max(r for r in ranks if r is not None), node)

@@ -15,20 +15,16 @@ NumPy moves host values about (take, concatenate, reshape), whatever their eleme
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.ir.protos import operator_key
-from onnxfuse.ops.table import Key
-
-if TYPE_CHECKING:
-    from onnxfuse.pytorch.bridge.importer import Scope
+from onnxfuse.pytorch.bridge.operator import Operator
 
 Host = np.ndarray
 """An object array of numbers and of torch.fx nodes that yield numbers."""
@@ -65,29 +61,6 @@ class Value:
         return self.load is not None
 
 
-@dataclass(frozen=True)
-class Operator:
-    """A node, be it of the main graph or of a body: what a rule needs of it."""
-
-    op: str
-    domain: str
-    label: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def key(self) -> Key:
-        """The key of its rule."""
-        return operator_key(self.domain, self.op)
-
-    @property
-    def kind(self) -> str:
-        """How messages name the operator: "Conv", "com.acme::Op"."""
-        return f"{self.domain}::{self.op}" if self.domain else self.op
-
-
 def object_array(elements: Any) -> Host:
     """An object array of nested sequences of numbers and nodes, never of sequences."""
     array = np.empty(_shape_of(elements), object)
@@ -106,6 +79,33 @@ def _shape_of(elements: Any) -> tuple[int, ...]:
 def is_fixed(host: Host) -> bool:
     """Whether all elements are numbers already."""
     return not any(isinstance(element, fx.Node) for element in host.flat)
+
+
+class Scope(Protocol):
+    """The graph being built, as far as a rule needs it."""
+
+    graph: fx.Graph
+
+    def tensor(self, value: Value) -> fx.Node:
+        """The value as a tensor."""
+
+    def host(self, value: Value) -> Host | None:
+        """The numbers of the value, if they are known on the host: shapes, and small constants."""
+
+    def size(self, node: fx.Node, axis: int) -> fx.Node:
+        """The node that yields one size of a tensor."""
+
+    def module(self, module: nn.Module, operator: Operator, args: tuple[Any, ...]) -> fx.Node:
+        """A call of a module, registered under the name of its node."""
+
+    def body(self, key: str, operator: Operator) -> tuple[fx.GraphModule, list[Any]]:
+        """A body as a module, and the arguments to call it with: what it captures."""
+
+    def inline(self, key: str, operator: Operator) -> list[Value]:
+        """The outputs of a body that is run right here."""
+
+    def device(self) -> fx.Node:
+        """The node that yields the device of the first input."""
 
 
 class Call:
@@ -134,7 +134,7 @@ class Call:
 
     @property
     def outputs(self) -> int:
-        """How many outputs are listed, optional ones that are left out included."""
+        """The number of outputs listed, optional ones that are left out included."""
         return len(self.operator.outputs)
 
     def wants(self, index: int) -> bool:
@@ -142,14 +142,14 @@ class Call:
         return index < self.outputs and bool(self.operator.outputs[index])
 
     def refuse(self, reason: str) -> NoReturn:
-        """NotApplicableError that names the node."""
+        """Raise a NotApplicableError that names the node."""
         raise NotApplicableError(f"node {self.operator.label} can't be imported to PyTorch: {reason}")
 
     def rank(self, index: int) -> int | None:
         return self.value(index).rank
 
     def known_sizes(self, index: int) -> tuple[int | None, ...] | None:
-        """What is known at import of an input's shape: for what depends on a size being 0 or 1."""
+        """The sizes of an input as far as the import knows them: for what depends on one being 0 or 1."""
         return self.value(index).sizes
 
     def dtype(self, index: int) -> torch.dtype | None:
@@ -186,7 +186,7 @@ class Call:
         return list(found.reshape(-1))
 
     def sizes(self, index: int) -> list[Any] | fx.Node:
-        """Like `numbers`; for what is computed from tensors, a node that yields the list when it runs."""
+        """The list of `numbers`; for what is computed from tensors, a node that yields it when it runs."""
         if self.host(index) is None and not self.value(index).stored:
             return self.method("tolist", self.tensor(index))
         return self.numbers(index)
@@ -222,7 +222,7 @@ class Call:
         """A call of a method of the first argument."""
         return self.scope.graph.call_method(name, args)
 
-    def module(self, module: torch.nn.Module, *args: Any) -> fx.Node:
+    def module(self, module: nn.Module, *args: Any) -> fx.Node:
         """A call of a module that holds no weights: where train and eval mode differ, or for bodies."""
         return self.scope.module(module, self.operator, args)
 
@@ -231,7 +231,7 @@ class Call:
         return self.emit(operator.getitem, node, index)
 
     def device(self) -> fx.Node:
-        """Where the tensors of this graph live."""
+        """The node that yields the device of this graph's tensors."""
         return self.scope.device()
 
     def shape(self, index: int) -> list[fx.Node] | None:
@@ -241,7 +241,7 @@ class Call:
             return None
         return [self.scope.size(self.tensor(index), axis) for axis in range(rank)]
 
-    def body(self, key: str) -> tuple[torch.nn.Module, list[Any]]:
+    def body(self, key: str) -> tuple[nn.Module, list[Any]]:
         """The body in that attribute as a module of its own, and the arguments to call it with."""
         return self.scope.body(key, self.operator)
 

@@ -5,35 +5,27 @@ module holds it, and its name in the state_dict. The key is the tensor's own nam
 allow it; ties come for free, since a tensor that several nodes share is one attribute.
 
 What is trainable is a predicate of `Weight`. The default, `is_trainable`, takes float tensors of more than
-one element in a weight slot of some operator (`rules`), as long as they don't look like masks.
+one element in a weight slot of some operator (its rule says which), as long as they don't look like masks.
 """
 
 from __future__ import annotations
 
 import itertools
-import keyword
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import onnx
-import torch
-from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
-from torch import fx, nn
+from onnx import GraphProto, numpy_helper
 
 from onnxfuse.errors import ModelWarning
 from onnxfuse.ir.model import Model
-from onnxfuse.ir.nodes import Constant, Node
+from onnxfuse.ir.nodes import Constant
 from onnxfuse.ops.table import OPS, Key, Kind, Trait, parse_key
-from onnxfuse.pytorch.bridge.rules import TABLE
-from onnxfuse.pytorch.bridge.values import Operator
-
-CALLED = "_ops"
-"""The submodule with what a GraphModule calls (bodies, BatchNorms) and constants that are no weights. Nothing
-in it is part of the state_dict."""
+from onnxfuse.pytorch.bridge.keys import Keys
+from onnxfuse.pytorch.bridge.operator import Operator, constant_value, of_node, of_proto
+from onnxfuse.pytorch.bridge.registry import TABLE
+from onnxfuse.pytorch.bridge.tensors import torch_type
 
 MASKED = 1e4
 """An additive mask holds values of this size or beyond; weights don't."""
@@ -47,7 +39,7 @@ _MATRIX = {(("", op), slot) for op, slot in (("Gather", 0), *itertools.product((
 
 
 @dataclass(frozen=True)
-class Use:
+class WeightUse:
     """A place where a stored tensor goes in, by itself or through operators that only hand it on."""
 
     op: str
@@ -81,7 +73,7 @@ class Weight:
     scope: tuple[tuple[str, str], ...]
     initializer: bool
     load: Callable[[], np.ndarray]
-    uses: list[Use] = field(default_factory=list)
+    uses: list[WeightUse] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -222,7 +214,7 @@ class _Finder:
         for slot, name in enumerate(node.inputs):
             for weight in env.get(name, ()) if (node.key, slot) not in _UNREAD else ():
                 if node.key not in _CARRIERS:
-                    weight.uses.append(Use(node.kind, slot, node.label))
+                    weight.uses.append(WeightUse(node.kind, slot, node.label))
                 elif slot == 0 or node.op == "Concat":
                     carried.append(weight)
         if carried:
@@ -240,117 +232,3 @@ def _wanted(dtype: np.dtype, shape: Iterable[int]) -> bool:
 
 def _is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype.name == "bfloat16"
-
-
-class Keys:
-    """Attribute paths, each claimed once: none is a prefix of another, or hides an attribute of a module."""
-
-    def __init__(self) -> None:
-        self._leaves: set[str] = set()
-        self._modules: set[str] = {CALLED}
-
-    def claim(self, name: str) -> str:
-        """`name` if it can be a path, else one made from it."""
-        key = self._legal(name)
-        base, count = key, 0
-        while not self._free(key):
-            count += 1
-            key = f"{base.replace('.', '_')}_{count}"
-        self._leaves.add(key)
-        parts = key.split(".")
-        self._modules.update(".".join(parts[:end]) for end in range(1, len(parts)))
-        return key
-
-    def _free(self, key: str) -> bool:
-        parts = key.split(".")
-        above = {".".join(parts[:end]) for end in range(1, len(parts))}
-        taken = key in self._leaves or key in self._modules or above & self._leaves or parts[0] == CALLED
-        return not taken and not any(part in _RESERVED or keyword.iskeyword(part) for part in parts)
-
-    @staticmethod
-    def _legal(name: str) -> str:
-        """What torch.fx writes into source code between double quotes, and torch splits at dots."""
-        clean = re.sub(r"[\"'\\{}]|[^\x20-\x7e]", "_", name)
-        parts = clean.split(".")
-        return clean if all(parts) else clean.replace(".", "_") or "_"
-
-
-_RESERVED = set(dir(nn.Module())) | set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) | {"self"}
-
-
-# --- nodes -------------------------------------------------------------------------------------------------
-
-
-def of_node(node: Node) -> Operator:
-    """A node of the main graph as a rule sees it; tensors among its attributes become arrays."""
-    attributes = {
-        key: value.values if isinstance(value, Constant) else value
-        for key, value in node.attrs.items()
-        if not node.constant_form
-    }
-    inputs, outputs = (tuple(t.name for t in tensors) for tensors in (node.inputs, node.outputs))
-    return Operator(node.op, node.domain, node.label, inputs, outputs, attributes, node.metadata)
-
-
-def of_proto(node: NodeProto) -> Operator:
-    """A node of a body as a rule sees it."""
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    label = f"'{node.name or (node.output[0] if node.output else '')}' ({node.op_type})"
-    attributes = {a.name: _plain(onnx.helper.get_attribute_value(a)) for a in node.attribute}
-    return Operator(node.op_type, domain, label, tuple(node.input), tuple(node.output), attributes)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode(errors="surrogateescape")
-    if isinstance(value, TensorProto):
-        return numpy_helper.to_array(value)
-    if isinstance(value, (list, tuple)) or type(value).__name__.startswith("Repeated"):
-        return [_plain(item) for item in value]
-    return value
-
-
-def constant_value(node: NodeProto) -> np.ndarray | None:
-    """The value of a Constant node in a body, None of other nodes (and of forms that hold no numbers)."""
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-        return None
-    for attribute in node.attribute:
-        value = onnx.helper.get_attribute_value(attribute)
-        if attribute.name == "value" and value.data_type != TensorProto.STRING:
-            return numpy_helper.to_array(value)
-        if attribute.name in ("value_float", "value_floats"):
-            return np.array(value, np.float32)
-        if attribute.name in ("value_int", "value_ints"):
-            return np.array(value, np.int64)
-    return None
-
-
-# --- arrays ------------------------------------------------------------------------------------------------
-
-
-def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """A tensor with a copy of the array's bytes; its type must be one that torch has (`torch_type`)."""
-    copy = np.array(array, order="C")
-    if copy.dtype.name == "bfloat16":
-        return torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(copy)
-
-
-def to_array(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:
-    """The array of that type with the tensor's bytes."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-    return tensor.numpy().view(dtype)
-
-
-def torch_type(dtype: np.dtype | None) -> torch.dtype | None:
-    """The torch element type; None where torch has none (strings, 4-bit integers) or nothing is known."""
-    if dtype is None:
-        return None
-    if dtype.name == "bfloat16":
-        return torch.bfloat16
-    try:
-        return torch.from_numpy(np.empty(0, dtype)).dtype
-    except TypeError:
-        return None

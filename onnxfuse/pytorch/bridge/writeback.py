@@ -18,8 +18,9 @@ from torch import fx, nn
 
 from onnxfuse.data.calibration import Batch, Calibration, Data
 from onnxfuse.errors import InputError, VerificationError
-from onnxfuse.ir.model import Model, Source
-from onnxfuse.pytorch.bridge.weights import Weight, stored, to_array, to_tensor, torch_type
+from onnxfuse.ir.model import LoadableModel, Model
+from onnxfuse.pytorch.bridge.tensors import to_array, to_tensor, torch_type
+from onnxfuse.pytorch.bridge.weights import Weight, stored
 from onnxfuse.runtime.session import Runtime
 from onnxfuse.verification.compare import compare_run
 
@@ -28,7 +29,7 @@ _SAMPLES = 4
 
 
 def from_torch(
-    module: nn.Module, model: Model | Source, *, calib: Data = None, provider: str = "auto"
+    module: nn.Module, model: Model | LoadableModel, *, calib: Data = None, provider: str = "auto"
 ) -> Model:
     """A copy of the model with the module's weights, its BatchNorm statistics included.
 
@@ -46,15 +47,19 @@ def from_torch(
         NotApplicableError: ONNX Runtime can't run the model.
     """
     original = model if isinstance(model, Model) else Model.load(model)
-    result = write_weights(module, original)
+    result = copy_with_weights(module, original)
     runtime = Runtime(provider)
     samples = Calibration.open(calib, original, limit=_SAMPLES, batch_size=_SAMPLES, held_out=0.0)
-    check(module, result, samples.fit, runtime)
+    check_module(module, result, samples.fit, runtime)
     return result
 
 
-def write_weights(module: nn.Module, model: Model) -> Model:
-    """`from_torch` without the check in ONNX Runtime."""
+def copy_with_weights(module: nn.Module, model: Model) -> Model:
+    """A copy of the model with the module's weights, not checked in ONNX Runtime.
+
+    Raises:
+        InputError: the module lacks a weight, or has it in another shape or type, or with NaN.
+    """
     state = _unwrapped(module.state_dict())
     result = model.copy()
     bodies: dict[str, dict[tuple[tuple[str, str], ...], dict[str, np.ndarray]]] = {}
@@ -103,7 +108,7 @@ def _checked(weight: Weight, tensor: torch.Tensor) -> np.ndarray:
 def _write_bodies(
     model: Model, output: str, changed: Mapping[tuple[tuple[str, str], ...], Mapping[str, np.ndarray]]
 ) -> None:
-    """Replaces values in the bodies of the node with that first output."""
+    """Replace values in the bodies of the node with that first output."""
     node = model.tensor(output).inputs[0]
     for key in dict.fromkeys(scope[0][1] for scope in changed):
         body = GraphProto()
@@ -147,11 +152,18 @@ def _replace_constant(node: NodeProto, array: np.ndarray) -> None:
 # --- the check ---------------------------------------------------------------------------------------------
 
 
-def check(module: nn.Module, model: Model, batches: Iterable[Batch], runtime: Runtime) -> None:
-    """Runs the module, in eval mode, beside the model in ONNX Runtime.
+def check_module(module: nn.Module, model: Model, batches: Iterable[Batch], runtime: Runtime) -> None:
+    """Check that the module, in eval mode, computes what the model does in ONNX Runtime.
+
+    Args:
+        module: imported from `model`, wrapped or not.
+        model: with the module's weights.
+        batches: to run both on.
+        runtime: where the model runs.
 
     Raises:
-        VerificationError: an output differs by more than `verification.MULTIPLE` noise floors of the model.
+        VerificationError: an output differs by more than `verification.noise.MULTIPLE` noise floors of the
+            model.
     """
     names = _outputs(module) or [info.name for info in model.outputs]
     modes = {inner: inner.training for inner in module.modules()}
@@ -178,7 +190,14 @@ def _outputs(module: nn.Module) -> list[str] | None:
 def run_module(
     module: nn.Module, model: Model, names: Sequence[str], feed: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The module's outputs on one feed, by name."""
+    """The module's outputs on one feed, by name.
+
+    Args:
+        module: imported from `model`, wrapped or not.
+        model: says in which order the inputs come.
+        names: of the outputs in the module's order.
+        feed: arrays by input name.
+    """
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     device = tensor.device if tensor is not None else torch.device("cpu")
     inputs = [to_tensor(feed[info.name]).to(device) for info in model.inputs]

@@ -112,15 +112,15 @@ class _Units:
     """
 
     target: Affine
-    centre: np.ndarray
+    center: np.ndarray
     spread: np.ndarray
     size: float
 
     @classmethod
     def of(cls, target: Affine, rows: np.ndarray) -> _Units:
-        centre, spread = rows.mean(0, dtype=np.float64), _floored(rows.std(0, dtype=np.float64))
+        center, spread = rows.mean(0, dtype=np.float64), _floored(rows.std(0, dtype=np.float64))
         y = rows @ target.weight.T.astype(np.float32)
-        return cls(target, centre, spread, math.sqrt(y.var(0).sum()) or 1.0)
+        return cls(target, center, spread, math.sqrt(y.var(0).sum()) or 1.0)
 
     @property
     def weight(self) -> np.ndarray:
@@ -129,15 +129,15 @@ class _Units:
 
     def standard(self, rows: np.ndarray) -> Tensor:
         """Inputs in standard units."""
-        return torch.from_numpy((rows - self.centre.astype(np.float32)) / self.spread.astype(np.float32))
+        return torch.from_numpy((rows - self.center.astype(np.float32)) / self.spread.astype(np.float32))
 
     def maps(self, code: _Code, relu: bool) -> tuple[Affine, Affine]:
         """Both maps in the units of the data; without a ReLU the first needs no bias and has none."""
         encode, shift, decode, bias = (tensor.detach().double().numpy().copy() for tensor in code)
         encode = encode / self.spread
-        shift = shift - encode @ self.centre
+        shift = shift - encode @ self.center
         decode = decode * self.size
-        bias = bias * self.size + self.target.weight @ self.centre + self.target.bias
+        bias = bias * self.size + self.target.weight @ self.center + self.target.bias
         if not relu:
             bias, shift = bias + decode @ shift, np.zeros_like(shift)
         return Affine(encode, shift), Affine(decode, bias)

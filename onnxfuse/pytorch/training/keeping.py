@@ -1,7 +1,7 @@
 """What a training has to leave as it is inside the weights that it moves.
 
 `prune` and `cluster` note on nodes that the zeros of their weights are to stay zeros, or that numbers which
-are equal are to stay equal (`onnxfuse.marks`). After every step of the optimiser such weights are put back
+are equal are to stay equal (`onnxfuse.ir.marks`). After every step of the optimizer such weights are put back
 where that holds: zeros become zeros again, and equal numbers their mean, which moves a shared number by the
 mean of its copies' steps (Han et al. 2016, section 3.3, with a mean for the sum).
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from onnxfuse.ir.marks import VALUES, ZEROS, kept
+from onnxfuse.ir.marks import VALUES, ZEROS, promises
 from onnxfuse.ir.model import Model
 from onnxfuse.pytorch.bridge.weights import stored
 
@@ -21,7 +21,7 @@ Projection = Callable[[], None]
 
 
 def projection(module: nn.Module, model: Model) -> Projection | None:
-    """What puts a module's weights back after a step; None where nothing is to be kept.
+    """A function that puts a module's weights back after a step; None where nothing is to be kept.
 
     Args:
         module: `to_torch` of the model, its weights not moved yet.
@@ -30,7 +30,7 @@ def projection(module: nn.Module, model: Model) -> Projection | None:
     keys = {weight.name: weight.key for weight in stored(model) if not weight.scope}
     promised: dict[str, set[str]] = {}
     for node in model.nodes:
-        marks = kept(node) & {ZEROS, VALUES}
+        marks = promises(node) & {ZEROS, VALUES}
         if marks and len(node.inputs) > 1 and node.inputs[1].name in keys:
             promised.setdefault(keys[node.inputs[1].name], set()).update(marks)
     trained = dict(module.named_parameters())

@@ -21,34 +21,34 @@ The teacher runs in ONNX Runtime, batch by batch, so anything that ONNX Runtime 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from onnxfuse.data.calibration import Batch
 from onnxfuse.errors import InputError, NotApplicableError, unknown_name
-from onnxfuse.ir.model import Model
-from onnxfuse.ir.nodes import Node
-from onnxfuse.ops.table import OPS, Kind
-from onnxfuse.pytorch.bridge.weights import to_tensor
+from onnxfuse.ir.model import Feed, Model
+from onnxfuse.pytorch.bridge.tensors import to_tensor
+from onnxfuse.pytorch.training.labels import Labels
+from onnxfuse.pytorch.training.losses import (
+    TEMPERATURE,
+    SampleLoss,
+    cross_entropy,
+    softened_divergence,
+    squared_error,
+)
 from onnxfuse.pytorch.training.sampling import Pool, Shuffled
+from onnxfuse.pytorch.training.scores import find_scores, is_activated, softmax_of
 from onnxfuse.runtime.feeds import format_shape
-from onnxfuse.runtime.session import Feed, Runtime, Session
+from onnxfuse.runtime.session import Runtime, Session
 from onnxfuse.verification.interface import interface_problems
 
 KINDS = ("ce", "mse", "distill")
-TEMPERATURE = 2.0
-Outputs = Mapping[str, Tensor]
 
 _MEASURED = 4  # batches on which a teacher's variance is measured
-# What ends in one of these holds no class scores.
-_ACTIVATIONS = OPS.of_kind(Kind.ACTIVATION)
-_PROBABILITY = 1e-3  # how far from 1 the probabilities of a sample may add up to
 
 
 class Teacher:
@@ -62,33 +62,13 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Where the class scores of an output are.
-
-    Attributes:
-        tensor: holds them; the output itself, or what goes into its Softmax.
-        axis: that of the classes.
-        probabilities: they have gone through a Softmax that can't be taken off, so their logarithm counts.
-    """
-
-    tensor: str
-    axis: int
-    probabilities: bool = False
-
-    def read(self, values: Tensor) -> Tensor:
-        """The scores as logits, float32."""
-        values = values.float()
-        return values.clamp_min(torch.finfo(torch.float32).tiny).log() if self.probabilities else values
-
-
-@dataclass(frozen=True)
-class Term:
+class LossTerm:
     """One tensor's loss: `loss(tensor, target, samples)` is (samples,), or (1,) where the tensor has no axis
     of samples. `target` names the teacher's tensor; None stands for the labels."""
 
     tensor: str
     target: str | None
-    loss: Callable[[Tensor, Tensor, int], Tensor]
+    loss: SampleLoss
     about: str
 
 
@@ -100,13 +80,13 @@ class Objective:
         about: a line for each term.
     """
 
-    def __init__(self, terms: Sequence[Term], teacher: Teacher | None) -> None:
+    def __init__(self, terms: Sequence[LossTerm], teacher: Teacher | None) -> None:
         self._terms = tuple(terms)
         self._teacher = teacher
         self.tensors = tuple(dict.fromkeys(term.tensor for term in terms))
         self.about = tuple(term.about for term in terms)
 
-    def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def __call__(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """The losses of a batch: (samples,), or (1,) where some output has no axis of samples.
 
         Args:
@@ -119,55 +99,10 @@ class Objective:
             losses = [loss.mean().reshape(1) for loss in losses]
         return torch.stack(losses).sum(0)
 
-    def _loss(self, term: Term, output: Tensor, taught: Feed, batch: Batch) -> Tensor:
+    def _loss(self, term: LossTerm, output: Tensor, taught: Feed, batch: Batch) -> Tensor:
         target = batch.labels if term.target is None else taught[term.target]
         assert target is not None
         return term.loss(output, to_tensor(target).to(output.device), batch.samples)
-
-
-# --- losses -------------------------------------------------------------------------------------------------
-
-
-def _by_sample(losses: Tensor, samples: int) -> Tensor:
-    """The mean of each sample, or of everything where the first axis doesn't count samples."""
-    if losses.ndim and len(losses) == samples:
-        return losses.reshape(samples, -1).mean(1)
-    return losses.mean().reshape(1)
-
-
-def cross_entropy(scores: Scores) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """Against class numbers, in whatever axes of size 1."""
-
-    def loss(output: Tensor, labels: Tensor, samples: int) -> Tensor:
-        logits = scores.read(output).movedim(scores.axis, -1)
-        classes = logits.shape[-1]
-        flat = F.cross_entropy(
-            logits.reshape(-1, classes), labels.reshape(-1).to(torch.int64), reduction="none"
-        )
-        return _by_sample(flat.reshape(logits.shape[:-1]), samples)
-
-    return loss
-
-
-def divergence(ours: Scores, theirs: Scores) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """Kullback-Leibler divergence from the teacher's softened classes, times the squared temperature."""
-
-    def loss(output: Tensor, target: Tensor, samples: int) -> Tensor:
-        student = F.log_softmax(ours.read(output) / TEMPERATURE, dim=ours.axis)
-        teacher = F.log_softmax(theirs.read(target) / TEMPERATURE, dim=theirs.axis)
-        found = F.kl_div(student, teacher, reduction="none", log_target=True).sum(ours.axis)
-        return _by_sample(found * TEMPERATURE**2, samples)
-
-    return loss
-
-
-def squared_error(scale: float = 1.0) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """Mean squared error over `scale`; the target may lack or have axes of size 1."""
-
-    def loss(output: Tensor, target: Tensor, samples: int) -> Tensor:
-        return _by_sample((output.float() - target.reshape(output.shape).float()).square() / scale, samples)
-
-    return loss
 
 
 # --- which losses -------------------------------------------------------------------------------------------
@@ -218,13 +153,13 @@ def make_objective(
             outputs; no such inner tensor.
         NotApplicableError: ONNX Runtime can't run one of the models.
     """
-    plan = _Plan(model, teacher, pools, runtime, size, name, seed)
-    labels = plan.labels.dtype if plan.labels is not None else None
-    kind = kind or default_kind(teacher is not None, labels)
+    known = _Known(model, teacher, pools, runtime, size, name, seed)
+    labels = known.labels.sample
+    kind = kind or default_kind(teacher is not None, labels.dtype if labels is not None else None)
     if kind not in KINDS:
         raise InputError(unknown_name("loss", kind, KINDS))
-    pairs = plan.pairs(match)
-    terms = [*_MAKERS[kind](plan), *plan.matched(pairs)]
+    pairs = known.pairs(match)
+    terms = [*_MAKERS[kind](known), *known.matched(pairs)]
     targets = [term.target for term in terms if term.target is not None]
     if teacher is not None and not targets:
         raise InputError(
@@ -233,53 +168,56 @@ def make_objective(
     return Objective(terms, Teacher(teacher, runtime, targets) if teacher is not None else None)
 
 
-def _ce(plan: _Plan) -> list[Term]:
-    labels = plan.wanted_labels("ce")
-    if labels.dtype.kind not in "iub":
-        raise InputError(_not_classes(plan))
+def _ce(known: _Known) -> list[LossTerm]:
+    labels = known.labels.wanted("ce")
+    if not known.labels.integral:
+        raise InputError(known.labels.why_no_classes())
     fitting = [
         (name, scores)
-        for name in plan.outputs
-        if (scores := plan.scores(name)) is not None and _fits(labels, plan.ours[name], scores.axis)
+        for name in known.outputs
+        if (scores := find_scores(known.model, name, known.ours)) is not None
+        and known.labels.fit_classes(known.ours[name], scores.axis)
     ]
     if not fitting:
         raise InputError(
-            f"{plan.label_name} of shape {format_shape(labels.shape)} holds no class numbers of any output: "
-            + ", ".join(f"'{name}' {format_shape(plan.ours[name].shape)}" for name in plan.outputs)
+            f"{known.labels.name} of shape {format_shape(labels.shape)} holds no class numbers "
+            "of any output: "
+            + ", ".join(f"'{name}' {format_shape(known.ours[name].shape)}" for name in known.outputs)
         )
     name, scores = fitting[0]
-    classes = plan.ours[name].shape[scores.axis]
-    _check_classes(plan, name, classes)
-    about = (
-        f"cross-entropy of {_said(name, scores)} against the labels, {classes} classes on axis {scores.axis}"
-    )
-    return [Term(scores.tensor, None, cross_entropy(scores), about)]
+    classes = known.ours[name].shape[scores.axis]
+    known.labels.check_classes(name, classes)
+    said = scores.named(name)
+    about = f"cross-entropy of {said} against the labels, {classes} classes on axis {scores.axis}"
+    return [LossTerm(scores.tensor, None, cross_entropy(scores), about)]
 
 
-def _mse(plan: _Plan) -> list[Term]:
-    if plan.teacher is not None:
-        return [plan.relative(name, name, "output") for name in plan.outputs]
-    labels = plan.wanted_labels("mse")
-    for name in plan.outputs:
-        if _squeezed(plan.ours[name].shape) == _squeezed(labels.shape):
-            return [Term(name, None, squared_error(), f"mean squared error of '{name}' against the labels")]
+def _mse(known: _Known) -> list[LossTerm]:
+    if known.teacher is not None:
+        return [known.relative(name, name, "output") for name in known.outputs]
+    labels = known.labels.wanted("mse")
+    for name in known.outputs:
+        if known.labels.fit_shape(known.ours[name].shape):
+            return [
+                LossTerm(name, None, squared_error(), f"mean squared error of '{name}' against the labels")
+            ]
     raise InputError(
-        f"{plan.label_name} of shape {format_shape(labels.shape)} has the shape of no output: "
-        + ", ".join(f"'{name}' {format_shape(plan.ours[name].shape)}" for name in plan.outputs)
+        f"{known.labels.name} of shape {format_shape(labels.shape)} has the shape of no output: "
+        + ", ".join(f"'{name}' {format_shape(known.ours[name].shape)}" for name in known.outputs)
     )
 
 
-def _distill(plan: _Plan) -> list[Term]:
-    if plan.teacher is None:
+def _distill(known: _Known) -> list[LossTerm]:
+    if known.teacher is None:
         raise InputError("--loss distill needs a --teacher")
-    return [plan.distilled(name) for name in plan.outputs]
+    return [known.distilled(name) for name in known.outputs]
 
 
-_MAKERS: Mapping[str, Callable[[_Plan], list[Term]]]
+_MAKERS = {"ce": _ce, "mse": _mse, "distill": _distill}
 
 
-class _Plan:
-    """What is known of both models before a loss is chosen: their outputs on one batch."""
+class _Known:
+    """Both models and their outputs on one batch, as known before a loss is chosen."""
 
     def __init__(
         self,
@@ -291,12 +229,11 @@ class _Plan:
         name: str,
         seed: int,
     ) -> None:
-        self.model, self.teacher, self.pools = model, teacher, pools
-        self.label_name = name
+        self.model, self.teacher = model, teacher
         self._runtime = runtime
         self._sample = _random_batches(pools[0], size, seed)
         batch = self._sample[0]
-        self.labels = batch.labels
+        self.labels = Labels(name, batch.labels, pools)
         self.ours = _run(model, runtime, batch)
         self.outputs = [info.name for info in model.outputs if self.ours[info.name].dtype.kind == "f"]
         if not self.outputs:
@@ -308,49 +245,29 @@ class _Plan:
             for name in self.outputs:
                 self._check_alike(name, name, self.theirs[name])
 
-    def wanted_labels(self, kind: str) -> np.ndarray:
-        if self.labels is None:
-            raise InputError(f"--loss {kind} needs labels: give them as an array 'labels' in the data")
-        return self.labels
-
-    def all_labels(self) -> Iterator[tuple[Callable[[int], str], np.ndarray]]:
-        """All labels, and for each array of them what messages call its rows."""
-        for pool in self.pools:
-            for start, labels in pool.labels():
-                yield partial(pool.where, start), labels
-
-    def scores(self, name: str) -> Scores | None:
-        """The class scores of an output; None where it has no axis for classes."""
-        return find_scores(self.model, name, self.ours)
-
-    def distilled(self, name: str) -> Term:
+    def distilled(self, name: str) -> LossTerm:
         """The loss of one output against the teacher's."""
         assert self.teacher is not None
         ours, theirs = find_scores(self.model, name, self.ours), find_scores(self.teacher, name, self.theirs)
-        regression = self.labels is not None and self.labels.dtype.kind == "f"
-        if ours is None or theirs is None or ours.axis != theirs.axis or regression:
+        if ours is None or theirs is None or ours.axis != theirs.axis or self.labels.numeric:
             return self.relative(name, name, "output")
-        ends = {_ends_in_softmax(self.model, name, ours), _ends_in_softmax(self.teacher, name, theirs)}
+        ends = {ours.normalized(name), theirs.normalized(name)}
         array = self.ours[name]
         # A matrix for each sample may be anything, features too: class numbers that fit tell.
-        labelled = (
-            self.labels is not None
-            and self.labels.dtype.kind in "iub"
-            and _fits(self.labels, array, ours.axis)
-        )
+        labeled = self.labels.integral and self.labels.fit_classes(array, ours.axis)
         flat = array.ndim == 2 and array.shape[1] > 1
-        plain = (flat or labelled) and not _is_activated(self.model, name)
+        plain = (flat or labeled) and not is_activated(self.model, name)
         if ends == {True} or (ends == {False} and plain):
-            about = f"divergence of {_said(name, ours)} from the teacher, temperature {TEMPERATURE:g}"
-            return Term(ours.tensor, theirs.tensor, divergence(ours, theirs), about)
+            about = f"divergence of {ours.named(name)} from the teacher, temperature {TEMPERATURE:g}"
+            return LossTerm(ours.tensor, theirs.tensor, softened_divergence(ours, theirs), about)
         return self.relative(name, name, "output")
 
-    def relative(self, ours: str, theirs: str, what: str) -> Term:
+    def relative(self, ours: str, theirs: str, what: str) -> LossTerm:
         """Relative squared error of a tensor against one of the teacher's."""
         scale = self._variance(theirs)
         other = "" if ours == theirs else f"'s '{theirs}'"
         about = f"relative squared error of {what} '{ours}' against the teacher{other}"
-        return Term(ours, theirs, squared_error(scale), about)
+        return LossTerm(ours, theirs, squared_error(scale), about)
 
     def _variance(self, tensor: str) -> float:
         """The teacher's variance from sample to sample; its mean square where it doesn't vary, or 1."""
@@ -389,7 +306,7 @@ class _Plan:
             found.append((ours, theirs))
         return found
 
-    def matched(self, pairs: Sequence[tuple[str, str]]) -> Iterator[Term]:
+    def matched(self, pairs: Sequence[tuple[str, str]]) -> Iterator[LossTerm]:
         if not pairs:
             return
         assert self.teacher is not None
@@ -412,18 +329,8 @@ class _Plan:
             )
 
 
-_MAKERS = {"ce": _ce, "mse": _mse, "distill": _distill}
-
-
-def _said(name: str, scores: Scores) -> str:
-    """An output and where its scores are, for people."""
-    if scores.tensor != name:
-        return f"'{name}' (before its Softmax: '{scores.tensor}')"
-    return f"'{name}' (probabilities)" if scores.probabilities else f"'{name}'"
-
-
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
-    """Like `unknown_name`, for more names than a line can list."""
+    """The message of `unknown_name`, for more names than a line can list."""
     near = difflib.get_close_matches(name, list(names), n=3)
     guess = f"; did you mean {', '.join(repr(n) for n in near)}?" if near else ""
     return f"there is no {kind} named '{name}'{guess}"
@@ -456,86 +363,3 @@ def _check_teacher(model: Model, teacher: Model) -> None:
 
 def _called(model: Model, what: str) -> str:
     return f"{what} '{model.path}'" if model.path else what
-
-
-# --- class scores -------------------------------------------------------------------------------------------
-
-
-def softmax_of(model: Model, output: str) -> Node | None:
-    """The Softmax that an output comes from, through nothing but Identity."""
-    node = model.producer(model.tensor(output))
-    while node is not None and node.op == "Identity" and not node.domain:
-        node = model.producer(node.inputs[0])
-    return node if node is not None and node.op == "Softmax" and not node.domain else None
-
-
-def find_scores(model: Model, output: str, values: Mapping[str, np.ndarray]) -> Scores | None:
-    """Where the class scores of an output are, judged by the graph and by the values of one batch.
-
-    The classes are on the axis of the graph's own Softmax; without one on the last axis of up to three, else
-    on axis 1, where images have their channels.
-    """
-    array = values[output]
-    if array.ndim < 2:
-        return None
-    node = softmax_of(model, output)
-    if node is not None:
-        axis = _softmax_axis(node, model.opset, array.shape)
-        if axis is not None:
-            return Scores(node.inputs[0].name, axis)
-    axis = array.ndim - 1 if array.ndim <= 3 else 1
-    total = array.astype(np.float64).sum(axis)
-    probabilities = array.shape[axis] > 1 and array.min() >= 0 and np.abs(total - 1).max() < _PROBABILITY
-    return Scores(output, axis, bool(probabilities))
-
-
-def _softmax_axis(node: Node, opset: int, shape: tuple[int, ...]) -> int | None:
-    """The axis that a Softmax normalises; None where it is several, as before opset 13 it can be."""
-    axis = int(node.attrs.get("axis", -1 if opset >= 13 else 1)) % len(shape)
-    several = opset < 13 and any(size > 1 for size in shape[axis + 1 :])
-    return None if several else axis
-
-
-def _ends_in_softmax(model: Model, output: str, scores: Scores) -> bool:
-    return scores.probabilities or scores.tensor != output
-
-
-def _is_activated(model: Model, output: str) -> bool:
-    node = model.producer(model.tensor(output))
-    return node is not None and node.key in _ACTIVATIONS
-
-
-# --- labels -------------------------------------------------------------------------------------------------
-
-
-def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
-
-
-def _fits(labels: np.ndarray, output: np.ndarray, axis: int) -> bool:
-    """Whether the output has several classes, and there is a label for each place that holds their scores."""
-    places = [size for at, size in enumerate(output.shape) if at != axis]
-    return output.shape[axis] > 1 and _squeezed(labels.shape) == _squeezed(places)
-
-
-def _not_classes(plan: _Plan) -> str:
-    """What is wrong with floating-point labels as class numbers, by the first that shows it."""
-    advice = "--loss ce wants class numbers as integers, --loss mse takes floats"
-    for place, labels in plan.all_labels():
-        odd = np.argwhere(labels != np.floor(labels))
-        if len(odd):
-            value = labels[tuple(odd[0])]
-            return f"{plan.label_name} holds {value:g} in {place(int(odd[0][0]))}: {advice}"
-    assert plan.labels is not None
-    return f"{plan.label_name} is {plan.labels.dtype}: {advice}; convert it with .astype('int64')"
-
-
-def _check_classes(plan: _Plan, output: str, classes: int) -> None:
-    for place, labels in plan.all_labels():
-        bad = np.argwhere((labels < 0) | (labels >= classes))
-        if len(bad):
-            value = labels[tuple(bad[0])]
-            raise InputError(
-                f"{plan.label_name} holds {value} in {place(int(bad[0][0]))}, "
-                f"output '{output}' has the classes 0 to {classes - 1}"
-            )

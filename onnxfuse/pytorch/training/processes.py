@@ -23,7 +23,7 @@ _PATIENCE = datetime.timedelta(hours=2)  # the others wait while the first proce
 
 
 def started() -> tuple[int, int]:
-    """(this process, how many), as torchrun says in the environment."""
+    """(rank, number of processes) as torchrun says in the environment."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -52,7 +52,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """The processes of torchrun as one group of torch.distributed; nothing where there is but one, or where
     the caller has set up a group."""
     if started()[1] == 1 or distributed.is_initialized():

@@ -1,12 +1,13 @@
 """Samples for training: every one once in an epoch, in an order drawn anew for each.
 
-A stream (`calibration.Batches`) reads well from end to end and badly in random order: a shuffled epoch of an
-`.npz` takes 100 times as long as one in order, since a zip member can only be read forwards. So a `Pool`
+A stream (`data.calibration.BatchStream`) reads well from end to end and badly in random order: a shuffled epoch
+of an `.npz` takes 100 times as long as one in order, since a zip member can only be read forwards. So a `Pool`
 reads the stream once, which also checks all values before training starts, and keeps it: in memory up to
-`LIMIT`, beyond that in a temporary file that gives any row at once. `Shuffled` cuts mini-batches from a pool.
+`MEMORY_LIMIT`, beyond that in a temporary file that gives any row at once. `Shuffled` cuts mini-batches from a
+pool.
 
-Rows are recombined freely. Feeds (`samples.Feeds`) stay the batches they are, because the rows of one may
-belong together; only their order is drawn.
+Rows are recombined freely. Feeds (`FeedSource`) stay the batches they are, because the rows of one
+may belong together; only their order is drawn.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from onnxfuse.data.calibration import Batch, Batches
-from onnxfuse.data.sources import Rows, batch_axes
+from onnxfuse.data.batch_axes import batch_axes
+from onnxfuse.data.calibration import Batch, BatchStream
+from onnxfuse.data.row_source import RowSource
 from onnxfuse.errors import InputError
+from onnxfuse.ir.model import Feed
 from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.progress import NoProgress, Progress
-from onnxfuse.runtime.session import Feed
 from onnxfuse.runtime.spool import Spool
 
-LIMIT = 1 << 30
+MEMORY_LIMIT = 1 << 30
 """Bytes of one pool that are kept in memory."""
 
 _CHUNK = 4096  # rows of labels looked at at a time
@@ -48,11 +51,11 @@ class Pool:
 
     def __init__(
         self,
-        batches: Batches,
+        batches: BatchStream,
         inputs: Sequence[TensorInfo],
         *,
         without: Collection[bytes] = (),
-        limit: int = LIMIT,
+        limit: int = MEMORY_LIMIT,
         progress: Progress | None = None,
     ) -> None:
         """Read the stream.
@@ -69,12 +72,12 @@ class Pool:
             InputError: a value is NaN or infinite, a file is cut short, or temporary space has run out.
         """
         source, self._numbers = batches._source, batches._units
-        self._row_by_row = isinstance(source, Rows)
+        self._row_by_row = isinstance(source, RowSource)
         self.whole = source.batch is not None and not source.exact
         self.step = source.batch if source.exact else None
         self._axes = batch_axes(inputs)
         self._limit = limit
-        self._rows: dict[str | None, _Rows] = {}  # by input; None holds the labels
+        self._rows: dict[str | None, _RowStore] = {}  # by input; None holds the labels
         self._fixed: Feed = {}
         self._spool = Spool(limit)
         self._sizes: list[int] = []
@@ -98,7 +101,7 @@ class Pool:
         self._items = there[~np.array(leave, bool)] if self.leaves_out else there
         self.items = len(self._items)
         self.samples = int(np.array(self._sizes)[self._items].sum()) if self.whole else self.items
-        self.labelled = batch.labels is not None
+        self.labeled = batch.labels is not None
 
     def _keep_feed(self, batch: Batch) -> None:
         number = len(self._sizes)
@@ -113,7 +116,7 @@ class Pool:
             self._fixed = {name: array for name, array in batch.feed.items() if self._axes[name] is None}
             first = {name: rows[0] for name, rows in self._by_rows(batch)}
             memory = sum(row.nbytes for row in first.values()) * count <= self._limit
-            self._rows = {name: _Rows(row, count, memory) for name, row in first.items()}
+            self._rows = {name: _RowStore(row, count, memory) for name, row in first.items()}
         for name, rows in self._by_rows(batch):
             self._rows[name].put(rows)
 
@@ -126,7 +129,7 @@ class Pool:
             yield None, batch.labels
 
     def where(self, item: int, row: int) -> str:
-        """What messages call a row, counted from that item."""
+        """The name of a row in messages, counted from that item."""
         if self._row_by_row:
             return f"row {self._numbers[self._items[item if self.whole else item + row]]}"
         return f"row {row} of feed {self._numbers[self._items[item]]}"
@@ -137,7 +140,7 @@ class Pool:
         if self.whole:
             (place,) = places.tolist()
             feed = {name: self._spool.get(name, place) for name in self._axes}
-            labels = self._spool.get("", place) if self.labelled else None
+            labels = self._spool.get("", place) if self.labeled else None
             return Batch(feed, labels, place, self._sizes[place])
         labels = self._rows[None].take(places) if None in self._rows else None
         feed = {
@@ -180,7 +183,7 @@ def sample_digests(feed: Feed, inputs: Sequence[TensorInfo]) -> list[bytes]:
     ]
 
 
-class _Rows:
+class _RowStore:
     """The rows of one array, in memory or in a temporary file; put in order, taken in any."""
 
     def __init__(self, row: np.ndarray, count: int, memory: bool) -> None:
@@ -220,6 +223,17 @@ class _Rows:
                 count = self._file.readinto(data)
                 data = data[count:]
         return found
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """The batches of a pool, in order, as often as they are asked for."""
+
+    pool: Pool
+    size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.pool.in_order(self.size)
 
 
 class Shuffled:

@@ -9,7 +9,7 @@ line; whoever wants to show, keep or resume a training hands in what does it.
 - After each epoch the held-out loss is taken, in float32; the epoch where it is lowest wins, and the start is
   a candidate, epoch 0.
 - Data order and dropout depend on the seed and the number of the epoch alone, and so does the learning rate
-  on the number of the step: a resumed training needs no more than weights, optimiser and history to end the
+  on the number of the step: a resumed training needs no more than weights, optimizer and history to end the
   same.
 - Where `torch.distributed` is set up, every process trains on its share of each batch
   (DistributedDataParallel) and evaluates its share of the held-out batches; all come to the same result.
@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from onnxfuse.data.calibration import Batch
 from onnxfuse.errors import InputError
 from onnxfuse.progress import NoProgress, Progress
-from onnxfuse.pytorch.bridge.weights import to_tensor
+from onnxfuse.pytorch.bridge.tensors import to_tensor
 from onnxfuse.pytorch.training.processes import processes
 from onnxfuse.pytorch.training.records import Epoch
 from onnxfuse.verification.metrics import Metric
@@ -48,7 +48,7 @@ WARM_UP = 0.05
 MOMENTUM = 0.9
 
 OPTIMIZERS = {"adamw": (1e-4, 1e-2), "sgd": (1e-3, 1e-4)}
-"""Optimisers, and their default learning rate and weight decay. The rates are for weights that are good
+"""Optimizers, and their default learning rate and weight decay. The rates are for weights that are good
 already: ten times as much undid a fused ResNet-32 faster than two epochs could mend it."""
 
 State = dict[str, Any]
@@ -57,7 +57,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. None takes the optimiser's default; `patience` None never stops early."""
+    """How to train. None takes the optimizer's default; `patience` None never stops early."""
 
     epochs: int = 10
     optimizer: str = "adamw"
@@ -75,7 +75,7 @@ class Settings:
         return OPTIMIZERS[self.optimizer][1] if self.weight_decay is None else self.weight_decay
 
 
-class Batches(Protocol):
+class MiniBatches(Protocol):
     """Mini-batches: `steps` of them in every epoch, which is all that decides what they are."""
 
     steps: int
@@ -83,7 +83,7 @@ class Batches(Protocol):
     def epoch(self, number: int) -> Iterable[Batch]: ...
 
 
-class Objective(Protocol):
+class Loss(Protocol):
     """A loss of the module's outputs that are in `tensors`: one value for each sample, or a mean."""
 
     @property
@@ -94,7 +94,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it; the module holds the weights of epoch `best`.
+    """The outcome of a training; the module holds the weights of epoch `best`.
 
     Attributes:
         history: the epochs from 0, the start.
@@ -117,8 +117,8 @@ class Diverged(Exception):
 
 def train(
     module: nn.Module,
-    batches: Batches,
-    objective: Objective,
+    batches: MiniBatches,
+    objective: Loss,
     settings: Settings,
     *,
     held_out: Iterable[Batch] | None = None,
@@ -137,12 +137,12 @@ def train(
         module: with `meta["inputs"]` and `meta["outputs"]`, as `to_torch` makes it. Ends in eval mode, on the
             CPU.
         batches: what to train on.
-        objective: what to minimise.
+        objective: what to minimize.
         settings: how.
         held_out: batches that are evaluated after each epoch, iterated over as often.
         metric: of the outputs on the held-out batches, to be told and nothing else.
         frozen: submodules that stay in eval mode, such as BatchNorms whose statistics are to stay.
-        after_step: run after every step of the optimiser, to put back what it must not move.
+        after_step: run after every step of the optimizer, to put back what it must not move.
         device: where to train.
         precision: computes the training steps in float16 or bfloat16 where torch says that is safe.
         resume: what `keep` got in a former run of the same training; the same in all processes.
@@ -158,17 +158,23 @@ def train(
     module.to(device)
     devices = [device] if device.type == "cuda" else []
     with _deterministic(), torch.random.fork_rng(devices=devices), _failing_clearly():
-        run = _Run(
+        loop = _Loop(
             module, batches, objective, settings, held_out, metric, frozen, after_step, device, precision
         )
         try:
-            return run.train(resume, keep, progress or NoProgress())
+            return loop.train(resume, keep, progress or NoProgress())
         finally:
             module.eval().cpu()
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:
-    """The rate of a step, counted from 0, of `total`."""
+    """The learning rate of a step (module docstring).
+
+    Args:
+        settings: say how high it rises.
+        step: counted from 0.
+        total: steps of the whole training.
+    """
     warm = max(1, round(WARM_UP * total))
     if step < warm:
         return settings.rate * (step + 1) / warm
@@ -176,8 +182,8 @@ def learning_rate(settings: Settings, step: int, total: int) -> float:
 
 
 def mixed_precision(device: torch.device) -> torch.dtype | None:
-    """What training steps compute in on a device: bfloat16 on GPUs that have it, float16 on others; None,
-    float32, on CPUs."""
+    """The element type that training steps compute in on a device: bfloat16 on GPUs that have it, float16 on
+    others; None, for float32, on CPUs."""
     if device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -201,14 +207,14 @@ class _Named(nn.Module):
         return {name: result for name, result in named if name in wanted}
 
 
-class _Run:
+class _Loop:
     """One training."""
 
     def __init__(
         self,
         module: nn.Module,
-        batches: Batches,
-        objective: Objective,
+        batches: MiniBatches,
+        objective: Loss,
         settings: Settings,
         held_out: Iterable[Batch] | None,
         metric: Metric | None,
@@ -376,7 +382,7 @@ class _Run:
         return self.history[-1].number
 
     def _told(self, number: int) -> str:
-        """What a progress bar says of an epoch: how the one before came out."""
+        """The line of a progress bar for an epoch, with the figures of the one before."""
         last = self.history[-1]
         figures = [("loss", last.loss), ("held-out", last.held_out), ("metric", last.metric)]
         said = ", ".join(f"{name} {value:.4g}" for name, value in figures if value is not None)
@@ -436,7 +442,7 @@ def _deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _failing_clearly() -> Iterator[None]:
-    """What only training shows to be too little or too much, as the user's to solve."""
+    """Failures that only training shows, too little or too much of something, as errors of the user's."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxfuse.errors import InputError, ModelWarning, NotApplicableError
 from onnxfuse.ir.model import Model
 from onnxfuse.pytorch.bridge.importer import to_torch
-from onnxfuse.pytorch.bridge.rules import TABLE, register
+from onnxfuse.pytorch.bridge.registry import TABLE, register
 
 IMAGE = "float[N,3,H,W] x"
 

@@ -240,7 +240,7 @@ def test_lrn(size: int) -> None:
     assert is_plain(module)
 
 
-def test_lrn_of_an_even_number_of_neighbours_is_refused() -> None:
+def test_lrn_of_an_even_number_of_neighbors_is_refused() -> None:
     with pytest.raises(NotApplicableError, match=r"\(LRN\).*even"):
         to_torch(net("y = LRN<size=2>(x)", {}, "float[N,7,4,3] x", "float y"))
 

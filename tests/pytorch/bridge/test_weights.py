@@ -12,8 +12,9 @@ from test_importer import with_if
 from torch import nn
 
 from onnxfuse.ir.model import Model
-from onnxfuse.pytorch.bridge.importer import _put
-from onnxfuse.pytorch.bridge.weights import Keys, is_trainable, stored, to_array, to_tensor
+from onnxfuse.pytorch.bridge.keys import Keys, put
+from onnxfuse.pytorch.bridge.tensors import to_array, to_tensor
+from onnxfuse.pytorch.bridge.weights import is_trainable, stored
 
 PARTS = st.sampled_from(
     ["a", "b", "weight", "0", "", "training", "_ops", "forward", 'q"', "\\", "é", "x/y", "::"]
@@ -28,7 +29,7 @@ def test_every_key_can_be_registered_and_is_written_as_source_code(names: list[s
     module = nn.Module()
     for name in names:
         key = keys.claim(name)
-        _put(module, key, torch.zeros(1))
+        put(module, key, torch.zeros(1))
         assert not set(key) & set("\"'\\\n")
         if key == name:
             assert module.get_buffer(name) is not None

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from onnxfuse.data.calibration import Batch, Calibration
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.ir.model import Model
-from onnxfuse.pytorch.training.objective import Objective, find_scores, make_objective
+from onnxfuse.pytorch.training.objective import Objective, make_objective
 from onnxfuse.pytorch.training.sampling import Pool
+from onnxfuse.pytorch.training.scores import find_scores
 
 MLP = "h = MatMul(x, w1) r = Relu(h) y = MatMul(r, w2)"
 WEIGHTS = {"w1": (6, 16), "w2": (16, 4)}

@@ -1,90 +1,29 @@
-"""The table of operators: from an ONNX operator to plain torch functions, one small rule each.
+"""The rules for ONNX's own operators and those of ONNX Runtime, a module for each family of operators.
 
-A rule is a function of a `Call`. It returns what the node's outputs are: one torch.fx node, or a tuple with
-one for each output. `@rule("Relu")` puts it in the table. Beside the function, a rule says
-
-- which inputs are *weight slots*, where a stored float tensor is something to train: those of the operator's
-  row in `ops.table`;
-- how it computes on *host* values (shapes), where it can: a function of the call and its inputs as object
-  arrays, used whenever all of them are known on the host.
-
-What a rule can't do it refuses with `call.refuse(reason)`: there is no guessing.
+A module here imports `rule` from `registry`, helpers from `operands` and `hostmath`, and other families where
+they share code. It is found by its place: importing this package imports them all, so that `TABLE` is full
+for whoever takes it from here, and `register` replaces a rule rather than being replaced. `weights` and
+`importer` stand above.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-from torch import fx
 
 from onnxfuse.ops.facet import Facet
-from onnxfuse.ops.table import OPS, Key, Kind, Op, parse_key
-from onnxfuse.pytorch.bridge.values import Call, Host
+from onnxfuse.ops.table import Op
+from onnxfuse.pytorch.bridge.registry import TABLE, register
 
-Result = fx.Node | Host | tuple[fx.Node | Host | None, ...]
-Function = Callable[[Call], Any]
-HostFunction = Callable[..., Any]
+__all__ = ["RULES", "TABLE", "register"]
 
-
-@dataclass(frozen=True)
-class TorchRule:
-    """How to import one operator (module docstring). `elementwise`: its weight slots may also hold masks."""
-
-    function: Function
-    weights: tuple[int, ...] = ()
-    host: HostFunction | None = None
-    elementwise: bool = False
-
-
-TABLE: dict[Key, TorchRule] = {}
-"""Rules by operator."""
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def _missing(op: Op) -> str:
     return "read as a stored value" if op.name == "Constant" else "refused: no rule"
 
 
-def rule(*kinds: str, host: HostFunction | None = None) -> Callable[[Function], Function]:
-    """Decorator: the rule of these operators, "Conv" or "com.microsoft::Gelu"; `ops.table` has their rows."""
-
-    def add(function: Function) -> Function:
-        for key in map(parse_key, kinds):
-            row = OPS.get(*key)
-            assert row is not None, key
-            TABLE[key] = TorchRule(function, row.weights, host, row.kind is Kind.ELEMENTWISE)
-        return function
-
-    return add
-
-
-def register(kind: str, function: Callable[..., Any], *, weights: Sequence[int] = ()) -> None:
-    """Teach the import an operator.
-
-        onnxfuse.pytorch.register("com.acme::Swish", lambda x, beta=1.0: x * torch.sigmoid(beta * x))
-
-    Args:
-        kind: "domain::Op", or "Op" for the default domain; replaces a rule that is there.
-        function: of the node's inputs, tensors (None for an optional one that is left out), and of its
-            attributes as keyword arguments. It returns a tensor, or a tuple of one for each output.
-        weights: the inputs where a stored float tensor is something to train.
-    """
-
-    def call_function(call: Call) -> Any:
-        inputs = [call.optional(index) for index in range(len(call.inputs))]
-        result = call.emit(function, *inputs, **call.operator.attributes)
-        if call.outputs == 1:
-            return result
-        return tuple(call.item(result, index) for index in range(call.outputs))
-
-    TABLE[parse_key(kind)] = TorchRule(call_function, tuple(weights))
-
-
 RULES = Facet(TABLE, lambda op: None, _missing)
 """The table, with what it means to be missing from it; no kind has a default: functions are too different."""
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onnxfuse.pytorch.bridge.operands import like, number, refuse_wide_unsigned
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Value
 
 # --- activations with parameters ----------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def shrink(call: Call) -> Value:
 
 
 def shrunk(x: Tensor, limit: float, bias: float) -> Tensor:
-    """What lies beyond +-limit moved by the bias towards 0, all else 0."""
+    """The elements beyond +-limit, moved by the bias towards 0; all else is 0."""
     moved = torch.where(x < -limit, x + bias, x - bias).to(x.dtype)
     return torch.where((x < -limit) | (x > limit), moved, torch.zeros_like(x))
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call
 
 _PRECISIONS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
@@ -37,7 +37,7 @@ def attention_rule(call: Call) -> Any:
 
 
 def _window(call: Call) -> tuple[int, int] | None:
-    """How far before and after its own place a query may look, -1 for no limit; None for no limits."""
+    """The distances that a query may look before and after its own place, -1 for no limit; None for none."""
     found = call.attr("left_window_size", -1), call.attr("right_window_size", -1)
     return None if found == (-1, -1) else found
 
@@ -98,7 +98,7 @@ def attention(
 def _bias(
     q: Tensor, keys: int, mask: Tensor | None, lengths: Tensor | None, before: int, left: int, right: int
 ) -> Tensor:
-    """What is added to the scores: the mask, and minus infinity where a query may not look.
+    """The addend of the scores: the mask, and minus infinity where a query may not look.
 
     Args:
         before: how many keys precede that of the first query.
@@ -169,7 +169,7 @@ def rotary_embedding(
     Args:
         x: (batch, heads, time, size), or (batch, time, heads * size) if `heads` says how many.
         cos, sin: by position and pair; by sample and time and pair without `position`.
-        interleaved: whether pairs are neighbours, rather than halves.
+        interleaved: whether pairs are neighbors, rather than halves.
         size: how many elements are turned; 0 for all.
     """
     flat = x.dim() == 3

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, is_fixed
 
 
 class Branches(nn.Module):
-    """Runs one of two bodies.
+    """One of two bodies, chosen when it runs.
 
     Args:
         then, otherwise: the bodies; each returns a tuple.

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge import hostmath
-from onnxfuse.pytorch.bridge.operands import like, number, operands, plain, refuse_wide_unsigned, spread
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.operands import broadcasted, like, number, operands, plain, refuse_wide_unsigned
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Value
 
 # --- arithmetic ---------------------------------------------------------------------------------------------
@@ -21,7 +21,7 @@ from onnxfuse.pytorch.bridge.values import Call, Value
 def _binary(kind: str, function: Callable[..., Any], host: hostmath.Scalar) -> None:
     @rule(kind, host=hostmath.arithmetic(host))
     def convert(call: Call) -> Value:
-        return spread(call, call.emit(function, *operands(call)), call.dtype(0))
+        return broadcasted(call, call.emit(function, *operands(call)), call.dtype(0))
 
 
 _binary("Add", operator.add, hostmath.add)
@@ -39,7 +39,7 @@ def divide(call: Call) -> Value:
     else:
         refuse_wide_unsigned(call)
         node = call.emit(torch.div, call.tensor(0), _second(call), rounding_mode="trunc")
-    return spread(call, node, dtype)
+    return broadcasted(call, node, dtype)
 
 
 def divided(x: Tensor, y: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _second(call: Call) -> Any:
 def remainder(call: Call) -> Value:
     refuse_wide_unsigned(call)
     function = torch.fmod if call.attr("fmod", 0) else torch.remainder
-    return spread(call, call.emit(function, call.tensor(0), _second(call)), call.dtype(0))
+    return broadcasted(call, call.emit(function, call.tensor(0), _second(call)), call.dtype(0))
 
 
 @rule("Pow", host=hostmath.arithmetic(hostmath.power))
@@ -70,7 +70,7 @@ def power(call: Call) -> Value:
         node = call.method("type_as", node, base)
     elif call.dtype(0) != call.dtype(1):
         node = call.method("to", node, call.dtype(0))
-    return spread(call, node, call.dtype(0))
+    return broadcasted(call, node, call.dtype(0))
 
 
 def _extreme(kind: str, function: Callable[..., Any], bound: str, host: hostmath.Scalar) -> None:
@@ -81,11 +81,11 @@ def _extreme(kind: str, function: Callable[..., Any], bound: str, host: hostmath
             limit = plain(call, index)
             if limit is not None and not isinstance(limit, fx.Node):
                 node = call.emit(torch.clamp, call.tensor(1 - index), **{bound: limit})
-                return spread(call, node, call.dtype(0))
+                return broadcasted(call, node, call.dtype(0))
         node, *rest = call.tensors()
         for other in rest:
             node = call.emit(function, node, other)
-        return spread(call, node, call.dtype(0))
+        return broadcasted(call, node, call.dtype(0))
 
 
 _extreme("Max", torch.maximum, "min", hostmath.maximum)
@@ -94,12 +94,12 @@ _extreme("Min", torch.minimum, "max", hostmath.minimum)
 
 @rule("Sum")
 def add_all(call: Call) -> Value:
-    return spread(call, _total(call), call.dtype(0))
+    return broadcasted(call, _total(call), call.dtype(0))
 
 
 @rule("Mean")
 def mean_of_all(call: Call) -> Value:
-    return spread(call, call.emit(operator.truediv, _total(call), len(call.inputs)), call.dtype(0))
+    return broadcasted(call, call.emit(operator.truediv, _total(call), len(call.inputs)), call.dtype(0))
 
 
 def _total(call: Call) -> fx.Node:

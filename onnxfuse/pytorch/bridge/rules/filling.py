@@ -12,9 +12,9 @@ from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.hostmath import INTEGERS, fixed, hosted
 from onnxfuse.pytorch.bridge.operands import like, moved
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
+from onnxfuse.pytorch.bridge.tensors import torch_type
 from onnxfuse.pytorch.bridge.values import MOST_ON_HOST, Call, Host, Value, object_array
-from onnxfuse.pytorch.bridge.weights import torch_type
 
 
 def _expand_host(call: Call, array: Host, target: Host) -> Value | None:
@@ -56,7 +56,7 @@ def _is_own(call: Call, x: fx.Node, axis: int, size: fx.Node) -> bool:
 
 
 def expanded(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Broadcasts both ways: a 1 among the sizes keeps the tensor's own."""
+    """The tensor broadcast both ways: a 1 among the sizes keeps its own."""
     return x.expand(torch.broadcast_shapes(x.shape, tuple(sizes)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.hostmath import as_host, fixed, hosted
 from onnxfuse.pytorch.bridge.operands import number, refuse_wide_unsigned
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Host, Value
 
 # --- Gather -------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def _is_float(call: Call, index: int) -> bool:
 
 def embedding(indices: Tensor, table: Tensor) -> Tensor:
     """Rows of a table; indices below 0 count from its end."""
-    return F.embedding(counted(indices, table.size(0)), table)
+    return F.embedding(from_start(indices, table.size(0)), table)
 
 
 def taken(x: Tensor, axis: int, indices: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def taken(x: Tensor, axis: int, indices: Tensor) -> Tensor:
     return y.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
 
 
-def counted(indices: Tensor, size: int) -> Tensor:
+def from_start(indices: Tensor, size: int) -> Tensor:
     """Indices as torch.gather takes them: int64, and counted from the start."""
     indices = indices.long()
     return torch.where(indices < 0, indices + size, indices)
@@ -96,7 +96,7 @@ def gather_elements(call: Call) -> Value:
 
 def gathered(x: Tensor, axis: int, indices: Tensor) -> Tensor:
     """torch.gather with indices that may count from the end."""
-    return torch.gather(x, axis, counted(indices, x.size(axis)))
+    return torch.gather(x, axis, from_start(indices, x.size(axis)))
 
 
 @rule("GatherND")
@@ -135,7 +135,7 @@ def scatter_elements(call: Call) -> Value:
 
 def scattered(x: Tensor, axis: int, indices: Tensor, updates: Tensor, reduction: str) -> Tensor:
     """Elements of x replaced by updates, or combined with them, along an axis."""
-    indices = counted(indices, x.size(axis))
+    indices = from_start(indices, x.size(axis))
     if reduction == "none":
         return x.scatter(axis, indices, updates)
     return x.scatter_reduce(axis, indices, updates, _REDUCTIONS[reduction])
@@ -155,7 +155,7 @@ def scattered_nd(x: Tensor, indices: Tensor, updates: Tensor, reduction: str) ->
     depth = indices.size(-1)
     flat = torch.zeros(indices.shape[:-1], dtype=torch.int64, device=x.device)
     for axis, index in enumerate(indices.unbind(-1)):
-        flat = flat * x.size(axis) + counted(index, x.size(axis))
+        flat = flat * x.size(axis) + from_start(index, x.size(axis))
     rows = x.reshape(math.prod(x.shape[:depth]), -1)
     changes = updates.reshape(flat.numel(), -1)
     places = flat.reshape(-1, 1).expand_as(changes)
@@ -272,7 +272,7 @@ def one_hot_of(indices: Tensor, depth: int, values: Tensor, axis: int) -> Tensor
     """values[1] at the indices along a new axis, values[0] elsewhere; an index out of range is nowhere."""
     axis %= indices.dim() + 1
     places = torch.arange(depth, device=indices.device).reshape(-1, *[1] * (indices.dim() - axis))
-    hot = counted(indices, depth).unsqueeze(axis) == places
+    hot = from_start(indices, depth).unsqueeze(axis) == places
     return torch.where(hot, values[1], values[0])
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.operands import like, number
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.rules.logic import target_type
 from onnxfuse.pytorch.bridge.values import Call, Value
 

@@ -11,16 +11,16 @@ import onnx
 import torch
 
 from onnxfuse.pytorch.bridge import hostmath
-from onnxfuse.pytorch.bridge.operands import operands, plain, refuse_wide_unsigned, spread
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.operands import broadcasted, operands, plain, refuse_wide_unsigned
+from onnxfuse.pytorch.bridge.registry import rule
+from onnxfuse.pytorch.bridge.tensors import torch_type
 from onnxfuse.pytorch.bridge.values import Call, Host, Value
-from onnxfuse.pytorch.bridge.weights import torch_type
 
 
 def _comparison(kind: str, function: Callable[..., Any], host: hostmath.Scalar) -> None:
     @rule(kind, host=hostmath.predicate(host))
     def convert(call: Call) -> Value:
-        return spread(call, call.emit(function, *operands(call)), torch.bool)
+        return broadcasted(call, call.emit(function, *operands(call)), torch.bool)
 
 
 _comparison("Equal", operator.eq, hostmath.equal)
@@ -33,7 +33,7 @@ _comparison("GreaterOrEqual", operator.ge, lambda call, a, b: hostmath.less_or_e
 def _logical(kind: str, function: Callable[..., Any], host: hostmath.Scalar) -> None:
     @rule(kind, host=hostmath.predicate(host))
     def convert(call: Call) -> Value:
-        return spread(call, call.emit(function, *call.tensors()), torch.bool)
+        return broadcasted(call, call.emit(function, *call.tensors()), torch.bool)
 
 
 _logical("And", torch.logical_and, hostmath.both)
@@ -43,14 +43,14 @@ _logical("Not", torch.logical_not, hostmath.invert)
 
 @rule("Xor")
 def exclusive_or(call: Call) -> Value:
-    return spread(call, call.emit(torch.logical_xor, *call.tensors()), torch.bool)
+    return broadcasted(call, call.emit(torch.logical_xor, *call.tensors()), torch.bool)
 
 
 def _bitwise(kind: str, function: Callable[..., Any]) -> None:
     @rule(kind)
     def convert(call: Call) -> Value:
         refuse_wide_unsigned(call)
-        return spread(call, call.emit(function, *call.tensors()), call.dtype(0))
+        return broadcasted(call, call.emit(function, *call.tensors()), call.dtype(0))
 
 
 _bitwise("BitwiseAnd", torch.bitwise_and)
@@ -64,7 +64,7 @@ def bit_shift(call: Call) -> Value:
     refuse_wide_unsigned(call)
     left = call.attr("direction") == "LEFT"
     function = torch.bitwise_left_shift if left else torch.bitwise_right_shift
-    return spread(call, call.emit(function, *call.tensors()), call.dtype(0))
+    return broadcasted(call, call.emit(function, *call.tensors()), call.dtype(0))
 
 
 @rule("IsNaN")
@@ -99,7 +99,7 @@ def where(call: Call) -> Value:
     if None not in choices:  # torch would have to guess their type
         choices[0] = None
     nodes = [call.tensor(index) if one is None else one for index, one in enumerate(choices, 1)]
-    return spread(call, call.emit(torch.where, call.tensor(0), *nodes), call.dtype(1))
+    return broadcasted(call, call.emit(torch.where, call.tensor(0), *nodes), call.dtype(1))
 
 
 # --- types --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.rules.linear import conv, gemm
 from onnxfuse.pytorch.bridge.rules.windows import known_shape
 from onnxfuse.pytorch.bridge.values import Call
@@ -55,7 +55,7 @@ def skip_simplified_layer_normalization(call: Call) -> Any:
 
 
 def _with_skip(call: Call, bias: int) -> tuple[fx.Node, tuple[int, ...]]:
-    """What is normalised: the sum of the inputs and, in input `bias`, of a bias; and the weight's shape."""
+    """The tensor to normalize, a sum of the inputs and of a bias in input `bias`, and the weight's shape."""
     if call.wants(1) or call.wants(2):
         call.refuse("mean and deviation are not supported as outputs")
     shape = known_shape(call, 2)

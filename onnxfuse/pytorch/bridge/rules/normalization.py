@@ -1,4 +1,4 @@
-"""Normalisation: over the batch, a layer, groups of channels, neighbours."""
+"""Normalization: over the batch, a layer, groups of channels, neighbors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.rules.windows import known_shape
 from onnxfuse.pytorch.bridge.values import Call
 
@@ -19,7 +19,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 class BatchNorm(nn.Module):
     """BatchNorm as nn.BatchNorm2d does it, of weights and statistics that belong to someone else.
 
-    In train mode it normalises by the batch and updates the statistics in place, with the variance that
+    In train mode it normalizes by the batch and updates the statistics in place, with the variance that
     torch takes for that (divided by n - 1).
 
     Args:
@@ -107,7 +107,7 @@ def normalize_layer(call: Call, bias: fx.Node | None) -> Any:
 
 
 def _plain_shape(call: Call, axis: int) -> tuple[int, ...] | None:
-    """The shape of the normalised axes, if the weight's says it beyond doubt: ones may be broadcast."""
+    """The shape of the normalized axes, if the weight's says it beyond doubt: ones may be broadcast."""
     shape, rank = known_shape(call, 1), call.rank(0)
     axes = -axis if axis < 0 else None if rank is None else rank - axis
     return shape if shape is not None and len(shape) == axes and 1 not in shape else None
@@ -163,7 +163,7 @@ def lrn(call: Call) -> fx.Node:
     size = call.attr("size")
     alpha, beta, k = call.attr("alpha", 1e-4), call.attr("beta", 0.75), call.attr("bias", 1.0)
     if size % 2 == 0:
-        call.refuse("an even number of neighbours is nothing that ONNX Runtime knows")
+        call.refuse("an even number of neighbors is nothing that ONNX Runtime knows")
     return call.emit(F.local_response_norm, call.tensor(0), size, alpha, beta, k)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.operands import like
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Value
 
 _PAD_MODES = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
@@ -43,7 +43,7 @@ def pad(call: Call) -> Value:
 
 
 def _fill(call: Call) -> Any:
-    """What a constant Pad fills with."""
+    """The number that a constant Pad fills with."""
     if call.opset < 11:
         return call.attr("value", 0.0)
     if not call.has(2):
@@ -53,7 +53,7 @@ def _fill(call: Call) -> Any:
 
 
 def _pad_pairs(call: Call) -> dict[int, tuple[Any, Any]] | fx.Node:
-    """What is added before and after the axes, counted from the last (-1); or the node that yields it all."""
+    """The amounts before and after the axes, counted from the last (-1); or the node that yields them all."""
     if call.opset < 11:
         amounts = list(call.attr("pads"))
     else:

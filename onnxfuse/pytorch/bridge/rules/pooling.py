@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.rules.windows import (
     Window,
     ceil_ends,
@@ -137,7 +137,7 @@ def max_pool_with_indices(
 
 
 def _strides(shape: Sequence[int], column_major: bool) -> list[int]:
-    """How far apart neighbours along each axis are."""
+    """The distance in memory between neighbors along each axis."""
     found = [1]
     for size in shape[:-1] if column_major else reversed(shape[1:]):
         found.append(found[-1] * size)

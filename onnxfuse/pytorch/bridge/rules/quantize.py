@@ -1,4 +1,4 @@
-"""Integers that stand for floating-point numbers: quantised tensors, and products of them.
+"""Integers that stand for floating-point numbers: quantized tensors, and products of them.
 
 Products are computed in double precision, which is exact for 8-bit factors and runs on any device. Rounding
 has no gradient: what comes before a QuantizeLinear doesn't train.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.rules.windows import check_same, convolution, padded
 from onnxfuse.pytorch.bridge.values import Call
 
@@ -21,7 +21,7 @@ _TYPES = {2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: tor
 
 
 def _layout(call: Call) -> dict[str, Any]:
-    """Along which axis scales differ, and how many neighbours share one."""
+    """The axis along which scales differ, and the number of neighbors that share one."""
     found = {"axis": call.attr("axis", 1), "block": call.attr("block_size", 0)}
     return {} if call.rank(1) == 0 else found if found["block"] else {"axis": found["axis"]}
 
@@ -84,7 +84,7 @@ def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _saturated(torch.round((x / scale).nan_to_num()) + zero, torch.uint8), scale, zero.to(torch.uint8)
 
 
-def _centred(x: Tensor, zero: Tensor | None, trailing: int) -> Tensor:
+def _less_zero_point(x: Tensor, zero: Tensor | None, trailing: int) -> Tensor:
     """x - zero in double precision; a zero point for each row, with so many axes after it."""
     if zero is None:
         return x.double()
@@ -98,7 +98,7 @@ def matmul_integer_rule(call: Call) -> fx.Node:
 
 def matmul_integer(a: Tensor, b: Tensor, a_zero: Tensor | None, b_zero: Tensor | None) -> Tensor:
     """(a - a_zero) @ (b - b_zero) as int32; zero points by row of a, by column of b."""
-    return (_centred(a, a_zero, 1) @ _centred(b, b_zero, 0)).to(torch.int32)
+    return (_less_zero_point(a, a_zero, 1) @ _less_zero_point(b, b_zero, 0)).to(torch.int32)
 
 
 @rule("QLinearMatMul")
@@ -116,8 +116,8 @@ def qlinear_matmul(
     y_scale: Tensor,
     y_zero: Tensor,
 ) -> Tensor:
-    """The product of two quantised matrices, quantised."""
-    product = _centred(a, a_zero, 1) @ _centred(b, b_zero, 0)
+    """The product of two quantized matrices, quantized."""
+    product = _less_zero_point(a, a_zero, 1) @ _less_zero_point(b, b_zero, 0)
     rows = a_scale.double().reshape(-1, 1) if a_scale.numel() > 1 else a_scale.double()
     y = torch.round(product * rows * b_scale.double() / y_scale.double())
     return _saturated(y + y_zero.double(), y_zero.dtype)
@@ -136,20 +136,20 @@ def _convolution(call: Call, x: fx.Node, weight: int) -> tuple[fx.Node, dict[str
 
 @rule("ConvInteger")
 def conv_integer_rule(call: Call) -> fx.Node:
-    x = call.emit(_centred, call.tensor(0), call.optional(2), 0)
+    x = call.emit(_less_zero_point, call.tensor(0), call.optional(2), 0)
     x, settings = _convolution(call, x, 1)
     return call.emit(conv_integer, x, call.tensor(1), call.optional(3), **settings)
 
 
 def conv_integer(x: Tensor, weight: Tensor, zero: Tensor | None, **settings: Any) -> Tensor:
     """The convolution of x, from which its zero point is taken already, as int32."""
-    centred = _centred(weight, zero, weight.dim() - 1)
-    return _CONV[weight.dim() - 2](x, centred, None, **settings).to(torch.int32)
+    centered = _less_zero_point(weight, zero, weight.dim() - 1)
+    return _CONV[weight.dim() - 2](x, centered, None, **settings).to(torch.int32)
 
 
 @rule("QLinearConv")
 def qlinear_conv_rule(call: Call) -> fx.Node:
-    x = call.emit(_centred, call.tensor(0), call.tensor(2), 0)
+    x = call.emit(_less_zero_point, call.tensor(0), call.tensor(2), 0)
     x, settings = _convolution(call, x, 3)
     rest = [call.optional(index) for index in (1, 3, 4, 5, 6, 7, 8)]
     return call.emit(qlinear_conv, x, *rest, **settings)
@@ -166,9 +166,9 @@ def qlinear_conv(
     bias: Tensor | None,
     **settings: Any,
 ) -> Tensor:
-    """The convolution of x, from which its zero point is taken already, quantised."""
+    """The convolution of x, from which its zero point is taken already, quantized."""
     rank = weight.dim() - 2
-    centred = _centred(weight, weight_zero, rank + 1)
-    y = _CONV[rank](x, centred, None if bias is None else bias.double(), **settings)
+    centered = _less_zero_point(weight, weight_zero, rank + 1)
+    y = _CONV[rank](x, centered, None if bias is None else bias.double(), **settings)
     scale = x_scale.double() * weight_scale.double().reshape(-1, *[1] * rank) / y_scale.double()
     return _saturated(torch.round(y * scale) + y_zero.double(), y_zero.dtype)

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call
 
-_ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+_CELL_ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "Sigmoid": lambda x, alpha, beta: torch.sigmoid(x),
     "Tanh": lambda x, alpha, beta: torch.tanh(x),
     "Relu": lambda x, alpha, beta: torch.relu(x),
@@ -120,7 +120,7 @@ def _activations(call: Call, default: Sequence[str]) -> list[Activation] | None:
         return None
     found = []
     for name in names:
-        if name not in _ACTIVATIONS:
+        if name not in _CELL_ACTIVATIONS:
             call.refuse(f"activation '{name}' is not supported")
         if name in _USES_ALPHA and not alphas and name not in _DEFAULTS:
             call.refuse(f"activation '{name}' needs activation_alpha")
@@ -181,7 +181,7 @@ def _initial(x: Tensor, r: Tensor, state: Tensor | None, batch_first: bool) -> T
 def _run(
     layer: Callable[..., Any], x: Tensor, state: Any, flat: list[Tensor], direction: str, batch_first: bool
 ) -> tuple[Tensor, ...]:
-    """Runs a layer of torch; all outputs in ONNX's layout."""
+    """The outputs of a layer of torch, all in ONNX's layout."""
     time = 1 if batch_first else 0
     if direction == "reverse":
         x = x.flip(time)
@@ -248,7 +248,7 @@ def _by_steps(
     batch_first: bool,
     cell: Callable[[int, Tensor], Callable[..., tuple[Tensor, ...]]],
 ) -> tuple[Tensor, ...]:
-    """Runs a cell step by step.
+    """The outputs of a cell, run step by step.
 
     Args:
         lengths: of the sequences; beyond them outputs are zero and states stay.
@@ -288,7 +288,7 @@ def _gate_functions(
     """The activations of one direction, after clipping."""
 
     def function(name: str, alpha: float, beta: float) -> Callable[[Tensor], Tensor]:
-        plain = _ACTIVATIONS[name]
+        plain = _CELL_ACTIVATIONS[name]
         if clip is None:
             return lambda x: plain(x, alpha, beta)
         return lambda x: plain(x.clamp(-clip, clip), alpha, beta)

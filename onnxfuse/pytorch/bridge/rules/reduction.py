@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from onnxfuse.pytorch.bridge import hostmath
 from onnxfuse.pytorch.bridge.hostmath import as_host, hosted
 from onnxfuse.pytorch.bridge.operands import refuse_wide_unsigned
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Host, Value
 
 Reduction = Callable[[Call, fx.Node, "list[int] | None", bool], fx.Node]

@@ -1,7 +1,7 @@
 """Resize, Upsample, and sampling by grids.
 
 torch's `interpolate` where it computes just what the node asks for. For all else, each axis in turn becomes a
-weighted sum of gathered neighbours, as ONNX defines it, with coordinates in float32 as ONNX Runtime has them.
+weighted sum of gathered neighbors, as ONNX defines it, with coordinates in float32 as ONNX Runtime has them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call
 
 _HALF_WAY = 1e-6
-_LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
+_MODES = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 
 @rule("Upsample")
@@ -79,7 +79,7 @@ def _resize(call: Call, scales: Any, sizes: Any, how: dict[str, Any]) -> fx.Node
 
 
 def _by_scales(by_axis: dict[int, Any], rank: int, how: dict[str, Any]) -> dict[str, Any] | None:
-    """What interpolate has to be told for these scales; None if it can't do that."""
+    """The arguments of interpolate for these scales; None if it can't do that."""
     scales = [by_axis.get(axis, 1.0) for axis in range(rank)]
     if not all(isinstance(scale, float | int) for scale in scales) or scales[:2] != [1, 1]:
         return None
@@ -92,7 +92,7 @@ def _by_scales(by_axis: dict[int, Any], rank: int, how: dict[str, Any]) -> dict[
 
 
 def _by_sizes(call: Call, by_axis: dict[int, Any], rank: int, how: dict[str, Any]) -> dict[str, Any] | None:
-    """What interpolate has to be told for these sizes; None if it can't do that."""
+    """The arguments of interpolate for these sizes; None if it can't do that."""
     now = [call.scope.size(call.tensor(0), axis) for axis in range(rank)]
     known = call.known_sizes(0) or [None] * rank
     if any(by_axis.get(axis, now[axis]) not in (now[axis], known[axis]) for axis in (0, 1)):
@@ -111,7 +111,7 @@ def _all_beyond_one(sizes: Sequence[Any]) -> bool:
 def _torch_mode(rank: int, how: dict[str, Any], scales: Sequence[float] | None) -> dict[str, Any] | None:
     """The mode of interpolate that computes the same; None if there is none."""
     mode, coordinates = how["mode"], how["coordinates"]
-    if rank not in _LINEAR or how.get("antialias"):
+    if rank not in _MODES or how.get("antialias"):
         return None
     if mode == "nearest":
         # For sizes, torch multiplies by a rounded ratio where ONNX divides: other elements, now and then.
@@ -122,7 +122,7 @@ def _torch_mode(rank: int, how: dict[str, Any], scales: Sequence[float] | None) 
     if not (corners or coordinates == "half_pixel" or (coordinates == "pytorch_half_pixel" and grows)):
         return None
     if mode == "linear":
-        return {"mode": _LINEAR[rank], "align_corners": corners}
+        return {"mode": _MODES[rank], "align_corners": corners}
     plain = mode == "cubic" and rank == 4 and not how["exclude_outside"]
     if plain and math.isclose(how["cubic"], -0.75):
         return {"mode": "bicubic", "align_corners": corners}
@@ -219,7 +219,7 @@ def _multiple(x: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> bool:
 def _coordinates(
     how: str, before: int, after: int, scale: float, start: float, end: float, device: torch.device
 ) -> Tensor:
-    """Where along an axis of `before` elements each of the `after` new ones lies."""
+    """The places along an axis of `before` elements at which the `after` new ones lie."""
     x = torch.arange(after, dtype=torch.float32, device=device)
     if how == "asymmetric":
         return x / scale
@@ -253,17 +253,17 @@ def _rounded(places: Tensor, how: str) -> Tensor:
 def _weighted(
     x: Tensor, axis: int, places: Tensor, mode: str, scale: float, a: float, exclude_outside: bool
 ) -> Tensor:
-    """The sum of neighbours along an axis by their distances; the filter is wider where `scale` shrinks."""
+    """The sum of neighbors along an axis by their distances; the filter is wider where `scale` shrinks."""
     scale = min(scale, 1.0)
     reach = math.ceil((2 if mode == "cubic" else 1) / scale)
-    neighbours = places.floor()[:, None] + torch.arange(1 - reach, reach + 1, device=x.device)
-    distances = ((neighbours - places[:, None]) * scale).abs()
+    neighbors = places.floor()[:, None] + torch.arange(1 - reach, reach + 1, device=x.device)
+    distances = ((neighbors - places[:, None]) * scale).abs()
     weights = _cubic(distances, a) if mode == "cubic" else (1 - distances).clamp(min=0)
     last = x.size(axis) - 1
     if exclude_outside:
-        weights = weights * ((neighbours >= 0) & (neighbours <= last))
+        weights = weights * ((neighbors >= 0) & (neighbors <= last))
     weights = (weights / weights.sum(1, keepdim=True)).to(x.dtype)
-    indices = neighbours.long().clamp(0, last)
+    indices = neighbors.long().clamp(0, last)
     shape = [-1] + [1] * (x.dim() - axis - 1)
     parts = [
         x.index_select(axis, indices[:, tap]) * weights[:, tap].reshape(shape)

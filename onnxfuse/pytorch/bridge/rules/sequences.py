@@ -1,4 +1,4 @@
-"""Sequences of tensors, which unoptimised exports write for chunk and split: plain Python lists."""
+"""Sequences of tensors, which unoptimized exports write for chunk and split: plain Python lists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.operands import number
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Value, object_array
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.hostmath import as_host, fixed, hosted
 from onnxfuse.pytorch.bridge.operands import like, moved
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Host, Value, object_array
 
 

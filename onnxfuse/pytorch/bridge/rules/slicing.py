@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.hostmath import hosted
 from onnxfuse.pytorch.bridge.operands import like
-from onnxfuse.pytorch.bridge.rules import rule
+from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.values import Call, Host, Value
 
 FURTHEST = 2**31 - 1

@@ -39,7 +39,7 @@ class Window:
 
     @property
     def extent(self) -> tuple[int, ...]:
-        """How far each axis of the window reaches."""
+        """The reach of the window along each axis."""
         return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
 
     @property
@@ -115,7 +115,7 @@ def padded(call: Call, x: fx.Node, frame: Window, value: float = 0.0) -> fx.Node
 
 
 def told(**settings: Any) -> dict[str, Any]:
-    """What of strides, padding and the like has to be said, since torch's default is another."""
+    """The settings, such as strides and padding, that have to be said, since torch's default is another."""
     defaults = {"padding": 0, "output_padding": 0, "ceil_mode": False, "count_include_pad": True}
     return {name: value for name, value in settings.items() if not _all_equal(value, defaults.get(name, 1))}
 
