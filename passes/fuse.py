@@ -323,7 +323,7 @@ class Fuse(Pass):
             model: stays as it is.
             chosen: regions that share no node.
             context: of the pass, or of a trial.
-            quick: see `walk.walk`.
+            quick: see `fitting.walk.walk`.
         """
         made = model.copy()
         fresh = [(_replace(made, i.fit.candidate, i.fit.affine, self.name), i.region.v) for i in chosen]

@@ -153,7 +153,7 @@ def find_groups(model: Model, feed: Feed | None = None, runtime: Runtime | None 
         runtime: where they are run; to be given with `feed`.
 
     Raises:
-        InputError, NotApplicableError: as `observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
     """
     system = trace(model, feed, runtime)
     return ChannelGroups(tuple(_groups(system)), system)

@@ -39,7 +39,7 @@ def trace(model: Model, feed: Feed | None, runtime: Runtime | None) -> System:
         runtime: runs them.
 
     Raises:
-        InputError, NotApplicableError: as `observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
     """
     system = System(model, *_sizes(model, feed, runtime))
     for node in model.nodes:

@@ -204,11 +204,11 @@ def walked(
         context: of the pass.
         mask: see `Mask`.
         refit: without it fresh operators are solved, fixed ones measured, and nothing else is touched.
-        fixed: see `walk.refit_sites`.
-        fresh: see `walk.refit_sites`.
-        ridge: see `walk.walk`.
-        paper: see `walk.walk`.
-        quick: see `walk.walk`.
+        fixed: see `fitting.sites.refit_sites`.
+        fresh: see `fitting.sites.refit_sites`.
+        ridge: see `fitting.walk.walk`.
+        paper: see `fitting.walk.walk`.
+        quick: see `fitting.walk.walk`.
 
     Raises:
         InputError: bad samples.

@@ -1,10 +1,10 @@
 """Samples for training: every one once in an epoch, in an order drawn anew for each.
 
-A stream (`data.calibration.BatchStream`) reads well from end to end and badly in random order: a shuffled epoch
-of an `.npz` takes 100 times as long as one in order, since a zip member can only be read forwards. So a `Pool`
-reads the stream once, which also checks all values before training starts, and keeps it: in memory up to
-`MEMORY_LIMIT`, beyond that in a temporary file that gives any row at once. `Shuffled` cuts mini-batches from a
-pool.
+A stream (`data.calibration.BatchStream`) reads well from end to end and badly in random order: a shuffled
+epoch of an `.npz` takes 100 times as long as one in order, since a zip member can only be read forwards. So a
+`Pool` reads the stream once, which also checks all values before training starts, and keeps it: in memory up
+to `MEMORY_LIMIT`, beyond that in a temporary file that gives any row at once. `Shuffled` cuts mini-batches
+from a pool.
 
 Rows are recombined freely. Feeds (`FeedSource`) stay the batches they are, because the rows of one
 may belong together; only their order is drawn.
