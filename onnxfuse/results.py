@@ -420,10 +420,9 @@ class LinearSummary:
 
 @dataclass(frozen=True)
 class RegionSummary:
-    """One region that an affine operator could stand for: its text, its tensors, and the linear operators in it.
-
-    Regions nest and overlap, so there are more than can be fused.
-    """
+    """One region that an affine operator could stand for: its text by
+    `analysis.regions.region.describe_region`, its tensors, and the linear operators inside. Regions nest and
+    overlap, so there are more than can be fused."""
 
     text: str
     u: str

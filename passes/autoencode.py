@@ -227,7 +227,7 @@ def _training() -> ModuleType:
 
 def _change(plan: _Plan, found: Autoencoder, solved: Solved) -> Change:
     """The report's line for one operator."""
-    names = tuple(map(site_name, plan.op.nodes))
+    names = tuple(node.site_name for node in plan.op.nodes)
     return Change(
         names,
         f"through a code of {plan.rank} numbers, relative error {solved.relative:.3g}",

@@ -369,7 +369,7 @@ def _change(ranked: _Ranked, solved: Solved) -> Change:
         "macs_saved": ranked.saved,
     }
     what = f"{made}, relative error {solved.relative:.3g}"
-    return Change(tuple(map(site_name, region.nodes)), what, detail)
+    return Change(tuple(node.site_name for node in region.nodes), what, detail)
 
 
 def _operator(candidate: Candidate) -> str:

@@ -45,7 +45,7 @@ def mask(model: Model, choice: Choice) -> Model:
     sites (module docstring); no size changes.
 
     Raises:
-        ValueError: as `edits.take`, or an index is repeated.
+        ValueError: as `channels.edits.take`, or an index is repeated.
     """
     system, kept = chosen(choice)
     masked = model.copy()

@@ -205,9 +205,9 @@ def walked(
         refit: without it fresh operators are solved, fixed ones measured, and nothing else is touched.
         fixed: see `fitting.sites.refit_sites`.
         fresh: see `fitting.sites.refit_sites`.
-        ridge: see `walk.walk`.
-        paper: see `walk.walk`.
-        quick: see `walk.walk`.
+        ridge: see `fitting.walk.walk`.
+        paper: see `fitting.walk.walk`.
+        quick: see `fitting.walk.walk`.
 
     Raises:
         InputError: bad samples.

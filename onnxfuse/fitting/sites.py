@@ -116,8 +116,8 @@ def refit_sites(
         rewritten: what to solve.
         fresh: nodes to be solved from nothing, each with the tensor of both models that it stands for.
         mask: see `RefitSite`.
-        known: types and shapes of the original's tensors, of `runtime.observed_shapes.shapes_on`; None takes
-            what can be inferred.
+        known: types and shapes of the original's tensors, as `runtime.observed_shapes.shapes_on` has them;
+            None takes what can be inferred.
         before: what `rewritten` was made from, where that isn't the original; what it computes alike is left.
         fixed: nodes whose weights are to stay as they are. Each is a site, behind a change or not: a place to
             solve for its bias, or, where it has none, to measure. The weights of nodes that are marked so

@@ -1,8 +1,8 @@
 """More channels in a group, and the function unchanged: R2WiderR, Net2WiderNet, NetMorph.
 
 After Painter, "Towards a more complete theory of function preserving transforms". New channels are taken as
-copies of old ones on every axis they lie on (`channels.take`), so whatever treats channels one by one treats
-them as it did the old. Then the weights that compute them and those that read them are set, by one of
+copies of old ones on every axis they lie on (`channels.edits.take`), so whatever treats channels one by one
+treats them as it did the old. Then the weights that compute them and those that read them are set, by one of
 
 - `r2r`, equations (8), (9): twins [U; U], read with [V, -V]. U and V are free: half of the new weights. Twins
   stand side by side, so that they cancel at once where a sum runs along the channels, not after it has grown

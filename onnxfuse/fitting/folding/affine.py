@@ -70,7 +70,7 @@ def _into_previous(workspace: Workspace, node: Node, x: Tensor) -> Edit | str:
     bias = op.bias * affine.scale + affine.shift
     if reason := _too_dear(workspace, node, cost) or overflow(op, weight, bias):
         return reason
-    names = (*map(label, op.nodes), node.site_name)
+    names = (*(n.site_name for n in op.nodes), node.site_name)
 
     def make() -> list[Node]:
         target = node.outputs[0]
@@ -108,7 +108,7 @@ def _into_next(workspace: Workspace, node: Node, x: Tensor) -> Edit | str:
     cost = workspace.copy_cost(op)
     if reason := _too_dear(workspace, node, cost) or overflow(op, weight, bias):
         return reason
-    names = (node.site_name, *map(label, op.nodes))
+    names = (node.site_name, *(n.site_name for n in op.nodes))
 
     def make() -> list[Node]:
         workspace.overriding(node.inputs)

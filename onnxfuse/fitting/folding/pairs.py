@@ -27,7 +27,7 @@ def join_linear(workspace: Workspace, node: Node) -> Decision:
         return None
     if (first.kind == "conv") != (second.kind == "conv"):
         return None
-    names = tuple(map(label, (*first.nodes, *second.nodes)))
+    names = tuple(n.site_name for n in (*first.nodes, *second.nodes))
     joined = _join(workspace, first, second)
     return Skip(names, f"not joined: {joined}") if isinstance(joined, str) else replace(joined, nodes=names)
 
@@ -68,7 +68,7 @@ def _join(workspace: Workspace, first: LinearOp, second: LinearOp) -> Edit | str
         node.inputs[0] = first.node.inputs[0]
         if joined.kind == "conv":
             _set_geometry(node, joined)
-        workspace.mark(node, map(label, (*first.nodes, *second.nodes)))
+        workspace.mark(node, [n.site_name for n in (*first.nodes, *second.nodes)])
         workspace.store(joined, weight, bias, cost)
         workspace.release([between])
         return [node]
