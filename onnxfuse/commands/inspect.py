@@ -64,7 +64,8 @@ def inspect(
         measure_latency: whether to run the model for its latency.
         channels: whether to find the groups of coupled channels, too.
         growth: whether to find where the network can grow, too.
-        similarity: the criterion by which to tell how alike the layers are, too; of `similarity.CRITERIA`.
+        similarity: the criterion by which to tell how alike the layers are, too; of
+            `onnxfuse.numerics.similarity.CRITERIA`.
         heads: whether to take the layers of attentions apart into heads for that.
         plot: where to write a picture of it, a .png; needs Matplotlib.
         provider, threads: of ONNX Runtime.
