@@ -29,8 +29,8 @@ others, or broadcasts a branch of size 1 over a larger one: the larger slack is 
 differ by more, sizes never agree.
 
 **Any kernel size** (`WindowAxis.pads_for`). A fitted window k' of the same stride has the same output size
-for every n if and only if its slack is the same (floor((n + a) / s) for all n determines a): b' + e' = a + k'.
-The split is free; the best one has the window's center, (k' - 1) / 2 - b', on the center of the receptive
+for every n if and only if its slack is the same (floor((n + a) / s) for all n determines a): b' + e' = a +
+k'. The split is free; the best one has the window's center, (k' - 1) / 2 - b', on the center of the receptive
 field, (k - 1) / 2 - b. A half-pixel mismatch (k - k' odd) goes to the smaller begin. Pads may not be
 negative, so a field without padding has no smaller window than itself: that would need a crop as well.
 
