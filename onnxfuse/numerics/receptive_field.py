@@ -15,7 +15,7 @@ m, so
     out2(out1(n)) = floor((floor((n + a1) / s1) + 1 + a2) / s2) + 1
                   = floor((n + a1 + s1 (1 + a2)) / (s1 s2)) + 1.
 
-Both are the formulas of one operator (`Axis.then`)
+Both are the formulas of one operator (`WindowAxis.then`)
 
     k = k1 + (k2 - 1) s1,   s = s1 s2,   b = b1 + b2 s1,   e = e1 + e2 s1,
 
@@ -28,9 +28,9 @@ equal. If the slacks differ by less than the stride, sizes agree for some n and 
 others, or broadcasts a branch of size 1 over a larger one: the larger slack is right in each case. If they
 differ by more, sizes never agree.
 
-**Any kernel size** (`Axis.pads_for`). A fitted window k' of the same stride has the same output size for
-every n if and only if its slack is the same (floor((n + a) / s) for all n determines a): b' + e' = a + k'.
-The split is free; the best one has the window's center, (k' - 1) / 2 - b', on the center of the receptive
+**Any kernel size** (`WindowAxis.pads_for`). A fitted window k' of the same stride has the same output size
+for every n if and only if its slack is the same (floor((n + a) / s) for all n determines a): b' + e' = a +
+k'. The split is free; the best one has the window's center, (k' - 1) / 2 - b', on the center of the receptive
 field, (k - 1) / 2 - b. A half-pixel mismatch (k - k' odd) goes to the smaller begin. Pads may not be
 negative, so a field without padding has no smaller window than itself: that would need a crop as well.
 
@@ -46,7 +46,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Axis:
+class WindowAxis:
     """One axis of an operator or path: window (dilation included), stride, pads; a negative pad crops."""
 
     kernel: int = 1
@@ -63,9 +63,9 @@ class Axis:
         """Output size for an input of size n; less than 1 where the path does not run."""
         return (n + self.slack) // self.stride + 1
 
-    def then(self, after: Axis) -> Axis:
+    def then(self, after: WindowAxis) -> WindowAxis:
         """This operator followed by `after`, as one."""
-        return Axis(
+        return WindowAxis(
             self.kernel + (after.kernel - 1) * self.stride,
             self.stride * after.stride,
             self.begin + after.begin * self.stride,
@@ -101,15 +101,17 @@ class Geometry:
     pads: tuple[int, ...]
 
     @classmethod
-    def of(cls, axes: Sequence[Axis]) -> Geometry:
-        """From one Axis for each spatial axis."""
+    def of(cls, axes: Sequence[WindowAxis]) -> Geometry:
+        """From one WindowAxis for each spatial axis."""
         pads = (*(a.begin for a in axes), *(a.end for a in axes))
         return cls(tuple(a.kernel for a in axes), tuple(a.stride for a in axes), pads)
 
     @property
-    def axes(self) -> tuple[Axis, ...]:
+    def axes(self) -> tuple[WindowAxis, ...]:
         begins, ends = self.pads[: len(self.kernel)], self.pads[len(self.kernel) :]
-        return tuple(Axis(*numbers) for numbers in zip(self.kernel, self.strides, begins, ends, strict=True))
+        return tuple(
+            WindowAxis(*numbers) for numbers in zip(self.kernel, self.strides, begins, ends, strict=True)
+        )
 
     def size(self, spatial: Sequence[int]) -> tuple[int, ...]:
         """Output sizes for input sizes."""
@@ -129,7 +131,7 @@ class Geometry:
         return (*(b for b, _ in found), *(e for _, e in found))
 
 
-def unite(first: Axis, second: Axis) -> Axis | str:
+def unite(first: WindowAxis, second: WindowAxis) -> WindowAxis | str:
     """Two branches of one tensor that meet element by element, as one operator, or why they can't meet."""
     if first.stride != second.stride:
         return f"branches with strides {first.stride} and {second.stride} meet"
@@ -138,7 +140,7 @@ def unite(first: Axis, second: Axis) -> Axis | str:
     begin = max(first.begin, second.begin)
     kernel = begin + max(first.kernel - first.begin, second.kernel - second.begin)
     end = max(first.slack, second.slack) + kernel - begin
-    return Axis(kernel, first.stride, begin, end)
+    return WindowAxis(kernel, first.stride, begin, end)
 
 
 def window(
@@ -151,7 +153,7 @@ def window(
     auto_pad: str = "NOTSET",
     ceil_mode: bool = False,
     size: int | None = None,
-) -> Axis | str:
+) -> WindowAxis | str:
     """One axis of an ONNX Conv or pooling, or the reason why it is no fixed window.
 
     Args:
@@ -173,7 +175,7 @@ def window(
         if isinstance(ceiled, str):
             return ceiled
         end = ceiled
-    return Axis(extent, stride, begin, end)
+    return WindowAxis(extent, stride, begin, end)
 
 
 def _auto_pads(auto_pad: str, extent: int, stride: int, size: int | None) -> tuple[int, int] | str:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxfuse.numerics.receptive_field import Axis, Geometry, unite, window
+from onnxfuse.numerics.receptive_field import Geometry, WindowAxis, unite, window
 
 SIZES = range(1, 40)
 
@@ -18,10 +18,10 @@ SIZES = range(1, 40)
 def axes(draw, crops: bool = False):
     kernel = draw(st.integers(1, 5))
     low = -2 if crops else 0
-    return Axis(kernel, draw(st.integers(1, 3)), draw(st.integers(low, 3)), draw(st.integers(low, 3)))
+    return WindowAxis(kernel, draw(st.integers(1, 3)), draw(st.integers(low, 3)), draw(st.integers(low, 3)))
 
 
-def reads(chain: list[Axis], position: int) -> tuple[int, int]:
+def reads(chain: list[WindowAxis], position: int) -> tuple[int, int]:
     """First and last input that output `position` reads, one operator at a time."""
     first = last = position
     for axis in reversed(chain):
@@ -29,7 +29,7 @@ def reads(chain: list[Axis], position: int) -> tuple[int, int]:
     return first, last
 
 
-def size_after(chain: list[Axis], n: int) -> int | None:
+def size_after(chain: list[WindowAxis], n: int) -> int | None:
     """Output size one operator at a time; None where an operator has no output."""
     for axis in chain:
         if n + axis.begin + axis.end < axis.kernel:
@@ -38,8 +38,8 @@ def size_after(chain: list[Axis], n: int) -> int | None:
     return n
 
 
-def compose(chain: list[Axis]) -> Axis:
-    whole = Axis()
+def compose(chain: list[WindowAxis]) -> WindowAxis:
+    whole = WindowAxis()
     for axis in chain:
         whole = whole.then(axis)
     return whole
@@ -65,14 +65,14 @@ def test_pads_for_keeps_every_size_and_centres(chain, kernel):
     if pads is None:
         assert not candidates
         return
-    fitted = Axis(kernel, whole.stride, *pads)
+    fitted = WindowAxis(kernel, whole.stride, *pads)
     assert min(pads) >= 0
     assert all(fitted.size(n) == whole.size(n) for n in SIZES)
     off = [abs((kernel - 1) / 2 - b - ((whole.kernel - 1) / 2 - whole.begin)) for b in candidates]
     assert pads[0] == candidates[int(np.argmin(off))]
 
 
-def inside(whole: Axis, kernel: int, begin: int) -> bool:
+def inside(whole: WindowAxis, kernel: int, begin: int) -> bool:
     """Whether the window lies in the receptive field, or around it if it is larger."""
     first, last = -begin, -begin + kernel - 1
     field = -whole.begin, -whole.begin + whole.kernel - 1
@@ -84,17 +84,17 @@ def inside(whole: Axis, kernel: int, begin: int) -> bool:
 @pytest.mark.parametrize(
     ("axis", "kernel", "pads"),
     [
-        (Axis(5, 1, 2, 2), 3, (1, 1)),
-        (Axis(5, 1, 2, 2), 5, (2, 2)),
-        (Axis(5, 1, 2, 2), 4, (1, 2)),  # half a pixel off: the smaller begin
-        (Axis(7, 2, 3, 3), 3, (1, 1)),
-        (Axis(7, 2, 3, 3), 1, (0, 0)),
-        (Axis(8, 2, 3, 3), 3, (0, 1)),
-        (Axis(5, 1, 0, 0), 3, None),  # no pads: a smaller window has more positions
-        (Axis(5, 1, 0, 0), 5, (0, 0)),
-        (Axis(5, 1, 0, 0), 7, (1, 1)),
-        (Axis(3, 1, 0, 2), 1, (0, 0)),  # centred would need pads (-1, 1)
-        (Axis(5, 1, 2, 2), 0, None),
+        (WindowAxis(5, 1, 2, 2), 3, (1, 1)),
+        (WindowAxis(5, 1, 2, 2), 5, (2, 2)),
+        (WindowAxis(5, 1, 2, 2), 4, (1, 2)),  # half a pixel off: the smaller begin
+        (WindowAxis(7, 2, 3, 3), 3, (1, 1)),
+        (WindowAxis(7, 2, 3, 3), 1, (0, 0)),
+        (WindowAxis(8, 2, 3, 3), 3, (0, 1)),
+        (WindowAxis(5, 1, 0, 0), 3, None),  # no pads: a smaller window has more positions
+        (WindowAxis(5, 1, 0, 0), 5, (0, 0)),
+        (WindowAxis(5, 1, 0, 0), 7, (1, 1)),
+        (WindowAxis(3, 1, 0, 2), 1, (0, 0)),  # centred would need pads (-1, 1)
+        (WindowAxis(5, 1, 2, 2), 0, None),
     ],
 )
 def test_pads_for_examples(axis, kernel, pads):
@@ -102,10 +102,10 @@ def test_pads_for_examples(axis, kernel, pads):
 
 
 def test_geometry_speaks_onnx_order():
-    geometry = Geometry.of([Axis(5, 1, 2, 1), Axis(3, 2, 0, 4)])
+    geometry = Geometry.of([WindowAxis(5, 1, 2, 1), WindowAxis(3, 2, 0, 4)])
     assert geometry == Geometry((5, 3), (1, 2), (2, 0, 1, 4))
     assert geometry.size((10, 10)) == (9, 6)
-    assert geometry.axes == (Axis(5, 1, 2, 1), Axis(3, 2, 0, 4))
+    assert geometry.axes == (WindowAxis(5, 1, 2, 1), WindowAxis(3, 2, 0, 4))
     assert geometry.pads_for((5, 3)) == (2, 0, 1, 4)
     assert geometry.pads_for(5) == (2, 1, 1, 5)
     assert geometry.pads_for((1, 3)) is None
@@ -130,8 +130,8 @@ def test_branches_unite_at_their_places(left, right):
 
 
 def test_reasons_of_branches_that_cannot_meet():
-    assert "strides 1 and 2" in unite(Axis(3, 1, 1, 1), Axis(1, 2))
-    assert "different sizes" in unite(Axis(3, 1, 1, 1), Axis(3, 1, 0, 0))
+    assert "strides 1 and 2" in unite(WindowAxis(3, 1, 1, 1), WindowAxis(1, 2))
+    assert "different sizes" in unite(WindowAxis(3, 1, 1, 1), WindowAxis(3, 1, 0, 0))
 
 
 # One operator against ONNX Runtime
@@ -246,7 +246,7 @@ def test_reasons_of_windows_that_shift():
     assert "dynamic" in window(2, 2, 1, 1, 1, ceil_mode=True)
     assert "ceil_mode with auto_pad" in window(2, 2, auto_pad="VALID", ceil_mode=True)
     assert "unknown" in window(2, 2, auto_pad="SAME")
-    assert window(3, 1, 2, auto_pad="SAME_LOWER") == Axis(5, 1, 2, 2)
-    assert window(2, 1, auto_pad="SAME_UPPER") == Axis(2, 1, 0, 1)
-    assert window(2, 1, auto_pad="SAME_LOWER") == Axis(2, 1, 1, 0)
-    assert window(3, 2, ceil_mode=True) == Axis(3, 2, 0, 1)
+    assert window(3, 1, 2, auto_pad="SAME_LOWER") == WindowAxis(5, 1, 2, 2)
+    assert window(2, 1, auto_pad="SAME_UPPER") == WindowAxis(2, 1, 0, 1)
+    assert window(2, 1, auto_pad="SAME_LOWER") == WindowAxis(2, 1, 1, 0)
+    assert window(3, 2, ceil_mode=True) == WindowAxis(3, 2, 0, 1)

@@ -13,7 +13,7 @@ from onnxfuse.analysis.regions.view import COUNTING, DRAWING, FOLDED_ELEMENTS, D
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.numerics.receptive_field import Axis, unite
+from onnxfuse.numerics.receptive_field import WindowAxis, unite
 from onnxfuse.ops.view import ModelNodeView
 
 
@@ -236,4 +236,4 @@ def _meet(a: Flow, b: Flow) -> Flow | str:
     if reason is not None:
         return sample(both, reason, rank=a.rank)
     layout = tuple(y if x is None else x for x, y in zip(a.layout, b.layout, strict=True))
-    return replace(both, layout=layout, axes=tuple(x for x in axes if isinstance(x, Axis)))
+    return replace(both, layout=layout, axes=tuple(x for x in axes if isinstance(x, WindowAxis)))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from onnxfuse.analysis.regions.facts import Entry, FlowResult, RegionNode, join, sample
 from onnxfuse.analysis.regions.view import DataView, Flow, Layout, Shape
 from onnxfuse.ir.shapes import AxisSize
-from onnxfuse.numerics.receptive_field import Axis
+from onnxfuse.numerics.receptive_field import WindowAxis
 from onnxfuse.ops.view import TO_THE_END
 
 
@@ -259,7 +259,7 @@ def _cut(site: RegionNode, flow: Flow, axis: int, start: int, end: int, step: in
     crop = end - size if size is not None else min(end, 0)
     axes = list(flow.axes)
     assert isinstance(label, int)
-    axes[label] = axes[label].then(Axis(1, step, -start, crop if crop < 0 else 0))
+    axes[label] = axes[label].then(WindowAxis(1, step, -start, crop if crop < 0 else 0))
     return replace(flow, axes=tuple(axes))
 
 
@@ -299,7 +299,7 @@ def _padded(flow: Flow, axis: int, begin: int, end: int) -> Flow | str:
         return "a Pad of an axis of size 1"
     axes = list(flow.axes)
     assert isinstance(label, int)
-    axes[label] = axes[label].then(Axis(1, 1, begin, end))
+    axes[label] = axes[label].then(WindowAxis(1, 1, begin, end))
     return replace(flow, axes=tuple(axes))
 
 

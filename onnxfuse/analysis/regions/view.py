@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 
 from onnxfuse.ir.shapes import AxisSize
-from onnxfuse.numerics.receptive_field import Axis
+from onnxfuse.numerics.receptive_field import WindowAxis
 from onnxfuse.ops.table import OPS, Kind
 
 Shape = tuple[AxisSize, ...]
@@ -43,7 +43,7 @@ class Flow:
 
     view: DataView
     layout: Layout = ()
-    axes: tuple[Axis, ...] = ()
+    axes: tuple[WindowAxis, ...] = ()
     rank: int | None = None
     features: int | None = None
     lost: str = ""
@@ -58,7 +58,7 @@ class Flow:
 def map_flow(rank: int, features: int | None) -> Flow:
     """u as a map (N, C, *S)."""
     spatial = range(rank - 2)
-    return Flow(DataView.MAP, ("N", "C", *spatial), tuple(Axis() for _ in spatial), rank, features)
+    return Flow(DataView.MAP, ("N", "C", *spatial), tuple(WindowAxis() for _ in spatial), rank, features)
 
 
 def token_flow(rank: int | None, features: int | None) -> Flow:
