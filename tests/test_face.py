@@ -57,10 +57,12 @@ assert "fuse" in [info.name for info in onnxfuse.passes()]
 
 
 @pytest.mark.parametrize("order", ["backward", "late"])
-def test_no_submodule_takes_the_place_of_a_name(order: str) -> None:
+def test_no_submodule_takes_the_place_of_a_name(order: str, tmp_path: Path) -> None:
     """In a process of its own, where every submodule is imported."""
     code = f"ORDER = {order!r}\n{IMPORTING}"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
     assert found.returncode == 0, found.stderr
 
 
