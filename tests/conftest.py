@@ -9,8 +9,8 @@ from pathlib import Path
 # what they stand on read this when they are loaded, here and in the programs that tests start.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
-# Programs that tests start are to import what is installed, not what lies in the folder that they start in: in
-# the checkout, passes/ is not in its place.
+# Programs that tests start are to import what is installed, not what lies in the folder that they start in:
+# in the checkout, passes/ is not in its place.
 os.environ["PYTHONSAFEPATH"] = "1"
 
 import onnx  # noqa: E402
