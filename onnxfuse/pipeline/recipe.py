@@ -29,7 +29,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, TypeAlias, Union, get_args, get_origin
+from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -60,7 +60,12 @@ class RecipeSettings(pydantic.BaseModel):
 
     max_error: float | None = pydantic.Field(None, gt=0, description="relative output error allowed")
     max_drop: float | None = pydantic.Field(None, ge=0, description="drop of the metric allowed")
-    metric: str | None = pydantic.Field(None, description="top1, mse, nll or file.py:function")
+    metric: str | None = pydantic.Field(
+        None, description="top1, mse, nll, agreement, cosine or file.py:function"
+    )
+    confidence: float | str | None = pydantic.Field(
+        None, description="of the interval that keeps to max_drop, or none"
+    )
     seed: int | None = pydantic.Field(None, ge=0, description="seed of everything random")
     retrain: RecipeRetraining | None = pydantic.Field(None, description="retraining after the passes")
 
@@ -237,12 +242,13 @@ class _ShortLoader(yaml.SafeLoader):
     """YAML of a single value: there is nothing that an alias could refer to, so `*x` is the pattern it looks
     like."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, Any]]]] = {
-        first: found for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items() if first != "*"
-    }
-
     def fetch_alias(self) -> None:
         self.fetch_plain()
+
+
+_ShortLoader.yaml_implicit_resolvers = {
+    first: found for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items() if first != "*"
+}
 
 
 class _Loader(yaml.SafeLoader):

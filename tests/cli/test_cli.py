@@ -173,10 +173,44 @@ def test_verify(capsys: Captured) -> None:
     assert out.splitlines()[-1] == "different"
     assert "tensor 'y'" in out
     assert err.startswith("onnxfuse: error: output 'y' differs by ")
-    assert main(["verify", "mlp.onnx", "other.onnx", "--calib", "mlp.npz", "--max-error", "2"]) == 0
+    assert main(["verify", "mlp.onnx", "other.onnx", "--calib", "mlp.npz", "--max-error", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "within 1"
     assert main(["verify", "mlp.onnx", "other.onnx", "-q", "--calib", "mlp.npz"]) == 1
     assert main(["diff", "mlp.onnx", "other.onnx", "--calib", "mlp.npz"]) == 0
     assert "w2 [16, 4]: changed by 0.5 relative" in capsys.readouterr().out
+
+
+def test_verify_in_a_pipeline(capsys: Captured) -> None:
+    proto = network()
+    proto.graph.initializer[1].CopyFrom(numpy_helper.from_array(W2 * np.float32(1.01), "w2"))
+    onnx.save(proto, "other.onnx")
+    promise = (
+        "verify",
+        "mlp.onnx",
+        "other.onnx",
+        "--calib",
+        "mlp.npz",
+        "--metric",
+        "top1",
+        "--junit",
+        "ci.xml",
+    )
+    assert main([*promise, "--max-drop", "0.01", "--report", "report"]) == 1
+    out, err = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.splitlines()[-1] == "not top1 down by at most 0.01"
+    assert "top1" in out
+    assert "differs" not in out  # nobody has asked for equal outputs
+    assert err.startswith(
+        "onnxfuse: error: top1 may drop by 0.037, more than --max-drop 0.01: on 100 held-out "
+    )
+    assert 'failures="1"' in Path("ci.xml").read_text()
+    assert sorted(os.listdir("report")) == ["report.json", "report.txt"]
+    assert main([*promise, "--max-drop", "0.01", "--confidence", "none", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["passed"], [promise["passed"] for promise in found["promises"]]) == (True, [True, True])
+    assert (found["metric"]["name"], found["metric"]["scores"]["test"]) == ("top1", "McNemar")
+    assert 'failures="0"' in Path("ci.xml").read_text()
 
 
 def test_retrain(capsys: Captured) -> None:

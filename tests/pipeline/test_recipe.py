@@ -174,7 +174,7 @@ def test_long_form_may_be_short(text: str) -> None:
         (
             "passes: [fold]\nmax_eror: 1",
             "the recipe: there is no option 'max_eror'; did you mean 'max_error'? "
-            "known: passes, max_error, max_drop, metric, seed, retrain",
+            "known: passes, max_error, max_drop, metric, confidence, seed, retrain",
         ),
         ("passes: [fold]\nmax_error: -1", "the recipe: option 'max_error' should be greater than 0, not -1"),
         ("passes: [fold]\nseed: 1\nseed: 2", "not valid YAML in line 3: 'seed' is given twice"),
