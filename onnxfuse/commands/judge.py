@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -201,8 +201,10 @@ class Scorer:
         after = evaluate(runtime.session(result), self.batches, self.metric, self.original)
         wanted = self.allowed.confidence
         scores = paired_difference(self.before, after, confidence=wanted or CONFIDENCE)
-        by_bound = self.allowed.max_drop is not None and wanted is not None and not exact
-        return MetricChange(self.name, scores, self.allowed.max_drop, by_bound)
+        held_by: Literal["interval", "change", "proof"] = (
+            "proof" if exact else "interval" if wanted else "change"
+        )
+        return MetricChange(self.name, scores, self.allowed.max_drop, held_by)
 
 
 # --- the verdict --------------------------------------------------------------------------------------------

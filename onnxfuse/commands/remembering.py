@@ -67,7 +67,7 @@ def unseen(calibration: Calibration, first: Model, second: Model) -> tuple[Batch
     every, found = calibration.fit, Fitted.read(first, second)
     stream, warnings = every, []
     if found.lost:
-        lost_here = data_digest(every.feeds(), first.inputs) in {run.get("data") for run in found.runs}
+        lost_here = data_digest(every.feeds(), first.inputs) in [run.get("data") for run in found.runs]
         warnings.append(_LOST_HERE if lost_here else _LOST)
     if found:
         stream, refused = _fresh(every, found, first.inputs)

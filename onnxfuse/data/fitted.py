@@ -40,6 +40,16 @@ MOST = 4096
 
 _ALL = 1 << 32
 _DTYPE = np.dtype("<u4")
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    binascii.Error,
+)
+"""What a record that somebody has changed may raise."""
 
 
 def sample_digests(feed: Feed, inputs: Sequence[TensorInfo]) -> list[bytes]:
@@ -165,5 +175,5 @@ def _parsed(text: str) -> Fitted:
         runs = tuple(dict(run) for run in record["runs"])
         digests = np.frombuffer(base64.b64decode(record["digests"], validate=True), _DTYPE)
         return Fitted(np.unique(digests), int(record["below"]), runs)
-    except (ValueError, TypeError, KeyError, AttributeError, binascii.Error):
+    except _DAMAGE:
         return Fitted(runs=runs, lost=True)

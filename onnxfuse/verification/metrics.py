@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy.special import logsumexp
@@ -300,13 +300,14 @@ class MetricChange:
         name: of the metric.
         scores: of both models.
         max_drop: the drop that was allowed; None without a limit.
-        by_bound: whether the whole interval must keep to it, or the difference itself.
+        held_by: what keeps to it: the whole "interval", the "change" itself, or the change, which is noise
+            because both models were proved to be the same ("proof").
     """
 
     name: str
     scores: PairedDifference
     max_drop: float | None
-    by_bound: bool = False
+    held_by: Literal["interval", "change", "proof"] = "change"
 
     @property
     def reason(self) -> str | None:
@@ -318,7 +319,7 @@ class MetricChange:
         if not -found.difference <= allowed:
             moved = f"{found.before:.4g} to {found.after:.4g}"
             return f"{self.name} drops by {-found.difference:.3g}, from {moved}, {limit}"
-        if not self.by_bound or found.low >= -allowed:
+        if self.held_by != "interval" or found.low >= -allowed:
             return None
         needed = found.samples_for(allowed)
         more = "no number of samples shows that" if needed is None else f"about {needed:,} samples would do"
@@ -336,7 +337,7 @@ class MetricChange:
     def note(self) -> str | None:
         """What a change that was held to `max_drop` by itself leaves open; None if nothing."""
         found, allowed = self.scores, self.max_drop
-        if allowed is None or self.by_bound or self.reason is not None or found.low >= -allowed:
+        if self.held_by != "change" or allowed is None or self.reason is not None or found.low >= -allowed:
             return None
         return (
             f"--max-drop {allowed:g} is finer than {found.samples} held-out samples tell: {self.name} may "

@@ -93,7 +93,16 @@ def test_it_goes_through_the_file() -> None:
     np.testing.assert_array_equal(both.digests, of_first(60).digests)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"below":1,"digests":"%","runs":[]}', '{"digests":null}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", "[]", "[" * 100_000),
+        '{"below":1,"digests":"%","runs":[]}',
+        '{"below":1e999,"digests":"","runs":[]}',
+        '{"below":1,"digests":"AAA=","runs":[{"data":[]}]}',
+        '{"below":1,"digests":"","runs":[[1]]}',
+    ],
+)
 def test_a_damaged_record_is_lost_and_not_empty(text: str) -> None:
     made = model()
     made.set_note(KEY, text)

@@ -1,7 +1,7 @@
 """Metrics: per-sample scores against ones worked out by hand, and what a user's own metric may do wrong."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -15,6 +15,7 @@ from onnxfuse.numerics.significance import paired_difference
 from onnxfuse.runtime.session import Runtime
 from onnxfuse.verification.metrics import METRICS, MetricChange, evaluate, load_metric
 
+HeldBy = Literal["interval", "change", "proof"]
 SCORES = {"logits": np.array([[0.1, 0.9, 0.0], [0.8, 0.1, 0.1], [0.2, 0.3, 0.5]], np.float32)}
 
 
@@ -190,14 +191,14 @@ def test_there_must_be_an_original() -> None:
 # --- the drop that is allowed -------------------------------------------------------------------------------
 
 
-def change(lost: int, won: int, samples: int, allowed: float, by_bound: bool) -> MetricChange:
+def change(lost: int, won: int, samples: int, allowed: float, held_by: HeldBy) -> MetricChange:
     before = np.r_[np.ones(lost), np.zeros(won), np.ones(samples - lost - won)]
     after = np.r_[np.zeros(lost), np.ones(won), np.ones(samples - lost - won)]
-    return MetricChange("top1", paired_difference(before, after), allowed, by_bound)
+    return MetricChange("top1", paired_difference(before, after), allowed, held_by)
 
 
 def test_a_drop_is_held_to_by_the_whole_interval() -> None:
-    found = change(0, 0, 60, 0.01, True)
+    found = change(0, 0, 60, 0.01, "interval")
     said = str(found.reason)
     assert said.startswith(
         "top1 may drop by 0.0602, more than --max-drop 0.01: on 60 held-out samples it changes by +0"
@@ -205,22 +206,24 @@ def test_a_drop_is_held_to_by_the_whole_interval() -> None:
     assert "95 % interval from -0.0602 to +0.0602" in said
     assert "about 38" in said  # z^2 (1 - 0.01) / 0.01 = 380
     assert "--confidence none" in said
-    assert change(0, 0, 400, 0.01, True).reason is None
-    assert change(3, 3, 400, 0.01, True).reason is not None
-    assert change(3, 3, 400, 0.02, True).reason is None
-    assert "no number of samples" in str(change(1, 1, 60, 0.0, True).reason)
+    assert change(0, 0, 400, 0.01, "interval").reason is None
+    assert change(3, 3, 400, 0.01, "interval").reason is not None
+    assert change(3, 3, 400, 0.02, "interval").reason is None
+    assert "no number of samples" in str(change(1, 1, 60, 0.0, "interval").reason)
 
 
 def test_a_drop_is_held_to_by_itself() -> None:
-    found = change(1, 1, 60, 0.01, False)
+    found = change(1, 1, 60, 0.01, "change")
     assert found.reason is None
     assert str(found.note).startswith(
         "--max-drop 0.01 is finer than 60 held-out samples tell: top1 may drop by "
     )
-    for by_bound in (True, False):
-        said = str(change(3, 0, 60, 0.01, by_bound).reason)
+    assert change(1, 1, 60, 0.01, "proof").note is None
+    kinds: tuple[HeldBy, ...] = ("interval", "change", "proof")
+    for held_by in kinds:
+        said = str(change(3, 0, 60, 0.01, held_by).reason)
         assert said == "top1 drops by 0.05, from 1 to 0.95, more than --max-drop 0.01"
-    assert change(1, 1, 60, 0.5, False).note is None
+    assert change(1, 1, 60, 0.5, "change").note is None
 
 
 # --- metrics of one's own -----------------------------------------------------------------------------------
