@@ -1,5 +1,6 @@
 """Its place puts this folder on the path of every test below it, for `nets`."""
 
+import gc
 import os
 from collections.abc import Callable
 from functools import cache
@@ -13,9 +14,17 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 # in the checkout, passes/ is not in its place.
 os.environ["PYTHONSAFEPATH"] = "1"
 
+# What is imported and collected stays to the end: the garbage collector need not go through it every time.
+gc.disable()
+
 import onnx  # noqa: E402
 import pytest  # noqa: E402
 from runs import network  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
