@@ -378,7 +378,8 @@ class Select(Pass):
                 continue
             reached = min(reached, timing.ratio)
             if timing.ratio_high <= share:
-                note = f"latency is {timing.ratio:.3g} of what it was (at most {share:g} was asked for)"
+                left = latency_module.interval_text(timing)
+                note = f"latency is {left} of what it was (at most {share:g} was asked for)"
                 return SearchResult(self._cut(model, chosen, reading, context), [note])
             if narrowest:
                 break

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from onnxfuse.ir.model import Feed
     from onnxfuse.runtime.session import Runtime
 
-BLOCKS, SECONDS = 16, 3.0
+BLOCKS, SECONDS = 16, 4.0
 """Blocks of a measurement, and after how long no further one begins once there are `LEAST_BLOCKS`."""
 
 LEAST_BLOCKS = 6
@@ -264,6 +264,9 @@ def timed_block(
         NotApplicableError: a model does not load or run.
     """
     threads = runtime.timing_threads
+    exact = time.get_clock_info("thread_time").resolution <= 1e-6  # not on Windows
+    own_clock = exact and threads == 1 and runtime.providers == [CPU_PROVIDER]
+    clock = time.thread_time_ns if own_clock else time.perf_counter_ns
     runs: dict[int, Callable[[int], None]] = {}
     expected = np.zeros(len(models))
     for place in random.permutation(len(models)):
@@ -271,7 +274,7 @@ def timed_block(
         session = runtime.session(model, threads=threads)
         # A copy: where the samples lie counts as well as where the weights do.
         runs[place] = session.bind({name: array.copy() for name, array in feed.items()}).run
-        expected[place] = _warm(runs[place])
+        expected[place] = _warm(runs[place], clock)
     calls = int(np.ceil(READING_SECONDS / expected.min()))
     rounds = int(np.clip(BLOCK_SECONDS / (calls * expected.sum()), LEAST_ROUNDS, MOST_ROUNDS))
     wall, cpu = np.zeros((2, rounds, len(runs)))
@@ -281,20 +284,18 @@ def timed_block(
             runs[place](calls)
             wall[row, place] = (time.perf_counter_ns() - start) / calls
             cpu[row, place] = (time.thread_time_ns() - own) / calls
-    exact = time.get_clock_info("thread_time").resolution <= 1e-6  # not on Windows
-    return Block(wall, cpu if exact and threads == 1 and runtime.providers == [CPU_PROVIDER] else None)
+    return Block(wall, cpu if own_clock else None)
 
 
-def _warm(run: Callable[[int], None]) -> float:
-    """Seconds of a run, the last of some for warming up."""
-    begin = time.perf_counter()
-    for _ in range(WARMUP):
-        start = time.perf_counter()
+def _warm(run: Callable[[int], None], clock: Callable[[], int]) -> float:
+    """Seconds of a run by a clock, the least of some for warming up."""
+    end = time.perf_counter() + WARMUP_SECONDS
+    took = []
+    while len(took) < WARMUP and (not took or time.perf_counter() < end):
+        start = clock()
         run(1)
-        end = time.perf_counter()
-        if end - begin > WARMUP_SECONDS:
-            break
-    return max(end - start, 1e-6)
+        took.append((clock() - start) / 1e9)
+    return max(min(took), 1e-6)
 
 
 # --- statistics ---------------------------------------------------------------------------------------------
