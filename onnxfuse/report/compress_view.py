@@ -12,7 +12,6 @@ from onnxfuse.report.retrain_view import metric_row, retraining_view
 from onnxfuse.report.tables import SHOWN, fact_table, heading, make_table, more, paragraph, runtime_fact
 from onnxfuse.results import cost_rows
 from onnxfuse.runtime.latency import interval_text
-from onnxfuse.runtime.providers import CPU_PROVIDER
 from onnxfuse.wording import counted, in_bytes, milliseconds, printable, shortened, three_digits
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def compress_view(
 def _run_facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "model", printable(report.model or "in memory")
     yield "samples", printable(report.samples.description)
-    yield runtime_fact(report)
+    yield runtime_fact(report, report.latency)
 
 
 def _steps(steps: Sequence[StepReport]) -> Table:
@@ -124,12 +123,11 @@ def _latency_rows(latency: Latency, slower: bool) -> Iterator[tuple[str, str, st
     before, after = latency.timings
     verdict = f"{interval_text(after)} SLOWER" if slower else interval_text(after)
     times = milliseconds(before.median_ms), milliseconds(after.median_ms)
-    threads = f", {counted(latency.threads, 'thread')}" if latency.providers[0] == CPU_PROVIDER else ""
-    yield f"latency{threads}", *times, Text(verdict, style="red" if slower else "")
+    yield "latency", *times, Text(verdict, style="red" if slower else "")
     control = latency.control
     itself = f"x {control.ratio:.3f} (99%: {control.low:.3f} to {control.high:.3f})"
     shown = itself if latency.unstable is None else f"{itself}; {latency.unstable}"
-    yield "  original again", "", "", Text(shown, style="" if latency.unstable is None else "red")
+    yield "  A/A control", "", "", Text(shown, style="" if latency.unstable is None else "red")
 
 
 def _output_errors(report: Report) -> Iterator[RenderableType]:

@@ -119,19 +119,21 @@ class Latency:
         """Whether the second model takes longer than the first, by more than chance and `SAME` explain."""
         return self.unstable is None and self.timings[1].ratio_low > 1 + SAME
 
-    def over(self, limit: float, option: str) -> str | None:
-        """The reason why the second model's latency is not shown to be within a limit; None if it is.
+    def over(self, limit: float, option: str, *, surely: bool = True) -> str | None:
+        """The reason why the second model's latency is not shown to be within a limit; None if it is. An
+        unstable measurement shows nothing.
 
         Args:
-            limit: of the ratio; all of its interval must be within.
+            limit: of the ratio.
             option: that set it, for the reason.
+            surely: whether the whole interval must be within, or the ratio itself.
         """
         if self.unstable is not None:
             return f"{option} {limit:g} can't be decided: latency {self.unstable}"
         found = self.timings[1]
-        if found.ratio_high <= limit:
+        if (found.ratio_high if surely else found.ratio) <= limit:
             return None
-        much = "more than" if found.ratio_low > limit else "not surely within"
+        much = "more than" if found.ratio_low > limit or not surely else "not surely within"
         return f"latency is {interval_text(found)} of the original's, {much} {option} {limit:g}"
 
 
@@ -290,7 +292,7 @@ def timed_block(
 def _warm(run: Callable[[int], None], clock: Callable[[], int]) -> float:
     """Seconds of a run by a clock, the least of some for warming up."""
     end = time.perf_counter() + WARMUP_SECONDS
-    took = []
+    took: list[float] = []
     while len(took) < WARMUP and (not took or time.perf_counter() < end):
         start = clock()
         run(1)

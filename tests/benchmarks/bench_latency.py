@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -148,9 +148,11 @@ def measured(pairs: Sequence[Pair], count: int, threads: int) -> list[list[Run]]
     """The runs of each pair, the pairs by turns, every round of them in a new process."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rounds = []
-        for found in pool.imap(measure, [(pairs, threads)] * count):
-            rounds.append(found)
-            print(f"  {len(rounds)}: " + ", ".join(f"{run.after.ratio:.3f}" for run in found), flush=True)
+        with suppress(KeyboardInterrupt):  # the table is of the rounds that there are
+            for found in pool.imap(measure, [(pairs, threads)] * count):
+                rounds.append(found)
+                said = ", ".join(f"{run.after.ratio:.3f}" for run in found)
+                print(f"  {len(rounds)}: {said}", flush=True)
     return [list(own) for own in zip(*rounds, strict=True)]
 
 

@@ -83,8 +83,8 @@ SLOWER = re.compile(r"SLOWER THAN THE ORIGINAL: latency|latency unstable: ")
 """Warnings that are left out, on stderr and in reports."""
 
 TIMES = (
-    re.compile(r"^latency(?:, \d+ threads?)? +(\S.*)$"),
-    re.compile(r"^  original again +(\S.*)$"),
+    re.compile(r"^latency +(\S.*)$"),
+    re.compile(r"^  A/A control +(\S.*)$"),
     re.compile(r"^ *\w+ +(?:exact|approximate|masked) .* (\d+\.\d)$"),  # seconds of a pass
     re.compile(r"^ +\d+ .* (\d+\.\d)(?: +(?:best|start))?$"),  # seconds of an epoch
 )
