@@ -196,7 +196,7 @@ class Report(RunReport):
         steps: the passes in order.
         sizes: of each input, the shape of the one sample that `before`, `after` and `latency` are at.
         before, after: costs of the original and the result.
-        latency: timings of both.
+        latency: timings of both, by its own number of threads.
         slower: whether the result takes longer, beyond what chance explains.
         output_bound: what `--max-error` allowed; None where the passes' own bounds applied (their notes say
             which).
@@ -295,6 +295,8 @@ class Result(RunResult):
             slower = ", SLOWER" if found.slower else ""
             times = f"{milliseconds(before.median_ms)} -> {milliseconds(after.median_ms)}"
             yield "latency", f"{times} (x {after.ratio:.3f}{slower})"
+            if found.latency.unstable is not None:
+                yield "", found.latency.unstable
         if found.output_error is not None:
             bound = "" if found.output_bound is None else f", {found.output_bound:g} allowed"
             yield "output error", f"{three_digits(found.output_error.worst)}{bound}"

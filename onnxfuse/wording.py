@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import floor, log10
 
 
 def printable(text: object) -> str:
@@ -48,8 +49,8 @@ def in_macs(value: float | None) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """A time in milliseconds."""
-    return f"{value:.3g} ms"
+    """A time in milliseconds with four digits: two of them have the ratio that is printed beside them."""
+    return f"{value:.{max(0, 3 - floor(log10(value)))}f} ms"
 
 
 def _scaled(value: float, units: Sequence[str]) -> str:

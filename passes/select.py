@@ -360,11 +360,8 @@ class Select(Pass):
             progress=context.progress,
         )
         fast = [curve.at(times[curve.group]) for curve in curves if curve.group in times]
-        base = (
-            latency_module.latency([model], context.runtime, sample, seconds=2.0, seed=context.seed)
-            .timings[0]
-            .median_ms
-        )
+        alone = latency_module.latency([model], context.runtime, sample, seed=context.seed)
+        base = alone.timings[0].median_ms
         total = budget.latency_total(times, base)
         goal, reached = share, 1.0
         for _ in range(LATENCY_ATTEMPTS):
@@ -374,17 +371,21 @@ class Select(Pass):
                 chosen = {curve.group: curve.widths[-1] for curve in fast}
             trial = model.copy()
             take(trial, self._choice(chosen, reading), by=self.name)
-            timing = latency_module.latency(
-                [model, trial], context.runtime, sample, repeats=400, seconds=3.0, seed=context.seed
-            ).timings[1]
+            measured = latency_module.latency([model, trial], context.runtime, sample, seed=context.seed)
+            timing = measured.timings[1]
+            context.journal("select latency", goal=goal, measured=timing.ratio, unstable=measured.unstable)
+            if measured.unstable is not None:
+                continue
             reached = min(reached, timing.ratio)
-            context.journal("select latency", goal=goal, measured=timing.ratio)
             if timing.ratio_high <= share:
-                note = f"latency is {timing.ratio:.3g} of what it was (at most {share:g} was asked for)"
+                left = latency_module.interval_text(timing)
+                note = f"latency is {left} of what it was (at most {share:g} was asked for)"
                 return SearchResult(self._cut(model, chosen, reading, context), [note])
             if narrowest:
                 break
             goal *= min(0.99 * share / timing.ratio, 0.98)
+        if measured.unstable is not None:
+            raise VerificationError(f"a latency of {share:g} can't be decided: {measured.unstable}")
         raise VerificationError(
             f"a latency of {share:g} can't be met: the best that was measured is {reached:.3g}"
         )

@@ -1,7 +1,8 @@
 """Its place puts this folder on the path of every test below it, for `nets`."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,9 +14,32 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 # in the checkout, passes/ is not in its place.
 os.environ["PYTHONSAFEPATH"] = "1"
 
+# What is imported and collected stays to the end: the garbage collector need not go through it every time.
+gc.disable()
+
 import onnx  # noqa: E402
 import pytest  # noqa: E402
 from runs import network  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_timings() -> Iterator[None]:
+    """Latencies from four blocks of a moment each, with wide intervals: nothing that a test says of
+    other things may depend on how busy the machine is."""
+    from onnxfuse.runtime import latency
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"BLOCKS": 4, "LEAST_BLOCKS": 4, "MOST_ROUNDS": 2}.items():
+            patch.setattr(latency, name, value)
+        patch.setattr(latency, "READING_SECONDS", 1e-9)
+        for name in ("CONFIDENCE", "CONTROL_CONFIDENCE"):
+            patch.setattr(latency, name, 0.9999)
+        yield
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from onnxfuse.findings import Change, Prediction
 from onnxfuse.ir.model import Model
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.results import Result
+from onnxfuse.runtime.latency import Control, Latency, Timing
 
 RANDOM = np.random.default_rng(3)
 W1 = RANDOM.standard_normal((6, 16)).astype(np.float32)
@@ -51,6 +52,13 @@ def held_out(model: Path) -> tuple[np.ndarray, np.ndarray]:
     calibration = Calibration.open({"x": X, "labels": LABELS}, Model.load(model))
     batches = list(calibration.held_out)
     return np.concatenate([b.feed["x"] for b in batches]), np.concatenate([b.labels for b in batches])
+
+
+def timed(ratio: float) -> Latency:
+    """A measurement that found a millisecond and so many times as much, without a doubt."""
+    timings = [Timing(t, (t, t), t, t, t) for t in (1.0, ratio)]
+    control = Control(1.0, 0.99, 1.01)
+    return Latency(tuple(timings), control, 16, 100, ("CPUExecutionProvider",), 1, "thread", 1.0, None)
 
 
 class Scale(Pass):

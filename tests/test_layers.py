@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,9 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in (*ROOT.glob("onnxfuse/**/*.py"), *ROOT.glob("passes/*.py"))}
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
+def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
     """The modules of onnxfuse that a file imports, wherever it does."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "onnxfuse")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "onnxfuse":
@@ -67,8 +68,16 @@ def layer(module: str) -> str:
     return (*module.split("."), "__init__")[1]
 
 
-TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
-GRAPH = {name: sorted(set(imports(tree))) for name, tree in TREES.items()}
+@cache
+def nodes() -> dict[str, list[ast.AST]]:
+    """The nodes of every module's syntax tree."""
+    return {name: list(ast.walk(ast.parse(path.read_text()))) for name, path in MODULES.items()}
+
+
+@cache
+def graph() -> dict[str, list[str]]:
+    """The modules that each module imports."""
+    return {name: sorted(set(imports(found))) for name, found in nodes().items()}
 
 
 def upward(graph: dict[str, list[str]]) -> list[str]:
@@ -104,11 +113,11 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_imports_go_downward() -> None:
-    assert upward(GRAPH) == []
+    assert upward(graph()) == []
 
 
 def test_no_circles() -> None:
-    assert circles(GRAPH) == []
+    assert circles(graph()) == []
 
 
 @pytest.mark.parametrize(
@@ -122,7 +131,7 @@ def test_no_circles() -> None:
     ],
 )
 def test_an_upward_import_is_seen_wherever_it_hides(text: str) -> None:
-    assert upward({"onnxfuse.ir.model": list(imports(ast.parse(text)))}) != []
+    assert upward({"onnxfuse.ir.model": list(imports(ast.walk(ast.parse(text))))}) != []
 
 
 def test_a_circle_is_seen() -> None:
@@ -131,8 +140,8 @@ def test_a_circle_is_seen() -> None:
 
 def test_no_module_is_relative() -> None:
     """Relative imports would hide from the tests above."""
-    for name, tree in TREES.items():
-        assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level], name
+    for name, found in nodes().items():
+        assert not [node for node in found if isinstance(node, ast.ImportFrom) and node.level], name
 
 
 def test_every_package_is_installed() -> None:
@@ -153,8 +162,8 @@ def test_modules_are_short() -> None:
 
 def test_functions_are_short() -> None:
     long = {}
-    for name, tree in TREES.items():
-        for node in ast.walk(tree):
+    for name, found in nodes().items():
+        for node in found:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
                 lines = (body[-1].end_lineno or 0) - body[0].lineno + 1

@@ -19,7 +19,7 @@ def test_numbers() -> None:
     assert [in_macs(value) for value in (None, 160, 71_450, 2_010_000)] == ["?", "160", "71.5 k", "2.01 M"]
     assert [counted(number, "node") for number in (0, 1, 1200)] == ["0 nodes", "1 node", "1,200 nodes"]
     assert counted(2, "batch", "batches") == "2 batches"
-    assert (three_digits(0.092834), milliseconds(0.1923)) == ("0.0928", "0.192 ms")
+    assert (three_digits(0.092834), milliseconds(0.1923)) == ("0.0928", "0.1923 ms")
 
 
 def test_names() -> None:

@@ -22,12 +22,12 @@ from onnxfuse.errors import OnnxfuseError
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.progress import NoProgress, Progress
-from onnxfuse.runtime.latency import interleaved
+from onnxfuse.runtime.latency import timed_block
 from onnxfuse.runtime.observe import TappedModel
 from onnxfuse.runtime.session import Runtime
 
-REPEATS, SECONDS = 100, 1.5
-"""Rounds of one neighborhood at all its widths, and how long they may take together."""
+BLOCKS = 4
+"""Blocks (`runtime.latency`) in which one neighborhood is timed at all its widths."""
 
 FASTER = 0.985
 """A width counts as faster than a larger one if it takes at most this share of its time."""
@@ -136,7 +136,7 @@ def _timed(
     runtime: Runtime,
     seed: int,
 ) -> dict[int, float]:
-    runs = []
+    cuts = []
     for width in widths:
         cut = model.copy()
         take(cut, {group: np.arange(width)})
@@ -150,8 +150,10 @@ def _timed(
         given = {
             name: computed[name] if name in numbers else _taken(cut, name, values[name]) for name in inputs
         }
-        runs.append(runtime.session(cut.extract(inputs, around.outputs)).bind(given).run)
-    times = np.median(interleaved(runs, repeats=REPEATS, seconds=SECONDS, seed=seed), axis=0) / 1e6
+        cuts.append((cut.extract(inputs, around.outputs), given))
+    random = np.random.default_rng(seed)
+    medians = [timed_block(cuts, runtime, random).medians for _ in range(BLOCKS)]
+    times = np.exp(np.log(medians).mean(axis=0)) / 1e6
     found: dict[int, float] = {}
     for width, time in zip(widths, times.tolist(), strict=True):
         if not found or time <= FASTER * min(found.values()):

@@ -23,7 +23,9 @@ Calib = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows in a batch.")]
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: auto, cpu, cuda, ...")]
-Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; default all cores.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Threads; default all cores, and one for latency.")
+]
 Rate = Annotated[
     float | None,
     typer.Option("--lr", metavar="X", help="The highest learning rate; default 0.0001, of sgd 0.001."),

@@ -26,7 +26,6 @@ from onnxfuse.verification.promises import Promise
 
 if TYPE_CHECKING:
     from onnxfuse.ir.model import Feed, Model
-    from onnxfuse.runtime.latency import Timing
     from onnxfuse.verification.records import Comparison
 
 
@@ -138,7 +137,8 @@ def _verified(
         reason = broken
         if broken is None:
             timed = latency([first, second], runtime, few_rows(first, batches, 1), seed=seed)
-            reason = _slowness(timed.timings[1], wanted.max_latency, allowed.confidence is not None)
+            surely = allowed.confidence is not None
+            reason = timed.over(wanted.max_latency, "--max-latency", surely=surely)
         promises.append(_promise(f"latency at most {wanted.max_latency:g}", reason))
     return VerifyResult(
         promises=tuple(promises),
@@ -172,22 +172,6 @@ def _bounded(
         for output in comparison.outputs
     )
     return replace(comparison, outputs=outputs), found.over(max_error, "the allowed")
-
-
-def _slowness(found: Timing, allowed: float, by_bound: bool) -> str | None:
-    """Why a latency is too long, or can't be told to be short enough; None if it is.
-
-    Args:
-        found: beside the reference.
-        allowed: how many times the reference's.
-        by_bound: whether the whole interval must keep to it, or the median itself.
-    """
-    if (found.ratio_high if by_bound else found.ratio) <= allowed:
-        return None
-    return (
-        f"the latency is {found.ratio:.3g} times the reference's (95 % interval {found.ratio_low:.3g} to "
-        f"{found.ratio_high:.3g}), not at most --max-latency {allowed:g}"
-    )
 
 
 def diff(

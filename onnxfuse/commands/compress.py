@@ -38,13 +38,14 @@ from onnxfuse.ir.file_size import FileSize, file_size
 from onnxfuse.ops.finite import check_finite
 from onnxfuse.pipeline import recipe as recipes
 from onnxfuse.pipeline.base import Context, Pass
-from onnxfuse.pipeline.instruments import Dumps, Instrument, JournalFile
+from onnxfuse.pipeline.instruments import Dumps, Instrument, JournalFile, LatencyControl
 from onnxfuse.pipeline.manager import PassManager
 from onnxfuse.pipeline.recipe import Passes, RecipeSettings
 from onnxfuse.pipeline.records import Outcome
 from onnxfuse.progress import NoProgress
 from onnxfuse.report.files import check_folder, write_report
 from onnxfuse.results import Report, Result
+from onnxfuse.runtime.latency import Stopwatch, interval_text
 from onnxfuse.runtime.session import Runtime
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def compress(
             on from the last with goals (merge:layers, prune:amount, ...) that come nearer to the whole one
             (`onnxfuse.pipeline.schedule`). Passes without such a goal run in the first turn only if they come
             before the first that has one, else in every turn. The epochs are those of all turns together.
-        provider, threads: of ONNX Runtime.
+        provider, threads: of ONNX Runtime; without `threads` it has all cores, and one for timings.
         seed: of everything random; None is 0.
         report: folder for `report.json` and `report.txt`; written for a failed run, too.
         dump: folder for the model after every pass, and a journal.
@@ -229,15 +230,16 @@ class _Run:
         trained = any(turn.training is not None for turn in self.turns)
         # Where training follows, the bound is on what it leaves: the passes don't hear of it.
         context = replace(self.context, max_error=None) if trained else self.context
+        watch = Stopwatch(context.original, context.runtime, self.sample, seed=context.seed)
         target = None if self.dry else self.output
         trainer = Trainer(self.turns, context, None if target is None else checkpoint_of(target))
-        outcome = PassManager([pass_ for turn in self.turns for pass_ in turn.passes], instruments).run(
-            context.original, context, trainer.between
-        )
+        passes = [pass_ for turn in self.turns for pass_ in turn.passes]
+        manager = PassManager(passes, [LatencyControl(watch), *instruments])
+        outcome = manager.run(context.original, context, trainer.between)
         _raise_input_errors(outcome)
         model = trainer.finish(outcome)
         verdict = trainer.refusal or conclude(
-            outcome, model, bool(trainer.tails), self.context, self.scorer, self.sample
+            outcome, model, bool(trainer.tails), self.context, self.scorer, watch
         )
         written = None
         if verdict.exit_code == 0:
@@ -301,11 +303,9 @@ def _warnings(run: _Run, done: _Done) -> tuple[str, ...]:
     if run.context.calibration.refitted:
         found.append(REFITTED)
     if verdict.latency is not None and verdict.slower:
-        timing = verdict.latency.timings[1]
-        found.append(
-            f"{SLOWER}: {timing.ratio:.2f} times its latency "
-            f"(95% interval {timing.ratio_low:.2f} to {timing.ratio_high:.2f})"
-        )
+        found.append(f"{SLOWER}: latency {interval_text(verdict.latency.timings[1])}")
+    if verdict.latency is not None and verdict.latency.unstable is not None:
+        found.append(f"latency {verdict.latency.unstable}: measure again when less else runs")
     if run.scorer.note:
         found.append(run.scorer.note)
     if verdict.metric is not None and verdict.metric.note is not None:

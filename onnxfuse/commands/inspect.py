@@ -147,7 +147,7 @@ def _cost(model: Model, feed: Feed | None, runtime: Runtime) -> tuple[Feed | Non
 
 
 def _latency(model: Model, feed: Feed | None, runtime: Runtime) -> Latency | None:
-    return None if feed is None else latency([model], runtime, feed, repeats=50, seconds=3.0)
+    return None if feed is None else latency([model], runtime, feed, seconds=1.0)
 
 
 def _criterion(name: str | None, heads: bool, plot: PathOrText | None) -> Criterion | None:

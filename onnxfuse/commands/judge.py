@@ -12,7 +12,6 @@ import numpy as np
 from onnxfuse.errors import InputError, NotApplicableError, VerificationError
 from onnxfuse.numerics.significance import CONFIDENCE, paired_difference
 from onnxfuse.pipeline.base import Contract
-from onnxfuse.runtime.latency import latency
 from onnxfuse.verification import compare
 from onnxfuse.verification.metrics import (
     BY_ORIGINAL,
@@ -25,17 +24,15 @@ from onnxfuse.verification.metrics import (
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import BatchStream
-    from onnxfuse.ir.model import Feed, Model
+    from onnxfuse.ir.model import Model
     from onnxfuse.pipeline.base import Context
     from onnxfuse.pipeline.records import Outcome, StepReport
-    from onnxfuse.runtime.latency import Latency
+    from onnxfuse.runtime.latency import Latency, Stopwatch
     from onnxfuse.runtime.session import Runtime, Session
     from onnxfuse.verification.records import OutputError
 
-_TIMED_ROUNDS, _TIMED_SECONDS, _TIMED_ATTEMPTS = 1000, 4.0, 3
 _DEFAULT_METRIC = "top1"
 _RATIO = 10  # of latencies, which nobody means to allow
-_SAME_LATENCY = 1.01  # what two sessions of one model may differ by
 
 
 Confidence = float | str | None
@@ -223,11 +220,11 @@ class Verdict:
     @property
     def slower(self) -> bool:
         """Whether the result takes longer than the original, beyond what chance explains."""
-        return self.latency is not None and _is_slower(self.latency)
+        return self.latency is not None and self.latency.slower
 
 
 def conclude(
-    outcome: Outcome, result: Model, trained: bool, context: Context, scorer: Scorer, sample: Feed
+    outcome: Outcome, result: Model, trained: bool, context: Context, scorer: Scorer, watch: Stopwatch
 ) -> Verdict:
     """The verdict on a finished run.
 
@@ -237,13 +234,14 @@ def conclude(
         trained: whether it was trained.
         context: the original, the samples and the budget that the whole run is held to.
         scorer: of the metric.
-        sample: what latency is taken at.
+        watch: times the result, half before the other checks and half after them.
     """
     failed = next((step for step in outcome.steps if not step.committed), None)
     if failed is not None:
         return Verdict(failed.exit_code, f"pass '{failed.name}': {failed.reason}")
     if not is_changed(outcome.steps):
         return Verdict(NotApplicableError.exit_code, _idle(outcome.steps))
+    watch.measure(result, part=0.5)
     try:
         error = _whole_error(outcome, result, trained, context)
     except VerificationError as failure:
@@ -253,8 +251,8 @@ def conclude(
     reason = _over_budget(error, context, scores)
     if reason is not None:
         return Verdict(VerificationError.exit_code, reason, error, scores)
-    timed = _timed([context.original, result], context, sample)
-    return Verdict(0, None, error, scores, timed)
+    watch.measure(result, part=0.5)
+    return Verdict(0, None, error, scores, watch.latency())
 
 
 def _idle(steps: Sequence[StepReport]) -> str:
@@ -289,22 +287,3 @@ def _over_budget(error: OutputError | None, context: Context, scores: MetricChan
 def is_changed(steps: Sequence[StepReport]) -> bool:
     """Whether all passes were committed and some has changed the model."""
     return all(step.committed for step in steps) and any(step.changes for step in steps)
-
-
-def _timed(models: Sequence[Model], context: Context, sample: Feed) -> Latency:
-    """Latency of the original and the result; one that says "slower" counts if it can be repeated.
-
-    Two sessions of one model differ by up to a percent, and a busy machine can favor one for a while: both
-    look like a difference in a single measurement.
-    """
-    for _ in range(_TIMED_ATTEMPTS):
-        found = latency(
-            models, context.runtime, sample, repeats=_TIMED_ROUNDS, seconds=_TIMED_SECONDS, seed=context.seed
-        )
-        if not _is_slower(found):
-            break
-    return found
-
-
-def _is_slower(found: Latency) -> bool:
-    return found.timings[1].ratio_low > _SAME_LATENCY

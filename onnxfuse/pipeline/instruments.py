@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxfuse.pipeline.base import Pass
     from onnxfuse.pipeline.records import StepReport
     from onnxfuse.progress import Advance
+    from onnxfuse.runtime.latency import Stopwatch
 
 
 class Instrument:
@@ -151,6 +152,23 @@ class JournalFile(Instrument):
 
     def finished(self) -> None:
         self._file.close()
+
+
+class LatencyControl(Instrument):
+    """Times the original against itself before the first pass and between passes: how the machine drifts over
+    the run belongs to the interval of a latency."""
+
+    def __init__(self, watch: Stopwatch, most: int = 4) -> None:
+        """Takes blocks with `watch`, `most` of them at most, evenly spread over the passes."""
+        self._watch, self._most = watch, most
+        self._every = 1
+
+    def started(self, passes: Sequence[Pass], model: Model) -> None:
+        self._every = -(-len(passes) // self._most)
+
+    def before(self, index: int, pass_: Pass, model: Model) -> None:
+        if (index - 1) % self._every == 0:
+            self._watch.control()
 
 
 def json_value(value: Any) -> Any:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from onnxfuse.report.compress_view import latency_rows
 from onnxfuse.report.retrain_view import metric_row
 from onnxfuse.report.tables import SHOWN, fact_table, heading, make_table, more, paragraph
 from onnxfuse.results import cost_rows
-from onnxfuse.wording import counted, milliseconds, printable, shortened, three_digits
+from onnxfuse.wording import counted, printable, shortened, three_digits
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,9 +46,8 @@ def _figures(result: VerifyResult) -> Table:
     if result.metric is not None:
         table.add_row(*metric_row(result.metric))
     if result.latency is not None:
-        a, b = result.latency.timings
-        said = f"x {b.ratio:.3f} (95%: {b.ratio_low:.3f} to {b.ratio_high:.3f})"
-        table.add_row("latency", milliseconds(a.median_ms), milliseconds(b.median_ms), said)
+        for row in latency_rows(result.latency, result.latency.slower):
+            table.add_row(*row)
     return table
 
 

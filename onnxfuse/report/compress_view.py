@@ -11,6 +11,7 @@ from onnxfuse.report.explain_view import changes_view, skips_view
 from onnxfuse.report.retrain_view import metric_row, retraining_view
 from onnxfuse.report.tables import SHOWN, fact_table, heading, make_table, more, paragraph, runtime_fact
 from onnxfuse.results import cost_rows
+from onnxfuse.runtime.latency import interval_text
 from onnxfuse.wording import counted, in_bytes, milliseconds, printable, shortened, three_digits
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def compress_view(
 def _run_facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "model", printable(report.model or "in memory")
     yield "samples", printable(report.samples.description)
-    yield runtime_fact(report)
+    yield runtime_fact(report, report.latency)
 
 
 def _steps(steps: Sequence[StepReport]) -> Table:
@@ -104,7 +105,8 @@ def _costs(report: Report) -> Table:
         for key, sizes in _file_rows(*report.files):
             table.add_row(key, *map(in_bytes, sizes), f"x {sizes[1] / sizes[0]:.3f}")
     if report.latency is not None:
-        table.add_row(*_latency_row(report.latency, report.slower))
+        for row in latency_rows(report.latency, report.slower):
+            table.add_row(*row)
     if report.metric is not None:
         table.add_row(*metric_row(report.metric))
     return table
@@ -116,12 +118,16 @@ def _file_rows(before: FileSize, after: FileSize) -> Iterator[tuple[str, tuple[i
         yield "gzipped", (before.gzipped, after.gzipped)
 
 
-def _latency_row(latency: Latency, slower: bool) -> tuple[str, str, str, Text]:
+def latency_rows(latency: Latency, slower: bool) -> Iterator[tuple[str, str, str, Text]]:
+    """The latency of both models, and what the original differs from itself."""
     before, after = latency.timings
-    interval = f"x {after.ratio:.3f} (95%: {after.ratio_low:.3f} to {after.ratio_high:.3f})"
-    verdict = f"{interval} SLOWER" if slower else interval
+    verdict = f"{interval_text(after)} SLOWER" if slower else interval_text(after)
     times = milliseconds(before.median_ms), milliseconds(after.median_ms)
-    return "latency", *times, Text(verdict, style="red" if slower else "")
+    yield "latency", *times, Text(verdict, style="red" if slower else "")
+    control = latency.control
+    itself = f"x {control.ratio:.3f} (99%: {control.low:.3f} to {control.high:.3f})"
+    shown = itself if latency.unstable is None else f"{itself}; {latency.unstable}"
+    yield "  A/A control", "", "", Text(shown, style="" if latency.unstable is None else "red")
 
 
 def _output_errors(report: Report) -> Iterator[RenderableType]:

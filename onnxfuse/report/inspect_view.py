@@ -56,7 +56,7 @@ def _header(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.latency is not None:
         timing, threads = found.latency.timings[0], counted(found.latency.threads, "thread")
         provider = found.latency.providers[0].removesuffix("ExecutionProvider")
-        low, high = (f"{value:.3g}" for value in timing.quartiles_ms)
+        low, high = (f"{value:.4g}" for value in timing.quartiles_ms)
         yield "latency", f"{milliseconds(timing.median_ms)} ({low} to {high}), {provider}, {threads}"
 
 

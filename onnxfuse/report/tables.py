@@ -20,6 +20,7 @@ from onnxfuse.wording import counted, printable, shortened
 
 if TYPE_CHECKING:
     from onnxfuse.results import Report, RetrainReport
+    from onnxfuse.runtime.latency import Latency
 
 WIDTH = 80
 SHOWN = 10
@@ -105,7 +106,11 @@ def more(shown: int, total: int, indent: int = 0) -> Iterator[RenderableType]:
         yield paragraph(f"and {total - shown:,} more", indent)
 
 
-def runtime_fact(report: Report | RetrainReport) -> tuple[str, str]:
-    """The provider, the threads and the seed of a run, as a row of `fact_table`."""
+def runtime_fact(report: Report | RetrainReport, latency: Latency | None = None) -> tuple[str, str]:
+    """The provider, the threads (of `latency`, too, if it had others) and the seed of a run, as a row of
+    `fact_table`."""
     provider = report.providers[0].removesuffix("ExecutionProvider")
-    return "runtime", f"{provider}, {counted(report.threads, 'thread')}, seed {report.seed}"
+    own = ""
+    if latency is not None and latency.threads != report.threads:
+        own = f" ({latency.threads} for latency)"
+    return "runtime", f"{provider}, {counted(report.threads, 'thread')}{own}, seed {report.seed}"

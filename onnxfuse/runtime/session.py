@@ -49,7 +49,7 @@ class Runtime:
 
         Args:
             provider: "auto" is CUDA where a session really gets it, else CPU; or a name: "cpu", "cuda", ...
-            threads: of one operator on the CPU; None takes `available_cores()`.
+            threads: of one operator on the CPU; None takes `available_cores()`, and one for timings.
             device_id: which GPU.
 
         Raises:
@@ -58,6 +58,7 @@ class Runtime:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}")
         self.threads = threads or available_cores()
+        self.timing_threads = threads or 1
         self.device_id = device_id
         self._provider = self._choose(provider)
         self.providers = (
@@ -230,10 +231,12 @@ class Bound:
             for name in outputs:
                 self._binding.bind_output(name, device, device_id)
 
-    def run(self) -> None:
-        """Run once and wait for the outputs. Raises NotApplicableError where ONNX Runtime fails."""
+    def run(self, times: int = 1) -> None:
+        """Run, once or several times, and wait for the outputs. Raises NotApplicableError where ONNX Runtime
+        fails."""
         with failing_clearly():
-            self._session.run_with_iobinding(self._binding)
+            for _ in range(times):
+                self._session.run_with_iobinding(self._binding)
 
     def fetch(self) -> Feed:
         """The outputs of the last run by name, on the host."""

@@ -1,8 +1,6 @@
-"""Counts against numbers worked out by hand, and latency statistics against times that are made up."""
+"""Counts against numbers worked out by hand."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -12,10 +10,7 @@ from nets import RUNTIME
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxfuse.analysis.cost import Cost, count, dimension_sizes, measure
-from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Model
-from onnxfuse.runtime.latency import latency, timings_from
-from onnxfuse.runtime.session import Runtime
 
 
 def parsed(text: str, **weights: np.ndarray) -> Model:
@@ -196,69 +191,6 @@ def test_quantised_weights_are_parameters_and_take_a_byte() -> None:
     }"""
     found = measure(parsed(text, w=np.zeros((4, 3), np.int8), s=np.float32(1)), {"x": zeros(2, 4)}, RUNTIME)
     assert (found.parameters, found.bytes) == (13, 16)
-
-
-# --- latency ------------------------------------------------------------------------------------------------
-
-
-def test_ratios_are_taken_round_by_round() -> None:
-    random = np.random.default_rng(0)
-    load = random.lognormal(0, 1, size=(200, 1))  # what else the machine does, the same for all in a round
-    times = 1e6 * load * np.array([[1.0, 0.5, 2.0]]) * random.lognormal(0, 0.02, size=(200, 3))
-    first, half, double = timings_from(times)
-    assert first.ratio == first.ratio_low == first.ratio_high == 1
-    assert half.ratio == pytest.approx(0.5, rel=0.01)
-    assert half.ratio_low < half.ratio < half.ratio_high
-    assert half.ratio_high - half.ratio_low < 0.01
-    assert double.ratio_quartiles[0] < double.ratio < double.ratio_quartiles[1]
-    assert first.median_ms == pytest.approx(np.median(times[:, 0]) / 1e6)
-    assert first.quartiles_ms[0] < first.median_ms < first.quartiles_ms[1]
-
-
-def test_a_few_hiccups_do_not_move_the_ratio() -> None:
-    times = np.full((50, 2), 1e6)
-    times[::10, 1] = 1e9
-    assert timings_from(times)[1].ratio == 1
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    random = np.random.default_rng(1)
-    covered = 0
-    for trial in range(200):
-        times = np.stack([np.ones(60), random.lognormal(0, 0.3, 60)], axis=1)
-        found = timings_from(times, seed=trial, resamples=400)[1]
-        covered += found.ratio_low <= 1 <= found.ratio_high
-    assert 180 <= covered <= 200
-
-
-def test_latency_of_a_heavier_model_is_higher() -> None:
-    runtime = Runtime("cpu", threads=1)
-    text = "m (float[64,256] x) => (float[64,256] y) {{ {} }}"
-    light = parsed(text.format("y = MatMul(x, w)"), w=zeros(256, 256))
-    chain = ["x", *(f"h{i}" for i in range(7)), "y"]
-    steps = " ".join(f"{b} = MatMul({a}, w)" for a, b in pairwise(chain))
-    heavy = parsed(text.format(steps), w=zeros(256, 256))
-    found = latency([light, heavy], runtime, {"x": zeros(64, 256)}, repeats=30, seconds=5)
-    assert found.rounds == 30
-    assert found.timings[1].ratio_low > 3
-    assert found.timings[1].median_ms > found.timings[0].median_ms > 0
-    assert found.providers == ("CPUExecutionProvider",)
-
-
-def test_latency_stops_in_time_but_not_before_three_rounds() -> None:
-    runtime = Runtime("cpu", threads=1)
-    model = parsed("m (float[4] x) => (float[4] y) { y = Abs(x) }")
-    assert latency([model], runtime, {"x": zeros(4)}, repeats=10**9, seconds=0).rounds == 3
-    assert latency([model], runtime, {"x": zeros(4)}, repeats=5, seconds=60).rounds == 5
-
-
-def test_latency_refuses_what_cannot_be_timed() -> None:
-    runtime = Runtime("cpu", threads=1)
-    with pytest.raises(InputError, match="no model"):
-        latency([], runtime, {})
-    model = parsed("m (float[4] x) => (float[4] y) { y = Abs(x) }")
-    with pytest.raises(InputError, match="no input 'z'"):
-        latency([model], runtime, {"z": zeros(4)})
 
 
 def test_a_dimension_that_only_the_output_names_is_told_by_a_run() -> None:

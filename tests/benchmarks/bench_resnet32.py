@@ -8,7 +8,7 @@ trained. The drop is in points (hundredths), with the 95% interval of a paired b
 images and McNemar's p; `mark` is the drop allowed, `known` the drop that a shared-order prototype had
 (ranking by output change, sequential fit, downstream refit).
 
-Latency is the median ratio to the original with its 95% bootstrap interval, all networks interleaved in
+Latency is the median ratio to the original with its 95% interval, all networks interleaved in
 one run, one thread. `x plain` is the whole compress, checks and its own latency measurement included, as
 a multiple of plain inference over the calibration images with the same threads.
 """
@@ -88,7 +88,6 @@ def main() -> None:
             [original, *models],
             Runtime("cpu", TIMED_THREADS),
             {name: np.ascontiguousarray(inputs[:size])},
-            repeats=1000,
             seconds=timed * len(models),
         )
         for size in (1, 64)

@@ -5,8 +5,8 @@
 
 A step is forward, loss, backward and an AdamW step, at a batch size for which the native module takes some
 50 ms on one thread. Native module and imports (one for each of torch's exporters) take turns; a ratio is
-the median over rounds, with its 95% interval. Then: torch.compile with one graph, forward and backward;
-torch.export with a dynamic batch; deepcopy; the state_dict through a file.
+of medians of blocks of rounds, with its 95% interval. Then: torch.compile with one graph, forward and
+backward; torch.export with a dynamic batch; deepcopy; the state_dict through a file.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ STEP = 0.05
 
 MOST = 256
 THREADS = (1, 2)
-ROUNDS, QUICK_ROUNDS = 40, 3
+ROUNDS, QUICK_ROUNDS, BLOCKS = 40, 3, 8
 CHECKS = ("compile", "export", "deepcopy", "state")
 
 
@@ -144,7 +144,8 @@ def timed(
     for number in range(rounds):
         for index in random.permutation(len(steps)):
             times[number, index] = 1e9 * seconds(steps[index])
-    timings: Sequence[Timing] = timings_from(times)
+    blocks = np.array([np.median(part, axis=0) for part in np.array_split(times, min(rounds, BLOCKS))])
+    timings: Sequence[Timing] = timings_from(blocks)
     return {name: asdict(timing) for name, timing in zip(("native", *modules), timings, strict=True)}
 
 

@@ -14,7 +14,7 @@ size and SHA-256, of reports and journals the content. All thirteen passes run, 
 Commands go through `python -m onnxfuse` of the interpreter that runs this script, outside any checkout. The
 script needs nothing of onnxfuse but that it is installed: one checkout's script can record another's code.
 
-Times are masked, and what follows from them: the keys `MASKED`, in text the places `TIMES`, and the warning
+Times are masked, and what follows from them: the keys `MASKED`, in text the places `TIMES`, and the warnings
 `SLOWER`. Everything else must be equal to the last bit. A snapshot holds for one machine and one set of
 packages: float sums differ between processors and between versions of ONNX Runtime, NumPy and torch.
 """
@@ -79,11 +79,12 @@ MASKED = {
 """Keys of reports whose values are masked, wherever they are; null stays null."""
 
 MASKED_IN_JOURNALS = {**MASKED, "at": "seconds since the start of the run"}
-SLOWER = re.compile(r"SLOWER THAN THE ORIGINAL: [\d.]+ times its latency")
-"""A warning that is left out, on stderr and in reports."""
+SLOWER = re.compile(r"SLOWER THAN THE ORIGINAL: latency|latency unstable: ")
+"""Warnings that are left out, on stderr and in reports."""
 
 TIMES = (
     re.compile(r"^latency +(\S.*)$"),
+    re.compile(r"^  A/A control +(\S.*)$"),
     re.compile(r"^ *\w+ +(?:exact|approximate|masked) .* (\d+\.\d)$"),  # seconds of a pass
     re.compile(r"^ +\d+ .* (\d+\.\d)(?: +(?:best|start))?$"),  # seconds of an epoch
 )

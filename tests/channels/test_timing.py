@@ -14,7 +14,7 @@ from onnxfuse.channels.timing import FASTER, rewarded
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "REPEATS", 3)
+    monkeypatch.setattr(timing, "BLOCKS", 1)
 
 
 @pytest.mark.parametrize("name", CASES)

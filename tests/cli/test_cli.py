@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,6 +20,7 @@ import onnx.parser
 import pytest
 from nets import MLP as TEXT
 from onnx import numpy_helper
+from runs import timed
 
 import onnxfuse
 from onnxfuse.cli.app import main
@@ -29,6 +31,7 @@ from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.report.compress_view import compress_view
 from onnxfuse.report.inspect_view import inspect_view
 from onnxfuse.report.tables import plain_text
+from onnxfuse.runtime.latency import UNSTABLE, Stopwatch
 
 RANDOM = np.random.default_rng(3)
 W1 = RANDOM.standard_normal((6, 16)).astype(np.float32)
@@ -141,18 +144,28 @@ def test_quiet_says_only_what_must_be_said(capsys: Captured) -> None:
 
 
 def test_a_slower_result_is_loud(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxfuse.commands import judge
-    from onnxfuse.runtime.latency import Latency, Timing
-
-    timings = [Timing(t, (t, t), t, t, t, (t, t)) for t in (1.0, 1.5)]
-    latency = Latency(tuple(timings), 10, ("CPUExecutionProvider",), 1)
-    monkeypatch.setattr(judge, "latency", lambda *_, **__: latency)
+    monkeypatch.setattr(Stopwatch, "latency", lambda _: timed(1.5))
     assert main(RUN) == 0
     out, err = capsys.readouterr()
+    assert re.search(r"^latency +1\.000 ms +1\.500 ms +x 1\.500 \(95%: 1\.500", out, re.MULTILINE)
+    assert re.search(r"^  A/A control +x 1\.000 \(99%: 0\.990 to 1\.010\)$", out, re.MULTILINE)
     assert "SLOWER" in out
-    assert err == (
-        "onnxfuse: warning: SLOWER THAN THE ORIGINAL: 1.50 times its latency (95% interval 1.50 to 1.50)\n"
-    )
+    assert err == ("onnxfuse: warning: SLOWER THAN THE ORIGINAL: latency x 1.500 (95%: 1.500 to 1.500)\n")
+
+
+def test_a_busy_machine_is_loud(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    unstable = replace(timed(1.5), unstable=f"{UNSTABLE} (for a reason)")
+    monkeypatch.setattr(Stopwatch, "latency", lambda _: unstable)
+    assert main([*RUN, "--report", "report"]) == 0
+    out, err = capsys.readouterr()
+    assert "SLOWER" not in out
+    assert " ".join(out.split()).count("unstable: machine busy (for a reason)") == 1
+    said = "latency unstable: machine busy (for a reason): measure again when less else runs"
+    assert err == f"onnxfuse: warning: {said}\n"
+    found = json.loads(Path("report/report.json").read_text())
+    assert found["latency"]["unstable"] == "unstable: machine busy (for a reason)"
+    assert found["latency"]["control"] == {"ratio": 1.0, "low": 0.99, "high": 1.01}
+    assert found["slower"] is False
 
 
 def test_verbose_lists_changes(capsys: Captured) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -16,6 +15,9 @@ from runs import W1, W2, X, compress, network, reference
 from onnxfuse import InputError, VerifyResult, diff, verify
 from onnxfuse.commands import compare
 from onnxfuse.commands.loading import MADE_UP
+from onnxfuse.report.compare_view import verify_view
+from onnxfuse.report.tables import plain_text
+from onnxfuse.runtime.latency import Control, Latency, Timing
 
 
 def test_verify(path: Path) -> None:
@@ -57,16 +59,23 @@ def test_promises(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert same.passed  # the noise floor has proved it, whatever the number of samples
 
 
-@pytest.mark.parametrize(("confidence", "passed"), [(None, False), ("none", True)])
+@pytest.mark.parametrize(
+    ("confidence", "unstable", "passed"), [(None, None, False), ("none", None, True), ("none", "busy", False)]
+)
 def test_latency_is_promised(
-    confidence: str | None, passed: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+    confidence: str | None, unstable: str | None, passed: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timings = [Mock(ratio=1.0), Mock(ratio=0.8, ratio_low=0.7, ratio_high=0.95, median_ms=1.0)]
-    monkeypatch.setattr(compare, "latency", lambda *_, **__: Mock(timings=timings))
+    first, second = Timing(1.0, (1.0, 1.0), 1.0, 1.0, 1.0), Timing(0.8, (0.8, 0.8), 0.8, 0.7, 0.95)
+    control = Control(1.0, 0.99, 1.01)
+    timed = Latency((first, second), control, 1, 1, ("CPUExecutionProvider",), 1, "cpu", None, unstable)
+    monkeypatch.setattr(compare, "latency", lambda *_, **__: timed)
     found = verify(path, path, calib={"x": X}, max_latency=0.9, confidence=confidence)
     assert promised(found)[1:] == [("same", True), ("latency at most 0.9", passed)]
-    if not passed:
-        assert "0.8 times the reference's (95 % interval 0.7 to 0.95)" in str(found.reason)
+    if unstable is None and not passed:
+        assert found.reason == (
+            "latency is x 0.800 (95%: 0.700 to 0.950) of the original's, not surely within --max-latency 0.9"
+        )
+    assert "A/A control" in plain_text(verify_view(found))
 
 
 def test_limits_of_latency(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from channel_cases import sized, zeroed
 from nets import RUNTIME, alone, compute, context, fitted, held, least_squares, net, normal, one_step, weight
+from runs import timed
 
 from onnxfuse import compress
 from onnxfuse.analysis.cost import measure
@@ -23,6 +25,8 @@ from onnxfuse.pipeline.base import Context, Contract, PassResult
 from onnxfuse.pipeline.manager import PassManager
 from onnxfuse.pipeline.recipe import parse_recipe
 from onnxfuse.pipeline.records import StepReport
+from onnxfuse.runtime import latency
+from onnxfuse.runtime.latency import UNSTABLE, Stopwatch
 
 RESIDUAL = """
     a = Conv<pads=[1,1,1,1]>(x, w0, b0)
@@ -279,8 +283,20 @@ def test_a_latency_that_cannot_be_met_is_refused() -> None:
         select(model, ctx, latency=0.01)
 
 
+def test_a_latency_that_a_busy_machine_cannot_tell_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    unstable = replace(timed(0.5), unstable=f"{UNSTABLE} (for a reason)")
+    monkeypatch.setattr(Stopwatch, "latency", lambda _: unstable)
+    model, ctx = mlp()
+    with pytest.raises(
+        VerificationError, match=r"a latency of 0\.9 can't be decided: unstable: machine busy"
+    ):
+        select(model, ctx, latency=0.9)
+
+
 @pytest.mark.slow
-def test_a_latency_budget_is_met() -> None:
+def test_a_latency_budget_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"BLOCKS": 8, "MOST_ROUNDS": 9, "CONFIDENCE": 0.95}.items():
+        monkeypatch.setattr(latency, name, value)
     shapes = sized("w0:256,512 b0:256 w1:1024,256 b1:1024 w2:3,1024 b2:3")
     model = net(MLP, shapes, "float[N,512] x")
     ctx = context(model, {"x": normal(256, 512, seed=3)})
