@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from onnxfuse.analysis.cost import Cost
     from onnxfuse.analysis.layer_similarity import Likeness
     from onnxfuse.analysis.structural_diff import Structure
+    from onnxfuse.analysis.summaries import LinearSummary, RegionSummary
     from onnxfuse.channels.summary import GroupSummary
     from onnxfuse.data.calibration import Samples
     from onnxfuse.findings import Json, Skip
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from onnxfuse.pytorch.training.records import Retraining
     from onnxfuse.runtime.latency import Latency
     from onnxfuse.verification.metrics import MetricChange
+    from onnxfuse.verification.promises import Promise
     from onnxfuse.verification.records import Comparison, Divergence, OutputError
 
 FORMAT = 2
@@ -328,25 +330,47 @@ class RetrainResult(RunResult):
 
 @dataclass(frozen=True, repr=False)
 class VerifyResult(Shown):
-    """The result of `verify`: false if the two models don't compute the same.
+    """The result of `verify`: false if a promise was broken.
 
     Attributes:
-        passed: the verdict.
-        reason: one line why not.
+        promises: what was checked; without any budget that both models compute the same.
         comparison: output by output.
-        divergence: the first tensor that differs, where one does and both models have it.
-        max_error: the relative error allowed; None where the noise floor decided.
-        samples: what both were run on.
+        divergence: the first tensor that differs, where outputs do that should not, and both models have it.
+        max_error: the relative error allowed; None without such a budget.
+        metric: of both; None where none was asked for.
+        latency: of both; None where it was not bounded.
+        samples: `held_out` of them were run; `fitted` were left out, because one of the models was fitted to
+            them.
         warnings: a line each.
     """
 
-    passed: bool
-    reason: str | None
+    promises: tuple[Promise, ...]
     comparison: Comparison
     divergence: Divergence | None
     max_error: float | None
+    metric: MetricChange | None
+    latency: Latency | None
     samples: Samples
     warnings: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all promises were kept."""
+        return self.reason is None
+
+    @property
+    def reason(self) -> str | None:
+        """One line: why the first promise that was broken was; None if all were kept."""
+        return next((promise.reason for promise in self.promises if not promise.passed), None)
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in words: "same" only where nothing but float noise is between the two."""
+        broken = [promise.broken for promise in self.promises if not promise.passed]
+        kept = [
+            promise.name for promise in self.promises[1:]
+        ]  # the first, equal interfaces, goes without saying
+        return ", ".join(dict.fromkeys(broken or kept))
 
     def __bool__(self) -> bool:
         return self.passed
@@ -355,13 +379,18 @@ class VerifyResult(Shown):
         return self, "verify"
 
     def _headline(self) -> str:
-        return "same" if self.passed else f"different: {self.reason}"
+        return self.verdict if self.passed else f"{self.verdict}: {self.reason}"
 
     def _facts(self) -> FactRows:
         yield "samples", self.samples.description
         rule = f"{self.comparison.multiple:g} noise floors"
-        yield "allowed", rule if self.max_error is None else f"a relative error of {self.max_error:g}"
+        names = (promise.name for promise in self.promises[1:])
+        yield "allowed", ", ".join(rule if name == "same" else name for name in names)
         yield from _differences(self.comparison)
+        if self.metric is not None:
+            yield _change(self.metric.name, self.metric.scores)
+        if self.latency is not None:
+            yield "latency", f"x {self.latency.timings[1].ratio:.3f}"
         if self.divergence is not None:
             yield "first difference", str(self.divergence).removeprefix("first at ")
         yield from _warnings(self.warnings)
@@ -375,12 +404,14 @@ class DiffResult(Shown):
         structure: nodes and weights.
         costs: of both, at one sample of the first.
         outputs: None where they could not be compared; a warning says why.
+        samples: as in `VerifyResult`; None where there are none.
         warnings: a line each.
     """
 
     structure: Structure
     costs: tuple[Cost, Cost]
     outputs: Comparison | None
+    samples: Samples | None
     warnings: tuple[str, ...]
 
     def _record(self) -> tuple[Any, str]:
@@ -401,37 +432,6 @@ class DiffResult(Shown):
 
 
 # --- inspect ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LinearSummary:
-    """One operator that multiplies by constant weights. `macs` at the inspected sizes, None where unknown;
-    `share` of the model's."""
-
-    name: str
-    op: str
-    kind: str
-    in_features: int
-    out_features: int
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    groups: int
-    macs: int | None
-    share: float | None
-
-
-@dataclass(frozen=True)
-class RegionSummary:
-    """One region that an affine operator could stand for: its text by
-    `analysis.regions.region.describe_region`, its tensors, and the linear operators inside. Regions nest and
-    overlap, so there are more than can be fused."""
-
-    text: str
-    u: str
-    v: str
-    kind: str
-    linear_ops: int
-    sites: tuple[str, ...]
 
 
 @dataclass(frozen=True, repr=False)

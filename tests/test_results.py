@@ -119,8 +119,8 @@ def test_verified() -> None:
     other = onnxfuse.verify("model.onnx", "other.onnx", calib="data.npz", max_error=0.1)
     assert not other
     first = str(other.divergence).removeprefix("first at ")
-    facts = {"allowed": "a relative error of 0.1", "first difference": first}
-    check(other, f"different: {other.reason}", facts)
+    facts = {"allowed": "within 0.1", "first difference": first}
+    check(other, f"not within 0.1: {other.reason}", facts)
 
 
 def test_compared() -> None:

@@ -8,6 +8,9 @@ import typer
 
 from onnxfuse.cli.options import (
     Calib,
+    Confidence,
+    MaxDrop,
+    Metric,
     ModelFile,
     Rate,
     ReportFolder,
@@ -38,18 +41,14 @@ def compress(
     calib: Calib = None,
     max_error: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Relative error of any output allowed, on held-out samples."),
-    ] = None,
-    max_drop: Annotated[
-        float | None, typer.Option(metavar="D", help="Drop of the metric allowed, on held-out samples.")
-    ] = None,
-    metric: Annotated[
-        str | None,
         typer.Option(
-            metavar="NAME",
-            help="top1, mse, nll or FILE.py:function; default top1 where labels are class numbers.",
+            metavar="X",
+            help="Relative error allowed of any output, on held-out samples: 0.05 is 5 % of its spread.",
         ),
     ] = None,
+    max_drop: MaxDrop = None,
+    metric: Metric = None,
+    confidence: Confidence = None,
     retrain: Annotated[
         str | None,
         typer.Option(
@@ -89,7 +88,8 @@ def compress(
     Examples:
       onnxfuse compress model.onnx --calib samples.npz
       onnxfuse compress model.onnx --passes fold,fuse:max_blocks=4 -o out.onnx
-      onnxfuse compress model.onnx --calib samples.npz --max-drop 0.01 --explain
+      onnxfuse compress model.onnx --calib samples.npz --max-drop 0.01 \\
+        --metric agreement --explain
       onnxfuse compress model.onnx --calib samples.npz --retrain train.npz
       onnxfuse compress model.onnx --passes merge:layers=0.5 --calib samples.npz \\
         --retrain train.npz --schedule exponential:steps=4
@@ -109,6 +109,7 @@ def compress(
             max_error=max_error,
             max_drop=max_drop,
             metric=metric,
+            confidence=confidence,
             retrain=retrain,
             epochs=epochs,
             lr=lr,

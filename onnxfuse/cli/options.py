@@ -38,6 +38,34 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and er
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop",
+        metavar="D",
+        help="Drop of the metric allowed, on held-out samples: 0.01 is one point of top1.",
+    ),
+]
+Confidence = Annotated[
+    str | None,
+    typer.Option(
+        "--confidence",
+        metavar="P|none",
+        help="Of the paired interval that must keep to --max-drop; none: only the change itself must; "
+        "default 0.95.",
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="top1, mse, nll (of labels), agreement, cosine (of the original's outputs, no labels needed) or "
+        "FILE.py:function; default top1 where labels are class numbers.",
+    ),
+]
+
+
 def output_option(suffix: str) -> Any:
     """The option `--output`, whose default is MODEL's name and `suffix`."""
     return typer.Option(

@@ -22,6 +22,24 @@ def say(message: str) -> None:
     print(f"{PROGRAM}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
+def say_as_json(command: str, kind: str, exit_code: int, reason: str, traceback: str | None) -> None:
+    """Print on stdout, as JSON, why a command came to no result.
+
+    Args:
+        command: its name.
+        kind: the class of the error: "InputError", "NotApplicableError", "VerificationError", "UsageError",
+            "Interrupted" or "Bug".
+        exit_code: of the program.
+        reason: the line that goes to stderr, without the program's name.
+        traceback: of a bug; None for other errors.
+    """
+    from onnxfuse.results import json_text
+
+    found = {"error": kind, "exit_code": exit_code, "reason": printable(" ".join(reason.split()))}
+    print(json_text({**found, **({} if traceback is None else {"traceback": traceback})}, command))
+    sys.stdout.flush()
+
+
 def warn(warnings: Iterable[str]) -> None:
     """Print warnings on stderr, once all of stdout is there."""
     sys.stdout.flush()

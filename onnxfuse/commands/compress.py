@@ -9,7 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxfuse.commands.judge import Scorer, Verdict, check_limits, conclude
+from onnxfuse.commands.judge import (
+    Allowance,
+    Confidence,
+    Scorer,
+    Verdict,
+    check_limits,
+    conclude,
+    confidence_of,
+)
 from onnxfuse.commands.loading import (
     MADE_UP,
     ModelSource,
@@ -20,8 +28,10 @@ from onnxfuse.commands.loading import (
     load,
     samples_of,
 )
+from onnxfuse.commands.remembering import REFITTED, remember, was_fitted
 from onnxfuse.commands.turns import Trainer, Turn, asked_for, by_turns
 from onnxfuse.data.calibration import Calibration, Data
+from onnxfuse.data.fitted import Fitted
 from onnxfuse.data.rows import few_rows
 from onnxfuse.errors import InputError
 from onnxfuse.ir.file_size import FileSize, file_size
@@ -60,6 +70,7 @@ def compress(
     max_error: float | None = None,
     max_drop: float | None = None,
     metric: str | None = None,
+    confidence: Confidence = None,
     retrain: Data = None,
     epochs: int | None = None,
     lr: float | None = None,
@@ -87,9 +98,13 @@ def compress(
         samples: use about this many; None uses all.
         batch_size: rows in a batch, where model and data leave that open.
         max_error: the relative error of any output allowed; None leaves a bound to the passes.
-        max_drop: the drop of the metric allowed, absolute; needs a metric.
-        metric: "top1", "mse", "nll" or "file.py:function"; None takes top1 where the labels are class
-            numbers.
+        max_drop: the drop of the metric allowed, in its own unit: 0.01 is one point of top1. Needs labels, or
+            a metric that needs none.
+        metric: "top1", "mse", "nll", "agreement" (top1 against the original's classes) or "cosine" (of the
+            original's first output and the result's), which need no labels, or "file.py:function"; None takes
+            top1 where the labels are class numbers.
+        confidence: of the paired interval of the metric's change, whose low end is held to `max_drop`; "none"
+            holds the change itself to it; None is 0.95. Where all passes are exact, the change itself counts.
         retrain: samples to retrain on after the passes, with the original as teacher; labels among them
             only serve a metric. `max_error` and `max_drop` are then held on the retrained model alone: no
             pass hears of `max_error`, so each goes as far as its own options say. With `max_error`, training
@@ -113,10 +128,17 @@ def compress(
     """
     start = time.perf_counter()
     plan, settings = _plan(passes, recipe)
-    given = {"max_error": max_error, "max_drop": max_drop, "metric": metric or None, "seed": seed}
+    given = {
+        "max_error": max_error,
+        "max_drop": max_drop,
+        "metric": metric or None,
+        "confidence": confidence,
+        "seed": seed,
+    }
     settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
     seed = settings.seed or 0
-    check_limits(settings.max_error, settings.max_drop, seed)
+    check_limits(settings.max_error, settings.max_drop, seed, settings.metric)
+    allowed = Allowance(settings.metric, settings.max_drop, confidence_of(settings.confidence))
     asked = asked_for(
         retrain,
         epochs,
@@ -138,7 +160,7 @@ def compress(
         calib, original, limit=samples, batch_size=batch_size, held_out=held_out, seed=seed
     )
     sample = few_rows(original, calibration.fit, 1)
-    scorer = Scorer.make(settings.metric, settings.max_drop, calibration, original, runtime)
+    scorer = Scorer.make(allowed, calibration.held_out, calibration.labels, original, runtime)
     training = None if asked is None else asked.open(original)
     context = Context(original, calibration, runtime, seed, settings.max_error, progress or NoProgress())
     heard = [*instruments, *_dumping(dump, context)]
@@ -220,11 +242,22 @@ class _Run:
             outcome, model, bool(trainer.tails), self.context, self.scorer, watch
         )
         written = None
+        if verdict.exit_code == 0:
+            self._remember(model, outcome, trainer.tails)
         if verdict.exit_code == 0 and target is not None:
             model.save(target)
             written = Path(target)
         trainer.clear()
         return _Done(outcome, model, verdict, written, trainer.tails)
+
+    def _remember(self, model: Model, outcome: Outcome, tails: Sequence[Retrained]) -> None:
+        seed, calibration = self.context.seed, self.context.calibration
+        if was_fitted(outcome.steps):
+            fitted = Fitted.of(calibration.fit.feeds(), model.inputs)
+            remember(model, fitted, calibration, {"command": "compress", "seed": seed})
+        for tail in tails:
+            if tail.model is not None:
+                remember(model, tail.fitted, tail.samples, {"command": "retrain", "seed": seed})
 
 
 def _raise_input_errors(outcome: Outcome) -> None:
@@ -267,12 +300,16 @@ def _report(run: _Run, done: _Done, seconds: float) -> Report:
 def _warnings(run: _Run, done: _Done) -> tuple[str, ...]:
     verdict = done.verdict
     found = [MADE_UP] if run.context.calibration.synthetic else []
+    if run.context.calibration.refitted:
+        found.append(REFITTED)
     if verdict.latency is not None and verdict.slower:
         found.append(f"{SLOWER}: latency {interval_text(verdict.latency.timings[1])}")
     if verdict.latency is not None and verdict.latency.unstable is not None:
         found.append(f"latency {verdict.latency.unstable}: measure again when less else runs")
     if run.scorer.note:
         found.append(run.scorer.note)
+    if verdict.metric is not None and verdict.metric.note is not None:
+        found.append(verdict.metric.note)
     if verdict.exit_code == 0 and verdict.output_error is None:
         found.append("no samples are held out: the output error was not measured")
     for step in done.outcome.steps:

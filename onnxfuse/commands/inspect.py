@@ -14,6 +14,7 @@ from onnxfuse.analysis import layer_similarity
 from onnxfuse.analysis.cost import Cost, count, dimension_sizes, node_macs, shapes_at
 from onnxfuse.analysis.regions.region import Region, describe_region
 from onnxfuse.analysis.regions.search import find_regions
+from onnxfuse.analysis.summaries import LinearSummary, RegionSummary
 from onnxfuse.channels.groups import find_groups
 from onnxfuse.channels.summary import summarize_groups
 from onnxfuse.commands.loading import ModelSource, PathOrText, file_of, load
@@ -27,7 +28,7 @@ from onnxfuse.numerics.similarity import CRITERIA, Criterion
 from onnxfuse.ops.finite import check_finite
 from onnxfuse.ops.linear import LinearOp, linear_op
 from onnxfuse.report import plots
-from onnxfuse.results import Inspection, LinearSummary, RegionSummary
+from onnxfuse.results import Inspection
 from onnxfuse.runtime.latency import Latency, latency
 from onnxfuse.runtime.observed_shapes import shapes_on
 from onnxfuse.runtime.session import Runtime
@@ -95,7 +96,7 @@ def inspect(
         ir_version=source.ir_version,
         opsets={o.domain or "ai.onnx": o.version for o in source.opset_import},
         producer=f"{source.producer_name} {source.producer_version}".strip(),
-        metadata={p.key: p.value for p in source.metadata_props},
+        metadata=found.notes(),
         inputs=tuple(found.inputs),
         outputs=tuple(found.outputs),
         operators=_operators(source.graph),

@@ -4,110 +4,204 @@ fitted."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from onnxfuse.errors import InputError, NotApplicableError, VerificationError
-from onnxfuse.numerics.significance import paired_difference
+from onnxfuse.numerics.significance import CONFIDENCE, paired_difference
 from onnxfuse.pipeline.base import Contract
 from onnxfuse.verification import compare
-from onnxfuse.verification.metrics import Metric, MetricChange, evaluate, load_metric
+from onnxfuse.verification.metrics import (
+    BY_ORIGINAL,
+    SHARES,
+    Metric,
+    MetricChange,
+    evaluate,
+    load_metric,
+)
 
 if TYPE_CHECKING:
-    from onnxfuse.data.calibration import Calibration
+    from onnxfuse.data.calibration import BatchStream
     from onnxfuse.ir.model import Model
     from onnxfuse.pipeline.base import Context
     from onnxfuse.pipeline.records import Outcome, StepReport
     from onnxfuse.runtime.latency import Latency, Stopwatch
-    from onnxfuse.runtime.session import Runtime
+    from onnxfuse.runtime.session import Runtime, Session
     from onnxfuse.verification.records import OutputError
 
+_DEFAULT_METRIC = "top1"
+_RATIO = 10  # of latencies, which nobody means to allow
 
-def check_limits(max_error: float | None, max_drop: float | None, seed: int) -> None:
+
+Confidence = float | str | None
+"""Of the interval that must keep to `max_drop`: a number, "none" for the change itself, None for 0.95."""
+
+
+def check_limits(
+    max_error: float | None,
+    max_drop: float | None,
+    seed: int,
+    metric: str | None = None,
+    max_latency: float | None = None,
+) -> None:
     """Check the numbers that a user allows.
 
     Args:
         max_error: relative output error, None without a limit.
         max_drop: drop of the metric, None without a limit.
         seed: of everything random.
+        metric: that may drop, None for the default one.
+        max_latency: ratio to the latency of the original, None without a limit.
 
     Raises:
-        InputError: one is out of range.
+        InputError: one is out of range, or of another unit than was probably meant.
     """
     if max_error is not None and not 0 < max_error < np.inf:
         raise InputError(f"--max-error must be a number above 0, not {max_error:g}")
+    if max_error is not None and max_error > 1:
+        raise InputError(
+            f"--max-error {max_error:g} would allow anything: it is relative, and an output that is always "
+            f"the mean has an error of 1; {_percent('--max-error', max_error)}"
+        )
     if max_drop is not None and not 0 <= max_drop < np.inf:
         raise InputError(f"--max-drop must be a number of at least 0, not {max_drop:g}")
+    if max_drop is not None and max_drop >= 1 and (metric or _DEFAULT_METRIC) in SHARES:
+        raise InputError(
+            f"--max-drop {max_drop:g} would allow anything: {metric or _DEFAULT_METRIC} is at most 1; "
+            f"{_percent('--max-drop', max_drop)}"
+        )
+    if max_latency is not None and not 0 < max_latency < np.inf:
+        raise InputError(f"--max-latency must be a number above 0, not {max_latency:g}")
+    if max_latency is not None and max_latency >= _RATIO:
+        raise InputError(
+            f"--max-latency {max_latency:g} would allow anything: it is a ratio, and 1 is the latency of the "
+            f"original; {_percent('--max-latency', max_latency)}"
+        )
     if seed < 0:
         raise InputError(f"--seed must be at least 0, not {seed}")
+
+
+def _percent(option: str, value: float) -> str:
+    """What was probably meant by a share that is no share."""
+    return f"for {value:g} % write {option} {value / 100:g}" if value < 100 else "5 % is written 0.05"
+
+
+def confidence_of(asked: Confidence) -> float | None:
+    """The confidence at which `max_drop` is held; None where the change itself is.
+
+    Raises:
+        InputError: it is neither a number from 0.5 to 1 nor "none".
+    """
+    if asked is None or asked == "none":
+        return None if asked else CONFIDENCE
+    try:
+        value = float(asked)
+    except ValueError:
+        value = np.nan
+    if 0.5 <= value < 1:
+        return value
+    meant = f"; for {value:g} % write --confidence {value / 100:g}" if 50 <= value < 100 else ""
+    raise InputError(
+        f"--confidence must be a number from 0.5 to 1, such as 0.95, or none, not {asked}{meant}"
+    )
 
 
 # --- the metric ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
+class Allowance:
+    """The drop that a run allows.
+
+    Attributes:
+        metric: of what; None takes top1 where there are labels that it can use.
+        max_drop: how much; None without a limit.
+        confidence: of the interval that must keep to it; None: the change itself must.
+    """
+
+    metric: str | None
+    max_drop: float | None
+    confidence: float | None
+
+    @property
+    def binding(self) -> bool:
+        """Whether a metric, or a limit to its drop, was asked for."""
+        return self.metric is not None or self.max_drop is not None
+
+
+@dataclass(frozen=True)
 class Scorer:
-    """The metric of a run, if it has one, and the original's score of every held-out sample."""
+    """The metric of a run, if it has one, and the original's score of every sample that counts."""
 
     name: str
     metric: Metric | None
     before: np.ndarray
-    max_drop: float | None
+    allowed: Allowance
+    batches: BatchStream
+    original: Session | None = None
     note: str | None = None
 
     @classmethod
     def make(
-        cls,
-        spec: str | None,
-        max_drop: float | None,
-        calibration: Calibration,
-        original: Model,
-        runtime: Runtime,
+        cls, allowed: Allowance, batches: BatchStream, labels: str | None, original: Model, runtime: Runtime
     ) -> Scorer:
         """The scorer of a run. It scores the original before any pass runs, so that a metric that fails does
         so at once.
 
         Args:
-            spec: the metric that was asked for; None takes top1 where there are labels that it can use.
-            max_drop: the drop allowed; needs a metric.
-            calibration: of which the held-out samples are scored.
+            allowed: what was asked for.
+            batches: the samples that are scored, none of them fitted.
+            labels: the name of the label array, None without.
             original: what the result is held against.
             runtime: where it runs.
 
         Raises:
             InputError: a metric that there isn't, that fails, or that has nothing to be measured on.
         """
-        held_out = calibration.held_out
-        if spec is None and not calibration.labels:
-            if max_drop is not None:
+        unscored = cls("", None, np.empty(0), allowed, batches)
+        if allowed.metric is None and not labels:
+            if allowed.max_drop is not None:
                 raise InputError(
-                    "--max-drop needs labels in the calibration data, or a --metric file.py:function"
+                    "--max-drop needs labels in the calibration data, or a metric that needs none: --metric "
+                    "agreement (samples that keep the original's class), cosine or file.py:function"
                 )
-            return cls("", None, np.empty(0), None)
-        if not held_out.samples:
-            if spec is not None or max_drop is not None:
+            return unscored
+        if not batches.samples:
+            if allowed.binding:
                 raise InputError("a metric needs held-out samples: give --held-out a share above 0")
-            return cls("", None, np.empty(0), None, "the labels are not used: no samples are held out")
-        name = spec or "top1"
+            return replace(unscored, note="the labels are not used: no samples are held out")
+        name = allowed.metric or _DEFAULT_METRIC
         metric = load_metric(name)
+        session = runtime.session(original)
+        reference = session if name in BY_ORIGINAL else None
         try:
-            before = evaluate(runtime.session(original), held_out, metric)
+            before = evaluate(session, batches, metric, reference)
         except InputError as error:
-            if spec is not None or max_drop is not None:
+            if allowed.binding:
                 raise
-            return cls("", None, np.empty(0), None, f"the labels are not used: {error}")
-        return cls(name, metric, before, max_drop)
+            return replace(unscored, note=f"the labels are not used: {error}")
+        return cls(name, metric, before, allowed, batches, reference)
 
-    def change(self, result: Model, context: Context) -> MetricChange | None:
-        """The metric of the original and of the result, None without a metric."""
+    def change(self, result: Model, runtime: Runtime, exact: bool) -> MetricChange | None:
+        """The metric of the original and of the result, None without a metric.
+
+        Args:
+            result: the other model.
+            runtime: where it runs.
+            exact: whether it was proved to compute the same: then the metric can't drop, whatever number of
+                samples shows it, and the change itself is held to the limit.
+        """
         if self.metric is None:
             return None
-        after = evaluate(context.runtime.session(result), context.calibration.held_out, self.metric)
-        return MetricChange(
-            self.name, paired_difference(self.before, after, seed=context.seed), self.max_drop
+        after = evaluate(runtime.session(result), self.batches, self.metric, self.original)
+        wanted = self.allowed.confidence
+        scores = paired_difference(self.before, after, confidence=wanted or CONFIDENCE)
+        held_by: Literal["interval", "change", "proof"] = (
+            "proof" if exact else "interval" if wanted else "change"
         )
+        return MetricChange(self.name, scores, self.allowed.max_drop, held_by)
 
 
 # --- the verdict --------------------------------------------------------------------------------------------
@@ -152,7 +246,8 @@ def conclude(
         error = _whole_error(outcome, result, trained, context)
     except VerificationError as failure:
         return Verdict(VerificationError.exit_code, str(failure))
-    scores = scorer.change(result, context)
+    exact = not trained and all(step.contract is Contract.EXACT for step in outcome.steps if step.changes)
+    scores = scorer.change(result, context.runtime, exact)
     reason = _over_budget(error, context, scores)
     if reason is not None:
         return Verdict(VerificationError.exit_code, reason, error, scores)
@@ -186,13 +281,7 @@ def _over_budget(error: OutputError | None, context: Context, scores: MetricChan
         return "there are no held-out samples to hold --max-error on"
     if bound is not None and error is not None and (reason := error.over(bound, "--max-error")):
         return reason
-    if scores is None or scores.max_drop is None:
-        return None
-    drop = scores.scores.before - scores.scores.after
-    if not drop <= scores.max_drop:
-        found = f"{scores.scores.before:.4g} to {scores.scores.after:.4g}"
-        return f"{scores.name} drops by {drop:.3g}, from {found}, more than --max-drop {scores.max_drop:g}"
-    return None
+    return None if scores is None else scores.reason
 
 
 def is_changed(steps: Sequence[StepReport]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxfuse.commands.loading import ModelSource, PathOrText, check_output, checkpoint_of, load
+from onnxfuse.commands.remembering import REFITTED, remember
 from onnxfuse.commands.turns import retraining
 from onnxfuse.data.calibration import Data
 from onnxfuse.errors import VerificationError
@@ -105,6 +106,8 @@ def retrain(
     runtime = Runtime(provider)
     training = request.open(data, loaded)
     found = module.retrain(loaded, training, runtime, teacher=original, checkpoint=place, progress=progress)
+    if found.model is not None:
+        remember(found.model, found.fitted, training.samples, {"command": "retrain", "seed": seed})
     written = _keep(found, output) if module.started()[0] == 0 else None
     exit_code = 0 if found.model is not None else VerificationError.exit_code
     report = RetrainReport(
@@ -114,7 +117,7 @@ def retrain(
         written=written is not None,
         exit_code=exit_code,
         reason=found.reason,
-        warnings=found.warnings,
+        warnings=(*([REFITTED] if training.samples.refitted else []), *found.warnings),
         seed=seed,
         providers=tuple(runtime.providers),
         threads=runtime.threads,

@@ -10,17 +10,19 @@ Nothing but the batch in hand is in memory; both halves can be iterated over as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
 import numpy as np
 
+from onnxfuse.data.fitted import Fitted
 from onnxfuse.data.opening import open_source
 from onnxfuse.data.sources import Source
 from onnxfuse.data.synthetic import Synthetic
 from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Feed, Model
+from onnxfuse.ir.shapes import TensorInfo
 
 Data = str | PathLike[str] | np.ndarray | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | None
 
@@ -53,12 +55,33 @@ class BatchStream:
         self._first_index = first_index
         self.samples = source.samples(units)
 
+    @property
+    def name(self) -> str:
+        """What messages call the samples."""
+        return self._source.name
+
     def __len__(self) -> int:
         return -(-len(self._units) // self._size)
 
     def _groups(self) -> Iterator[np.ndarray]:
         for start in range(0, len(self._units), self._size):
             yield self._units[start : start + self._size]
+
+    def fresh(self, fitted: Fitted, inputs: Sequence[TensorInfo]) -> np.ndarray:
+        """Whether each unit is new to a model that was fitted to some samples: bool (units,)."""
+        return fitted.fresh(self.feeds(), [len(group) for group in self._groups()], inputs)
+
+    def feeds(self) -> Iterator[Feed]:
+        """The feeds of all batches."""
+        return (batch.feed for batch in self)
+
+    def only(self, chosen: np.ndarray) -> BatchStream | None:
+        """The stream of those units where `chosen` is true, or as many as fill whole batches where the model
+        wants them; None where none are left."""
+        units = self._units[chosen]
+        if self._source.exact:
+            units = units[: len(units) // self._size * self._size]
+        return BatchStream(self._source, units, self._size, self._first_index) if len(units) else None
 
     def split(self, samples: int) -> tuple[BatchStream, BatchStream]:
         """About `samples` of the samples, spread over the stream: two thirds of them, and the rest.
@@ -94,10 +117,17 @@ class Calibration:
         synthetic: True where the samples are made up.
         labels: the name of the label array, None without.
         description: one line for reports.
+        refitted: whether every sample was fitted in an earlier run, those held out now as well.
     """
 
     def __init__(
-        self, fit: BatchStream, held_out: BatchStream, labels: str | None, synthetic: bool, description: str
+        self,
+        fit: BatchStream,
+        held_out: BatchStream,
+        labels: str | None,
+        synthetic: bool,
+        description: str,
+        refitted: bool = False,
     ) -> None:
         """Takes over both halves; `open` makes them.
 
@@ -106,6 +136,7 @@ class Calibration:
             labels: the name of the label array, None without.
             synthetic: whether they are made up.
             description: one line for reports.
+            refitted: whether every sample was fitted in an earlier run.
         """
         self.fit = fit
         self.held_out = held_out
@@ -113,6 +144,7 @@ class Calibration:
         self.labels = labels
         self.synthetic = synthetic
         self.description = description
+        self.refitted = refitted
 
     def part(self, samples: int) -> Calibration:
         """About `samples` of the fit samples, a third of them held out, for trials that must leave the real
@@ -160,14 +192,19 @@ class Calibration:
             opened = open_source(source, model.inputs, limit)
         units = np.arange(opened.count) if source is None else _limited(opened, limit, seed)
         size = opened.batch or batch_size
-        fitted, held = _split(opened, units, size, held_out, seed)
+        fresh = np.ones(len(units), bool)
+        if held_out and (earlier := Fitted.read(model)):
+            fresh = BatchStream(opened, units, size, 0).fresh(earlier, model.inputs)
+        fitted, held = _split(opened, units, size, held_out, seed, fresh)
         fit = BatchStream(opened, fitted, size, 0)
         rest = BatchStream(opened, held, size, len(fit))
         dropped = len(units) - len(fitted) - len(held)
         description = f"{opened.name}: {fit.samples} samples fitted, {rest.samples} held out"
         if dropped:
             description += f", {dropped} left over because the model wants batches of {size}"
-        return cls(fit, rest, opened.labels, source is None, description)
+        return cls(
+            fit, rest, opened.labels, source is None, description, not fresh[np.isin(units, held)].all()
+        )
 
 
 def _limited(source: Source, limit: int | None, seed: int) -> np.ndarray:
@@ -179,18 +216,23 @@ def _limited(source: Source, limit: int | None, seed: int) -> np.ndarray:
 
 
 def _split(
-    source: Source, units: np.ndarray, size: int, share: float, seed: int
+    source: Source, units: np.ndarray, size: int, share: float, seed: int, fresh: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(fitted, held out) units, each a whole number of batches where the model insists on full ones."""
+    """(fitted, held out) units, each a whole number of batches where the model insists on full ones. Only
+    fresh units are held out, if there are enough for one."""
     step = size if source.exact else 1
     parts = len(units) // step
     if parts < (2 if share else 1):
         need = f"{(2 if share else 1) * step}" + (", to fit some and hold out others" if share else "")
         what = "samples" if source.batch is None or source.exact else "batches"
         raise InputError(f"{source.name}: too few {what}, {len(units)}; it takes at least {need}")
-    held = step * min(max(round(share * parts), 1), parts - 1) if share else 0
+    new = np.flatnonzero(fresh)
+    if len(new) < step:
+        new = np.arange(len(units))
+    most = min(parts - 1, len(new) // step)
+    held = step * min(max(round(share * parts), 1), most) if share else 0
     mask = np.zeros(len(units), bool)
-    mask[_spread(len(units), held, seed)] = True
+    mask[new[_spread(len(new), held, seed)]] = True
     fitted = units[~mask]
     return fitted[: len(fitted) // step * step], units[mask]
 

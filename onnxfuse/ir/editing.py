@@ -30,6 +30,10 @@ class EditableGraph(Graph):
     their names.
     """
 
+    def set_note(self, key: str, text: str) -> None:
+        """Replaces or adds an entry of the model's metadata_props."""
+        self._notes[key] = text
+
     def set_weight(self, tensor: Tensor, array: np.ndarray) -> None:
         """Replaces the value of an initializer or Constant node, for all its consumers; the name stays.
 

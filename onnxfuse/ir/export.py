@@ -142,6 +142,10 @@ def header(graph: Graph, *leave: str) -> ModelProto:
     result = ModelProto()
     protos.copy_fields(graph.source, result, ("graph", *leave))
     result.graph.SetInParent()
+    if graph.notes() != {entry.key: entry.value for entry in graph.source.metadata_props}:
+        del result.metadata_props[:]
+        for key, text in graph.notes().items():
+            result.metadata_props.add(key=key, value=text)
     protos.copy_fields(graph.source.graph, result.graph, (*_CONTENTS, *leave))
     return result
 

@@ -58,6 +58,7 @@ class Graph:
         self.listed: dict[str, Constant] = {}
         self.declared: dict[str, ValueInfoProto] = {}
         self.index_maps: dict[str, IndexMap | None] = {}
+        self._notes: dict[str, str] = {}
         self._nodes: list[Node] = []
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
@@ -271,6 +272,14 @@ class Graph:
         self._nodes[:] = order
         self._sorted = True
 
+    def note(self, key: str) -> str | None:
+        """An entry of the model's metadata_props, None without."""
+        return self.notes().get(key)
+
+    def notes(self) -> dict[str, str]:
+        """All entries of the model's metadata_props."""
+        return {**{entry.key: entry.value for entry in self.source.metadata_props}, **self._notes}
+
     def copy(self: G) -> G:
         """An independent structure over the same weights: edits of either do not show in the other."""
         with without_collector():
@@ -292,7 +301,7 @@ class Graph:
         other.initializers = dict.fromkeys(constants.values())
         other.listed = {name: constants.get(t, t) for name, t in self.listed.items()}
         other.declared, other._external = self.declared, self._external
-        other.index_maps = dict(self.index_maps)
+        other.index_maps, other._notes = dict(self.index_maps), dict(self._notes)
         other._unused_at_load = {constants[t] for t in self._unused_at_load if t in constants}
         other._dead_at_load = {nodes[n] for n in self._dead_at_load if n in nodes}
         other._tensors = {t.name: t for t in twins.values() if t.name}

@@ -5,7 +5,8 @@ The short form is what `--passes` takes: names separated by commas, options afte
     fold,fuse:kernel=3,max_blocks=4,refit
 
 A piece with `=` and no pass name in front continues the options of the pass before it. Values are YAML
-scalars or lists (`kernel=3`, `mode=paper`, `kernels=[1,3]`). The long form is a YAML file:
+scalars or lists (`kernel=3`, `mode=paper`, `kernels=[1,3]`), and patterns (`only=*conv*`). The long form is a
+YAML file:
 
     passes:
       - fold
@@ -59,7 +60,12 @@ class RecipeSettings(pydantic.BaseModel):
 
     max_error: float | None = pydantic.Field(None, gt=0, description="relative output error allowed")
     max_drop: float | None = pydantic.Field(None, ge=0, description="drop of the metric allowed")
-    metric: str | None = pydantic.Field(None, description="top1, mse, nll or file.py:function")
+    metric: str | None = pydantic.Field(
+        None, description="top1, mse, nll, agreement, cosine or file.py:function"
+    )
+    confidence: float | str | None = pydantic.Field(
+        None, description="of the interval that keeps to max_drop, or none"
+    )
     seed: int | None = pydantic.Field(None, ge=0, description="seed of everything random")
     retrain: RecipeRetraining | None = pydantic.Field(None, description="retraining after the passes")
 
@@ -160,7 +166,7 @@ def _add_option(target: tuple[str, dict[str, Any]], text: str) -> None:
     if name in options:
         raise InputError(f"pass '{pass_name}': option '{name}' is given twice")
     try:
-        options[name] = yaml.safe_load(value)
+        options[name] = yaml.load(value, _ShortLoader)
     except yaml.YAMLError:
         raise InputError(
             f"pass '{pass_name}': the value of option '{name}' cannot be read: {value}"
@@ -191,7 +197,9 @@ def read_recipe(text: str) -> Recipe:
         content = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"not valid YAML{line}: {error.problem}") from error
+        about = f"{error.context or ''} {error.problem}"
+        hint = "; a pattern that begins with * must be quoted: '*conv'" if "alias" in about else ""
+        raise InputError(f"not valid YAML{line}: {error.problem}{hint}") from error
     except yaml.YAMLError as error:
         raise InputError(f"not valid YAML: {' '.join(str(error).split())}") from error
     if isinstance(content, (list, str)):
@@ -228,6 +236,19 @@ def _made(item: Any) -> Iterator[Pass]:
     if not isinstance(item, Mapping) or not isinstance(options, (Mapping, type(None))) or len(item) != 1:
         raise InputError(f"{item!r} is not a pass; write a name or name: {{option: value}}")
     yield make_pass(str(next(iter(item))), options or {})
+
+
+class _ShortLoader(yaml.SafeLoader):
+    """YAML of a single value: there is nothing that an alias could refer to, so `*x` is the pattern it looks
+    like."""
+
+    def fetch_alias(self) -> None:
+        self.fetch_plain()
+
+
+_ShortLoader.yaml_implicit_resolvers = {
+    first: found for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items() if first != "*"
+}
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from onnxfuse.report.compress_view import latency_rows
+from onnxfuse.report.retrain_view import metric_row
 from onnxfuse.report.tables import SHOWN, fact_table, heading, make_table, more, paragraph
 from onnxfuse.results import cost_rows
 from onnxfuse.wording import counted, printable, shortened, three_digits
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from onnxfuse.analysis.structural_diff import NodeChange, NodeSummary, WeightChange
     from onnxfuse.results import DiffResult, VerifyResult
@@ -24,34 +27,59 @@ def verify_view(result: VerifyResult) -> Iterator[RenderableType]:
     """A view of the comparison of two models, output by output."""
     yield fact_table([("samples", printable(result.samples.description))])
     if result.comparison.outputs:
+        by_error = result.max_error is not None or any(p.name == "same" for p in result.promises)
         yield Text()
-        yield from _comparison(result.comparison, result.max_error)
+        yield from _comparison(result.comparison, result.max_error, judged=by_error)
+    if result.metric is not None or result.latency is not None:
+        yield Text()
+        yield _figures(result)
     if result.divergence is not None:
         yield heading("first difference")
         yield paragraph(str(result.divergence).removeprefix("first at "), 2)
     yield Text()
-    yield Text("same" if result.passed else "different", style="bold green" if result.passed else "bold red")
+    yield Text(printable(result.verdict), style="bold green" if result.passed else "bold red")
 
 
-def _comparison(found: Comparison, max_error: float | None) -> Iterator[RenderableType]:
+def _figures(result: VerifyResult) -> Table:
+    """What was measured beside the outputs."""
+    table = make_table("", "A", "B", "change", right=(1, 2), fold=(3,))
+    if result.metric is not None:
+        table.add_row(*metric_row(result.metric))
+    if result.latency is not None:
+        for row in latency_rows(result.latency, result.latency.slower):
+            table.add_row(*row)
+    return table
+
+
+def _comparison(
+    found: Comparison, max_error: float | None, *, judged: bool = True
+) -> Iterator[RenderableType]:
+    """The outputs, one a row.
+
+    Args:
+        found: the comparison.
+        max_error: the error allowed; None where the noise floor decides.
+        judged: whether either decides.
+    """
     table = make_table("output", "largest", "relative", "noise floor", "floors", "", right=(1, 2, 3, 4))
     for output in found.outputs:
         within = (
             output.ratio <= found.multiple if max_error is None else output.relative <= max_error
         ) and output.problem is None
+        verdict = Text("ok" if within else "differs", style="green" if within else "red")
         table.add_row(
             shortened(output.name, 28),
             three_digits(output.max_abs),
             three_digits(output.relative),
             three_digits(output.floor),
             f"{output.ratio:.3g}" if math.isfinite(output.ratio) else "-",
-            Text("ok" if within else "differs", style="green" if within else "red"),
+            verdict if judged else Text(),
         )
     yield table
     yield from (paragraph(str(output.problem), 2) for output in found.outputs if output.problem)
     sizes = ", ".join(map(str, found.batch_sizes))
     rule = f"{found.multiple:g} noise floors" if max_error is None else f"a relative error of {max_error:g}"
-    yield paragraph(f"batches of {sizes}; allowed: {rule}", 2)
+    yield paragraph(f"batches of {sizes}; allowed: {rule}" if judged else f"batches of {sizes}", 2)
 
 
 def diff_view(result: DiffResult, names: tuple[str, str]) -> Iterator[RenderableType]:
@@ -78,6 +106,8 @@ def diff_view(result: DiffResult, names: tuple[str, str]) -> Iterator[Renderable
         yield from more(2 * SHOWN, len(found.changed), 2)
     if result.outputs is not None:
         yield heading("outputs")
+        if result.samples is not None:
+            yield paragraph(f"samples: {result.samples.description}", 2)
         yield from (paragraph(problem, 2) for problem in result.outputs.problems)
         if result.outputs.outputs:
             yield from _comparison(result.outputs, None)

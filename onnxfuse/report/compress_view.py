@@ -105,7 +105,7 @@ def _costs(report: Report) -> Table:
         for key, sizes in _file_rows(*report.files):
             table.add_row(key, *map(in_bytes, sizes), f"x {sizes[1] / sizes[0]:.3f}")
     if report.latency is not None:
-        for row in _latency_rows(report.latency, report.slower):
+        for row in latency_rows(report.latency, report.slower):
             table.add_row(*row)
     if report.metric is not None:
         table.add_row(*metric_row(report.metric))
@@ -118,7 +118,7 @@ def _file_rows(before: FileSize, after: FileSize) -> Iterator[tuple[str, tuple[i
         yield "gzipped", (before.gzipped, after.gzipped)
 
 
-def _latency_rows(latency: Latency, slower: bool) -> Iterator[tuple[str, str, str, Text]]:
+def latency_rows(latency: Latency, slower: bool) -> Iterator[tuple[str, str, str, Text]]:
     """The latency of both models, and what the original differs from itself."""
     before, after = latency.timings
     verdict = f"{interval_text(after)} SLOWER" if slower else interval_text(after)

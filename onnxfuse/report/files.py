@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxfuse.errors import InputError
+from onnxfuse.report.compare_view import verify_view
 from onnxfuse.report.compress_view import compress_view
 from onnxfuse.report.tables import plain_text
 from onnxfuse.results import json_text
 
 if TYPE_CHECKING:
-    from onnxfuse.results import Report
+    from rich.console import RenderableType
+
+    from onnxfuse.results import Report, VerifyResult
 
 
 def check_folder(folder: Path) -> None:
@@ -31,7 +35,7 @@ def check_folder(folder: Path) -> None:
 
 
 def write_report(folder: Path, report: Report, command: str) -> None:
-    """Write both files, each whole or not at all.
+    """Write both files about a run.
 
     Args:
         folder: is made where it is missing.
@@ -41,19 +45,36 @@ def write_report(folder: Path, report: Report, command: str) -> None:
     Raises:
         InputError: they can't be written.
     """
-    said = [
-        *(f"WARNING: {warning}" for warning in report.warnings),
-        *([report.reason] if report.reason else []),
-    ]
+    view = compress_view(report, verbose=True, explain=True)
+    _write(folder, view, json_text(report, command), report.warnings, report.reason)
+
+
+def write_verification(folder: Path, result: VerifyResult) -> None:
+    """Write both files about a verification; the folder is made where it is missing.
+
+    Raises:
+        InputError: they can't be written.
+    """
+    _write(folder, verify_view(result), result.to_json(), result.warnings, result.reason)
+
+
+def _write(
+    folder: Path,
+    view: Iterable[RenderableType],
+    record: str,
+    warnings: Sequence[str],
+    reason: str | None,
+) -> None:
+    """Write both files, each whole or not at all."""
+    said = [*(f"WARNING: {warning}" for warning in warnings), *([reason] if reason else [])]
     lines = "".join(f"{line}\n" for line in said)
-    text = f"{plain_text(compress_view(report, verbose=True, explain=True))}\n{lines}"
+    text = f"{plain_text(view)}\n{lines}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        record = json_text(report, command) + "\n"
-        for name, content in (("report.json", record), ("report.txt", text)):
+        for name, content in (("report.json", record + "\n"), ("report.txt", text)):
             write_whole(folder / name, content.encode("utf-8", errors="backslashreplace"))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot write the report to '{folder}': {reason}") from error
 
 

@@ -13,7 +13,8 @@ from onnxfuse.wording import counted, in_bytes, in_macs, milliseconds, printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from onnxfuse.results import Inspection, LinearSummary
+    from onnxfuse.analysis.summaries import LinearSummary
+    from onnxfuse.results import Inspection
 
 
 def inspect_view(found: Inspection) -> Iterator[RenderableType]:

@@ -78,13 +78,13 @@ def _some(history: Sequence[Epoch], best: int) -> list[Epoch]:
 
 
 def _loss_row(loss: PairedDifference) -> tuple[str, str, str, str]:
-    said = f"{loss.difference:+.4g} (95%: {loss.low:+.4g} to {loss.high:+.4g})"
+    said = f"{loss.difference:+.4g} ({loss.confidence * 100:g}%: {loss.low:+.4g} to {loss.high:+.4g})"
     return "loss", f"{loss.before:.4g}", f"{loss.after:.4g}", said
 
 
 def metric_row(metric: MetricChange) -> tuple[str, str, str, str]:
     """A row of the table of costs: name, before, after, change."""
     scores = metric.scores
-    said = f"{scores.difference:+.4f} (95%: {scores.low:+.4f} to {scores.high:+.4f}"
+    said = f"{scores.difference:+.4f} ({scores.confidence * 100:g}%: {scores.low:+.4f} to {scores.high:+.4f}"
     said += ")" if scores.p_value is None else f"; p = {scores.p_value:.2g})"
     return printable(metric.name), f"{scores.before:.4f}", f"{scores.after:.4f}", said

@@ -47,6 +47,7 @@ from common import (
 )
 
 from onnxfuse.data.calibration import Calibration
+from onnxfuse.data.fitted import KEY as FITTED
 from onnxfuse.ir.model import Model
 
 PASSES = "fold,fuse"
@@ -226,7 +227,7 @@ def parsed(record: Record, what: str, done: subprocess.CompletedProcess[str] | N
 def lost(before: onnx.ModelProto, after: onnx.ModelProto) -> list[str]:
     """What of the header and the interface is not as it was."""
     facts: Mapping[str, Callable[[onnx.ModelProto], object]] = {
-        "metadata": lambda m: sorted((p.key, p.value) for p in m.metadata_props),
+        "metadata": lambda m: sorted((p.key, p.value) for p in m.metadata_props if p.key != FITTED),
         "graph metadata": lambda m: sorted((p.key, p.value) for p in m.graph.metadata_props),
         "doc string": lambda m: (m.doc_string, m.graph.doc_string),
         "graph name": lambda m: m.graph.name,

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -185,10 +186,44 @@ def test_verify(capsys: Captured) -> None:
     assert out.splitlines()[-1] == "different"
     assert "tensor 'y'" in out
     assert err.startswith("onnxfuse: error: output 'y' differs by ")
-    assert main(["verify", "mlp.onnx", "other.onnx", "--calib", "mlp.npz", "--max-error", "2"]) == 0
+    assert main(["verify", "mlp.onnx", "other.onnx", "--calib", "mlp.npz", "--max-error", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "within 1"
     assert main(["verify", "mlp.onnx", "other.onnx", "-q", "--calib", "mlp.npz"]) == 1
     assert main(["diff", "mlp.onnx", "other.onnx", "--calib", "mlp.npz"]) == 0
     assert "w2 [16, 4]: changed by 0.5 relative" in capsys.readouterr().out
+
+
+def test_verify_in_a_pipeline(capsys: Captured) -> None:
+    proto = network()
+    proto.graph.initializer[1].CopyFrom(numpy_helper.from_array(W2 * np.float32(1.01), "w2"))
+    onnx.save(proto, "other.onnx")
+    promise = (
+        "verify",
+        "mlp.onnx",
+        "other.onnx",
+        "--calib",
+        "mlp.npz",
+        "--metric",
+        "top1",
+        "--junit",
+        "ci.xml",
+    )
+    assert main([*promise, "--max-drop", "0.01", "--report", "report"]) == 1
+    out, err = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.splitlines()[-1] == "not top1 down by at most 0.01"
+    assert "top1" in out
+    assert "differs" not in out  # nobody has asked for equal outputs
+    assert err.startswith(
+        "onnxfuse: error: top1 may drop by 0.037, more than --max-drop 0.01: on 100 held-out "
+    )
+    assert 'failures="1"' in Path("ci.xml").read_text()
+    assert sorted(os.listdir("report")) == ["report.json", "report.txt"]
+    assert main([*promise, "--max-drop", "0.01", "--confidence", "none", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["passed"], [promise["passed"] for promise in found["promises"]]) == (True, [True, True])
+    assert (found["metric"]["name"], found["metric"]["scores"]["test"]) == ("top1", "McNemar")
+    assert 'failures="0"' in Path("ci.xml").read_text()
 
 
 def test_retrain(capsys: Captured) -> None:
@@ -382,13 +417,63 @@ def test_usage_errors(arguments: list[str], line: str, capsys: Captured) -> None
     assert line.lower() in err.lower()
 
 
-def test_bugs_are_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
+def broken(*_: Any, **__: Any) -> None:
+    raise ZeroDivisionError("by\nzero")
 
+
+def test_a_bug_is_no_failed_check(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 70, a traceback, and a last line that says whose fault it is."""
     monkeypatch.setattr("onnxfuse.commands.inspect.inspect", broken)
-    with pytest.raises(ZeroDivisionError):
-        main(["inspect", "mlp.onnx"])
+    assert main(["inspect", "mlp.onnx"]) == 70
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("Traceback (most recent call last):\n")
+    last = err.splitlines()[-1]
+    assert last.startswith("onnxfuse: error: this is a bug in onnxfuse, not in what you gave it: Zero")
+    assert "report it" in last
+
+
+def test_a_bug_as_json(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxfuse.commands.compare.verify", broken)
+    assert main(["verify", "mlp.onnx", "mlp.onnx", "--json"]) == 70
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["onnxfuse"], found["error"], found["exit_code"]) == ("verify", "Bug", 70)
+    assert "in broken\n" in found["traceback"]
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code", "reason"),
+    [
+        (["inspect", "none.onnx", "--json"], "InputError", 2, "no such file: 'none.onnx'"),
+        (["verify", "--json", "mlp.onnx"], "UsageError", 2, "Missing argument 'B'"),
+        (["melt", "--json"], "UsageError", 2, "No such command 'melt'"),
+        (["inspect", "mlp.onnx", "--json"], "NotApplicableError", 3, "not here"),
+        (["inspect", "mlp.onnx", "--json"], "Interrupted", 130, "interrupted"),
+    ],
+)
+def test_errors_as_json(
+    arguments: list[str],
+    kind: str,
+    code: int,
+    reason: str,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusal = {"NotApplicableError": onnxfuse.NotApplicableError("not here")}
+    stop = {**refusal, "Interrupted": KeyboardInterrupt()}.get(kind)
+    if stop is not None:
+        monkeypatch.setattr("onnxfuse.commands.inspect.inspect", Mock(side_effect=stop))
+    assert main(arguments) == code
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["onnxfuse"], found["format"], found["error"]) == (arguments[0], 2, kind)
+    assert found["exit_code"] == code
+    assert found["reason"].lower().startswith(reason.lower())
+    assert "traceback" not in found
+    assert err.count("\n") == 1
+    assert err.endswith(f"{found['reason']}\n")
 
 
 # --- as a process -------------------------------------------------------------------------------------------

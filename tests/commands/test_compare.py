@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,12 @@ import pytest
 from nets import MLP as TEXT
 from runs import W1, W2, X, compress, network, reference
 
-from onnxfuse import diff, verify
+from onnxfuse import InputError, VerifyResult, diff, verify
+from onnxfuse.commands import compare
 from onnxfuse.commands.loading import MADE_UP
+from onnxfuse.report.compare_view import verify_view
+from onnxfuse.report.tables import plain_text
+from onnxfuse.runtime.latency import Control, Latency, Timing
 
 
 def test_verify(path: Path) -> None:
@@ -31,12 +37,82 @@ def test_verify(path: Path) -> None:
     assert "above" in str(tight.reason)
 
 
+def promised(result: VerifyResult) -> list[tuple[str, bool]]:
+    return [(promise.name, promise.passed) for promise in result.promises]
+
+
+def test_promises(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = network(w2=W2 * np.float32(1.01))
+    interface = ("same inputs and outputs", True)
+    found = verify(path, other, calib={"x": X}, metric="agreement", max_drop=0.05)
+    assert promised(found) == [interface, ("agreement down by at most 0.05", True)]
+    assert (found.passed, found.verdict) == (True, "agreement down by at most 0.05")
+    found = verify(path, other, calib={"x": X}, metric="cosine", max_error=0.1)
+    assert promised(found) == [interface, ("within 0.1", True)]
+    assert found.metric is not None
+    assert found.metric.scores.after == pytest.approx(1)
+    found = verify(path, network(w2=-W2), calib={"x": X}, metric="agreement", max_drop=0.05, max_error=0.1)
+    assert promised(found)[1:] == [("within 0.1", False), ("agreement down by at most 0.05", False)]
+    assert found.verdict == "not within 0.1, not agreement down by at most 0.05"
+    assert str(found.promises[2].reason).startswith("agreement drops by ")
+    same = verify(path, path, calib={"x": X}, metric="agreement", max_drop=0.0)
+    assert same.passed  # the noise floor has proved it, whatever the number of samples
+
+
+@pytest.mark.parametrize(
+    ("confidence", "unstable", "passed"), [(None, None, False), ("none", None, True), ("none", "busy", False)]
+)
+def test_latency_is_promised(
+    confidence: str | None, unstable: str | None, passed: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Timing(1.0, (1.0, 1.0), 1.0, 1.0, 1.0), Timing(0.8, (0.8, 0.8), 0.8, 0.7, 0.95)
+    control = Control(1.0, 0.99, 1.01)
+    timed = Latency((first, second), control, 1, 1, ("CPUExecutionProvider",), 1, "cpu", None, unstable)
+    monkeypatch.setattr(compare, "latency", lambda *_, **__: timed)
+    found = verify(path, path, calib={"x": X}, max_latency=0.9, confidence=confidence)
+    assert promised(found)[1:] == [("same", True), ("latency at most 0.9", passed)]
+    if unstable is None and not passed:
+        assert found.reason == (
+            "latency is x 0.800 (95%: 0.700 to 0.950) of the original's, not surely within --max-latency 0.9"
+        )
+    assert "A/A control" in plain_text(verify_view(found))
+
+
+def test_limits_of_latency(path: Path) -> None:
+    with pytest.raises(InputError, match=r"it is a ratio.*for 70 % write --max-latency 0.7"):
+        verify(path, path, max_latency=70)
+
+
+def test_damage_breaks_every_promise_on_outputs(path: Path) -> None:
+    nan = network(w2=np.full_like(W2, np.nan))
+    found = verify(path, nan, calib={"x": X}, metric="agreement", max_drop=0.5, max_error=0.5)
+    assert [promise.passed for promise in found.promises] == [True, False, False]
+    assert all("NaN" in str(promise.reason) for promise in found.promises[1:])
+
+
+def test_reports_of_verify(path: Path) -> None:
+    folder, junit = path.with_name("report"), path.parent / "ci" / "junit.xml"
+    found = verify(path, network(w2=-W2), calib={"x": X}, max_error=0.1, report=folder, junit=junit)
+    assert json.loads((folder / "report.json").read_text()) == found.to_dict()
+    text = (folder / "report.txt").read_text()
+    assert str(found.reason) in text
+    assert max(map(len, text.splitlines()[:-1])) <= 80
+    suite = ET.parse(junit).getroot().find("testsuite")
+    assert suite is not None
+    assert suite.attrib["failures"] == "1"
+    with pytest.raises(InputError):
+        verify(path, path, calib={"x": X[:, :2]}, junit=junit)
+    suite = ET.parse(junit).getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.attrib["errors"], suite.find("testcase/error") is not None) == ("1", True)
+
+
 def test_verify_of_nan_and_interfaces(path: Path) -> None:
-    nan = verify(path, network(w2=np.full_like(W2, np.nan)), max_error=10.0)
+    nan = verify(path, network(w2=np.full_like(W2, np.nan)), max_error=1.0)
     assert "NaN" in str(nan.reason)
     assert nan.warnings[0] == MADE_UP
     other = verify(
-        path, network(TEXT.replace("y = MatMul", "z = MatMul").replace("] y)", "] z)")), max_error=10.0
+        path, network(TEXT.replace("y = MatMul", "z = MatMul").replace("] y)", "] z)")), max_error=1.0
     )
     assert (other.passed, other.comparison.outputs) == (False, ())
     assert "output 'y'" in str(other.reason)

@@ -38,6 +38,7 @@ class Fuse(Idle):
         kernels: tuple[int, ...] = ()
         ridge: float = 1e-3
         residual: bool = True
+        only: str | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,9 @@ def shown(passes: tuple[Pass, ...] | list[Pass]) -> list[tuple[str, dict[str, ob
         ("fuse:kernels=[1,3],residual=no", [("fuse", {"kernels": (1, 3), "residual": False})]),
         ("fuse:kernel=null", [("fuse", {"kernel": None})]),
         ("fuse:mode='paper'", [("fuse", {"mode": "paper"})]),
+        ("fuse:only=*x,kernel=3", [("fuse", {"only": "*x", "kernel": 3})]),
+        ("fuse:only=*", [("fuse", {"only": "*"})]),
+        ("fuse:only=*/conv[0-9]?", [("fuse", {"only": "*/conv[0-9]?"})]),
     ],
 )
 def test_short_form(text: str, expected: list[tuple[str, dict[str, object]]]) -> None:
@@ -93,7 +97,7 @@ def test_short_form(text: str, expected: list[tuple[str, dict[str, object]]]) ->
         (
             "fuse:kernal=3",
             "pass 'fuse': there is no option 'kernal'; did you mean 'kernel'? "
-            "known: kernel, max_blocks, mode, kernels, ridge, residual",
+            "known: kernel, max_blocks, mode, kernels, ridge, residual, only",
         ),
         ("fold:kernel=3", "pass 'fold': there is no option 'kernel'; known: none"),
         ("fuse:kernel=0", "pass 'fuse': option 'kernel' should be greater than or equal to 1, not 0"),
@@ -170,7 +174,7 @@ def test_long_form_may_be_short(text: str) -> None:
         (
             "passes: [fold]\nmax_eror: 1",
             "the recipe: there is no option 'max_eror'; did you mean 'max_error'? "
-            "known: passes, max_error, max_drop, metric, seed, retrain",
+            "known: passes, max_error, max_drop, metric, confidence, seed, retrain",
         ),
         ("passes: [fold]\nmax_error: -1", "the recipe: option 'max_error' should be greater than 0, not -1"),
         ("passes: [fold]\nseed: 1\nseed: 2", "not valid YAML in line 3: 'seed' is given twice"),

@@ -1,6 +1,7 @@
 """Metrics: per-sample scores against ones worked out by hand, and what a user's own metric may do wrong."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -10,9 +11,11 @@ import torch
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Model
+from onnxfuse.numerics.significance import paired_difference
 from onnxfuse.runtime.session import Runtime
-from onnxfuse.verification.metrics import METRICS, evaluate, load_metric
+from onnxfuse.verification.metrics import METRICS, MetricChange, evaluate, load_metric
 
+HeldBy = Literal["interval", "change", "proof"]
 SCORES = {"logits": np.array([[0.1, 0.9, 0.0], [0.8, 0.1, 0.1], [0.2, 0.3, 0.5]], np.float32)}
 
 
@@ -108,6 +111,124 @@ def test_labels_that_do_not_fit_a_map(labels: np.ndarray) -> None:
         METRICS["top1"]({"map": np.zeros((2, 3, 4), np.float32)}, labels)
 
 
+# --- against the original -----------------------------------------------------------------------------------
+
+
+def test_agreement() -> None:
+    agreement = METRICS["agreement"]
+    moved = SCORES["logits"] * np.float32(1.5) + np.array([0, 0, 0.6], np.float32)
+    np.testing.assert_array_equal(agreement({"logits": moved}, SCORES), [1, 1, 1])
+    np.testing.assert_array_equal(agreement({"logits": SCORES["logits"][[1, 1, 2]]}, SCORES), [0, 1, 1])
+    broken = SCORES["logits"].copy()
+    broken[0, 1] = np.nan
+    np.testing.assert_array_equal(agreement({"logits": broken}, SCORES), [0, 1, 1])
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((6, 5, 4), 2), ((6, 4, 5, 3), 1), ((6, 4, 1, 1), 1)])
+def test_agreement_at_places(shape: tuple[int, ...], axis: int) -> None:
+    """It is top1 with the original's classes for labels."""
+    random = np.random.default_rng(0)
+    first, noise = random.normal(size=(2, *shape)).astype(np.float32)
+    second = first + noise
+    expected = METRICS["top1"]({"y": second}, first.argmax(axis=axis))
+    found = METRICS["agreement"]({"y": second}, {"y": first})
+    np.testing.assert_array_equal(found, expected)
+    assert len(set(found)) > 1
+
+
+def test_agreement_of_outputs_that_are_classes() -> None:
+    for first, second in (
+        (np.array([1, 2, 3]), np.array([1, 5, 3])),
+        (np.array(list("abc")), np.array(list("axc"))),
+    ):
+        np.testing.assert_array_equal(METRICS["agreement"]({"y": second}, {"y": first}), [1, 0, 1])
+
+
+def test_cosine() -> None:
+    random = np.random.default_rng(1)
+    first, second = random.normal(size=(2, 5, 3, 4)).astype(np.float32)
+    a, b = torch.from_numpy(first).flatten(1).double(), torch.from_numpy(second).flatten(1).double()
+    expected = torch.nn.functional.cosine_similarity(a, b)
+    found = METRICS["cosine"]({"y": second}, {"y": first})
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(METRICS["cosine"]({"y": 3 * first}, {"y": first}), 1)
+    rows = np.array([[0, 0], [0, 0], [1, 2]], np.float32)
+    other = np.array([[0, 0], [1, 0], [1, np.nan]], np.float32)
+    np.testing.assert_array_equal(METRICS["cosine"]({"y": other}, {"y": rows}), [1, 0, -1])
+
+
+@pytest.mark.parametrize("fill", [-1e9, float(np.finfo(np.float32).min), -np.inf])
+@pytest.mark.parametrize("masked", [1, 8])
+def test_cosine_sees_what_lies_beside_a_mask(fill: float, masked: int) -> None:
+    first, second = np.random.default_rng(1).normal(size=(2, 5, 10)).astype(np.float32)
+    expected = METRICS["cosine"]({"y": second[:, masked:]}, {"y": first[:, masked:]})
+    first[:, :masked] = second[:, :masked] = fill
+    np.testing.assert_allclose(METRICS["cosine"]({"y": second}, {"y": first}), expected)
+
+
+@pytest.mark.parametrize(
+    ("metric", "first", "second", "said"),
+    [
+        ("agreement", np.zeros((3, 1), np.float32), np.zeros((3, 1), np.float32), "one value a place"),
+        ("cosine", np.zeros((3, 1), np.float32), np.zeros((3, 1), np.float32), "bound it with --max-error"),
+        ("cosine", np.zeros((3, 4), int), np.zeros((3, 4), int), "take the metric agreement"),
+        ("cosine", np.zeros((3, 4), np.float32), np.zeros((3, 5), np.float32), r"has shape \(3, 5\)"),
+        ("agreement", [np.zeros(3)], [np.zeros(3)], "wants a row for each sample"),
+    ],
+)
+def test_outputs_that_can_not_be_held_against_the_original(
+    metric: str, first: Any, second: Any, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        METRICS[metric]({"y": second}, {"y": first})
+
+
+def test_there_must_be_an_original() -> None:
+    with pytest.raises(InputError, match="metric cosine compares with an original"):
+        load_metric("cosine", original=False)
+
+
+# --- the drop that is allowed -------------------------------------------------------------------------------
+
+
+def change(lost: int, won: int, samples: int, allowed: float, held_by: HeldBy) -> MetricChange:
+    before = np.r_[np.ones(lost), np.zeros(won), np.ones(samples - lost - won)]
+    after = np.r_[np.zeros(lost), np.ones(won), np.ones(samples - lost - won)]
+    return MetricChange("top1", paired_difference(before, after), allowed, held_by)
+
+
+def test_a_drop_is_held_to_by_the_whole_interval() -> None:
+    found = change(0, 0, 60, 0.01, "interval")
+    said = str(found.reason)
+    assert said.startswith(
+        "top1 may drop by 0.0602, more than --max-drop 0.01: on 60 held-out samples it changes by +0"
+    )
+    assert "95 % interval from -0.0602 to +0.0602" in said
+    assert "about 38" in said  # z^2 (1 - 0.01) / 0.01 = 380
+    assert "--confidence none" in said
+    assert change(0, 0, 400, 0.01, "interval").reason is None
+    assert change(3, 3, 400, 0.01, "interval").reason is not None
+    assert change(3, 3, 400, 0.02, "interval").reason is None
+    assert "no number of samples" in str(change(1, 1, 60, 0.0, "interval").reason)
+
+
+def test_a_drop_is_held_to_by_itself() -> None:
+    found = change(1, 1, 60, 0.01, "change")
+    assert found.reason is None
+    assert str(found.note).startswith(
+        "--max-drop 0.01 is finer than 60 held-out samples tell: top1 may drop by "
+    )
+    assert change(1, 1, 60, 0.01, "proof").note is None
+    kinds: tuple[HeldBy, ...] = ("interval", "change", "proof")
+    for held_by in kinds:
+        said = str(change(3, 0, 60, 0.01, held_by).reason)
+        assert said == "top1 drops by 0.05, from 1 to 0.95, more than --max-drop 0.01"
+    assert change(1, 1, 60, 0.5, "change").note is None
+
+
+# --- metrics of one's own -----------------------------------------------------------------------------------
+
+
 def test_a_metric_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text("SCALE = 2\n")
     script = tmp_path / "mine.py"
@@ -124,7 +245,8 @@ def test_a_metric_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", ["top5", "metric.txt:fn"])
 def test_unknown_metrics(spec: str) -> None:
     with pytest.raises(
-        InputError, match=r"unknown metric .*; choose from top1, mse, nll, or give file\.py:function"
+        InputError,
+        match=r"unknown metric .*; choose from top1, mse, nll, agreement, cosine, or give file\.py:function",
     ):
         load_metric(spec)
 

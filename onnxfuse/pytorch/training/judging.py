@@ -31,7 +31,7 @@ class Judge:
 
     def with_metric(self, spec: str) -> Judge:
         found = Judge(self._runtime, self._objective, self._pool, self._size, self._outputs)
-        found.scored, found._metric = spec, load_metric(spec)
+        found.scored, found._metric = spec, load_metric(spec, original=False)
         return found
 
     @property
@@ -46,14 +46,14 @@ class Judge:
         """Note what the model is worth before training."""
         self._before = self._measure(model)
 
-    def change(self, model: Model, seed: int) -> tuple[PairedDifference | None, MetricChange | None]:
+    def change(self, model: Model) -> tuple[PairedDifference | None, MetricChange | None]:
         after = self._measure(model)
         if self._before is None or after is None:
             return None, None
-        loss = paired_difference(self._before[0], after[0], seed=seed)
+        loss = paired_difference(self._before[0], after[0])
         if self.scored is None:
             return loss, None
-        return loss, MetricChange(self.scored, paired_difference(self._before[1], after[1], seed=seed), None)
+        return loss, MetricChange(self.scored, paired_difference(self._before[1], after[1]), None)
 
     def _measure(self, model: Model) -> tuple[np.ndarray, np.ndarray] | None:
         """(losses, scores) of the held-out samples."""

@@ -20,7 +20,8 @@ from torch import fx
 
 from onnxfuse.analysis.normalization import lacks_normalization
 from onnxfuse.data.batch_axes import batch_axes, fixed_batch
-from onnxfuse.data.calibration import BatchStream, Samples
+from onnxfuse.data.calibration import BatchStream, Calibration, Samples
+from onnxfuse.data.fitted import Fitted, sample_digests
 from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.ir.model import Model
 from onnxfuse.numerics.significance import PairedDifference
@@ -36,7 +37,7 @@ from onnxfuse.pytorch.training.objective import Objective, make_objective
 from onnxfuse.pytorch.training.processes import choose_device, on_first, process_group, processes, started
 from onnxfuse.pytorch.training.records import Retraining
 from onnxfuse.pytorch.training.request import Request, Training
-from onnxfuse.pytorch.training.sampling import InOrder, Pool, Shuffled, sample_digests
+from onnxfuse.pytorch.training.sampling import InOrder, Pool, Shuffled
 from onnxfuse.pytorch.training.training import Settings, Trained, mixed_precision, train
 from onnxfuse.pytorch.training.warning_lines import collecting, is_of_kernel, is_of_model
 from onnxfuse.runtime.session import Runtime
@@ -58,10 +59,12 @@ _COMPARED = 2  # held-out batches that the result is run on beside the module
 
 @dataclass(frozen=True)
 class Retrained:
-    """The outcome of a retraining: the model with its new weights, or None and the `reason`. `checkpoint` is
-    to be removed once the model is safe."""
+    """The outcome of a retraining: the model with its new weights, or None and the `reason`; the samples that
+    it was fitted to, of all that were given. `checkpoint` is to be removed once the model is safe."""
 
     model: Model | None
+    fitted: Fitted
+    samples: Calibration
     record: Retraining
     reason: str | None
     warnings: tuple[str, ...]
@@ -230,7 +233,10 @@ class _Retrainer:
         if self.held is None:
             self.warnings.append("no samples are held out: the result was not measured")
         record = self._record(trained, precision, world, loss, metric)
-        return Retrained(result, record, reason, tuple(dict.fromkeys(self.warnings)), checkpoint)
+        feeds = (batch.feed for batch in self.pool.in_order(request.batch_size))
+        fitted = Fitted.of(feeds, self.model.inputs)
+        warnings = tuple(dict.fromkeys(self.warnings))
+        return Retrained(result, fitted, self.calibration, record, reason, warnings, checkpoint)
 
     def _verified(self) -> tuple[PairedDifference | None, MetricChange | None]:
         """The result's loss and metric beside the start's; ONNX Runtime computes what the module does."""
@@ -239,7 +245,7 @@ class _Retrainer:
         check_module(
             self.module, result, islice(pool.in_order(self.request.batch_size), _COMPARED), self.runtime
         )
-        return self.judge.change(result, self.request.settings.seed)
+        return self.judge.change(result)
 
     def _fingerprint(self, world: int, precision: torch.dtype | None) -> str:
         about, tensors = self.objective.about, self.objective.tensors

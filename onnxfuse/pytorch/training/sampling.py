@@ -21,6 +21,7 @@ import numpy as np
 
 from onnxfuse.data.batch_axes import batch_axes
 from onnxfuse.data.calibration import Batch, BatchStream
+from onnxfuse.data.fitted import sample_digests
 from onnxfuse.data.row_source import RowSource
 from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Feed
@@ -169,18 +170,6 @@ def _digest(digest: hashlib._Hash, batch: Batch) -> None:
         if array is not None:
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
-
-
-def sample_digests(feed: Feed, inputs: Sequence[TensorInfo]) -> list[bytes]:
-    """A digest of each sample of a feed, the same wherever the sample comes from."""
-    axes = batch_axes(inputs)
-    arrays = [np.moveaxis(feed[name], axis, 0) for name, axis in axes.items() if axis is not None]
-    if not arrays:
-        return [hashlib.sha256(b"".join(feed[name].tobytes() for name in axes)).digest()]
-    return [
-        hashlib.sha256(b"".join(array[row].tobytes() for array in arrays)).digest()
-        for row in range(len(arrays[0]))
-    ]
 
 
 class _RowStore:

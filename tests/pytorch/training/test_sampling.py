@@ -11,9 +11,10 @@ import pytest
 from nets import net, normal
 
 from onnxfuse.data.calibration import Batch, Calibration
+from onnxfuse.data.fitted import sample_digests
 from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Model
-from onnxfuse.pytorch.training.sampling import Pool, Shuffled, sample_digests
+from onnxfuse.pytorch.training.sampling import Pool, Shuffled
 
 X = normal(23, 6)
 LABELS = np.arange(23)
