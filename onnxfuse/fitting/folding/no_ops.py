@@ -24,6 +24,7 @@ def bypass(workspace: Workspace, node: Node, source: Tensor, what: str) -> Decis
     """Let everything that reads the node's output read `source` instead.
 
     An output that is pinned to its name is taken over by the source's producer, if that can give its own up.
+    If it can't, the node stays for that name alone: whatever else reads it reads the source.
 
     Args:
         workspace: of the node.
@@ -32,27 +33,43 @@ def bypass(workspace: Workspace, node: Node, source: Tensor, what: str) -> Decis
         what: the edit in words.
     """
     model, target = workspace.model, node.outputs[0]
-    if not workspace.pinned(target):
-        if not target.outputs:  # dead as it came; not ours to clean up
-            return None
-
-        def make() -> list[Node]:
-            workspace.overriding(node.inputs)
-            users = workspace.read_instead(target, source)
-            dropped = list(node.inputs)
-            model.remove([node])
-            workspace.release(dropped)
-            return users
-
-        return Edit((node.site_name,), what, make)
-    producer = model.producer(source)
-    if producer is None or model.is_weight(source) or workspace.pinned(source):
+    if not target.outputs and not workspace.pinned(target):  # dead as it came; not ours to clean up
+        return None
+    if workspace.pinned(target) and _can_give_up_name(workspace, source):
+        return _renamed(workspace, node, source, what)
+    follow = workspace.can_all_read(target, source)
+    stays = model.is_output(target) or not follow
+    if stays and not target.outputs and not (follow and model.captured(target)):
         return refuse(
             node, f"{node.op} does nothing, but connects '{source.name}' to '{target.name}': both stay"
         )
 
-    def rename() -> list[Node]:
-        assert producer is not None
+    def make() -> list[Node]:
+        users = workspace.read_instead(target, source)
+        if not stays:
+            dropped = list(node.inputs)
+            workspace.overriding(t for t in dropped if t is not source)
+            model.remove([node])
+            workspace.release(dropped)
+        return users
+
+    return Edit(
+        (node.site_name,), f"'{source.name}' is read as it is, not through {node.op}" if stays else what, make
+    )
+
+
+def _can_give_up_name(workspace: Workspace, source: Tensor) -> bool:
+    model = workspace.model
+    return model.producer(source) is not None and not model.is_weight(source) and not workspace.pinned(source)
+
+
+def _renamed(workspace: Workspace, node: Node, source: Tensor, what: str) -> Edit:
+    """The edit that gives the source the name of the node's output."""
+    model, target = workspace.model, node.outputs[0]
+    producer = model.producer(source)
+    assert producer is not None
+
+    def make() -> list[Node]:
         workspace.overriding(node.inputs)
         dropped = [t for t in node.inputs if t is not source]
         model.remove([node])
@@ -61,7 +78,7 @@ def bypass(workspace: Workspace, node: Node, source: Tensor, what: str) -> Decis
         workspace.release(dropped)
         return [producer, *users]
 
-    return Edit((node.site_name,), what, rename)
+    return Edit((node.site_name,), what, make)
 
 
 def join_transposes(workspace: Workspace, node: Node) -> Decision:
@@ -69,7 +86,7 @@ def join_transposes(workspace: Workspace, node: Node) -> Decision:
     before = workspace.model.producer(node.inputs[0])
     if before is None or before.op != "Transpose" or not is_main_domain(before):
         return None
-    first, second = permutation(before, workspace.shapes), permutation(node, workspace.shapes)
+    first, second = (permutation(workspace.model, n, workspace.shapes) for n in (before, node))
     if first is None or second is None or len(first) != len(second):
         return None
     perm = [first[p] for p in second]
