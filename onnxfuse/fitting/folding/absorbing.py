@@ -136,7 +136,8 @@ def _tied(workspace: Workspace, first: Absorption, at: Callable[[LinearOp], Foun
         if isinstance(other, str) or not _same_layout(first.op, other.op):
             return apart
         own = other.stored_weight()
-        if (own is None) != (stored is None) or (stored is not None and not np.array_equal(own, stored)):
+        same = own is stored if own is None or stored is None else np.array_equal(own, stored)
+        if not same:
             return apart
         found.append(other)
     return found

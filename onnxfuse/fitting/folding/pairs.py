@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def join_linear(workspace: Workspace, node: Node) -> Decision:
             what = f"{first.node.op} and {node.op} joined into one {node.op}"
             ratio = _cost_ratio(workspace, first, second)
             all_names = tuple(n.site_name for a in found for n in (*a.gone, *a.op.nodes))
-            return Edit(all_names, what, lambda: store(workspace, found), {"cost": round(ratio, 4)})
+            return Edit(all_names, what, partial(store, workspace, found), {"cost": round(ratio, 4)})
         found = "the weights of the first one are shared with other operators"
     return Skip(names, f"not joined: {found}")
 
