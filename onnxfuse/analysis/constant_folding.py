@@ -40,7 +40,7 @@ _NOT_LARGER = OPS.having(Trait.SAME_ELEMENTS).names | {"Slice", "Compress"}
 _HEADER = 16
 """Bytes that the file spends on an initializer or a node beside values, contents and name, about."""
 _SMALL = 256
-"""Bytes of a constant that is not worth following to all that share it."""
+"""Bytes of integers that are not worth following to all that share them."""
 
 
 @dataclass
@@ -338,8 +338,8 @@ class _Choice:
         parents: list[list[int]] = []
         for tensor, amount in self._weights.items():
             users = [user for user in model.consumers(tensor) if user in self.members]
-            # What stays in any case costs nothing, and small ones would tie everything together.
-            small = len(users) > 1 and amount.bytes <= _SMALL
+            # What stays in any case costs nothing, and axes and sizes would tie everything together.
+            small = len(users) > 1 and not amount.parameters and amount.bytes <= _SMALL
             if not small and len(users) == len(model.consumers(tensor)) and not model.is_output(tensor):
                 places[tensor] = len(amounts)
                 amounts.append((amount, 0))

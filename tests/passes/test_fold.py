@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import linear
+from nets import linear, stored_in
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxfuse.ir.model import Model
@@ -63,7 +63,11 @@ def run(proto: onnx.ModelProto, feed: dict) -> list[np.ndarray]:
 
 
 def fold(proto: onnx.ModelProto) -> PassResult:
-    return Fold().run(Model.load(proto).copy(), None)  # type: ignore[arg-type]
+    result = Fold().run(Model.load(proto).copy(), None)  # type: ignore[arg-type]
+    before, after = stored_in(proto), stored_in(result.model.to_proto())
+    assert after[0] <= before[0], "more parameters"
+    assert after[1] <= before[1], "more bytes"
+    return result
 
 
 def check(proto: onnx.ModelProto, *shapes, tolerance: float = 1e-5) -> PassResult:

@@ -69,9 +69,9 @@ def _merge_equal(workspace: Workspace) -> list[str]:
         if not is_deterministic(node) or not all(t in constant or model.is_weight(t) for t in inputs):
             continue
         constant.update(node.outputs)
-        twin = first.setdefault(_key(model, node), node)
+        twin, name = first.setdefault(_key(model, node), node), node.site_name
         if twin is not node and _take_over(workspace, node, twin):
-            merged.append(node.site_name)
+            merged.append(name)
     return merged
 
 
