@@ -30,14 +30,20 @@ from onnxfuse.analysis.constant_folding import fold_constants, proven_shapes
 from onnxfuse.analysis.noops import OPERATORS
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.folding.affine import fold_affine
-from onnxfuse.fitting.folding.no_ops import constant_if, join_reshapes, join_transposes, remove_no_op
+from onnxfuse.fitting.folding.no_ops import (
+    constant_if,
+    drop_zero_bias,
+    join_reshapes,
+    join_transposes,
+    remove_no_op,
+)
 from onnxfuse.fitting.folding.pairs import join_linear
 from onnxfuse.fitting.folding.sharing import share_constants
 from onnxfuse.fitting.folding.workspace import Edit, Rule, Workspace
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ops.channel_affine import AFFINE_OPERATORS
-from onnxfuse.ops.linear import LINEAR_OPERATORS, is_main_domain
+from onnxfuse.ops.linear import LINEAR_OPERATORS, WEIGHTED, is_main_domain
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 
 NAME = "fold"
@@ -45,8 +51,8 @@ NAME = "fold"
 _RULES: dict[str, tuple[Rule, ...]] = dict.fromkeys(OPERATORS, (remove_no_op,))
 for _name in AFFINE_OPERATORS:
     _RULES[_name] = (*_RULES.get(_name, ()), fold_affine)
-for _name in LINEAR_OPERATORS:
-    _RULES[_name] = (join_linear,)
+for _name in WEIGHTED:
+    _RULES[_name] = (drop_zero_bias, join_linear) if _name in LINEAR_OPERATORS else (drop_zero_bias,)
 _RULES["Transpose"] += (join_transposes,)
 _RULES["Reshape"] += (join_reshapes,)
 _RULES["If"] = (constant_if,)

@@ -19,7 +19,9 @@ def nodes(body: GraphProto | None) -> list[tuple[str, list[str]]]:
 
 
 NESTED = """g () => (float[A] y) { h = Neg(v)
-    y = If(c) <then_branch = a () => (float[A] t) { t = Add(v, h) }, else_branch = b () => (float[A] e) { e = Abs(h) }>
+    y = If(c) <
+        then_branch = a () => (float[A] t) { t = Add(v, h) },
+        else_branch = b () => (float[A] e) { e = Abs(h) }>
 }"""
 
 

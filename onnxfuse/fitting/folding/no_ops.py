@@ -1,13 +1,21 @@
-"""Rules for operators that do nothing, and for rearrangements in a row."""
+"""Rules for operators and biases that do nothing, and for rearrangements in a row."""
 
 from __future__ import annotations
+
+import math
+
+import numpy as np
 
 from onnxfuse.analysis.constant_folding import integers
 from onnxfuse.analysis.noops import handed_on, permutation
 from onnxfuse.fitting.folding.workspace import Decision, Edit, Workspace, refuse
+from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.ops.linear import is_main_domain, optional_input
+from onnxfuse.ops.linear import is_main_domain, optional_input, weight_type
 from onnxfuse.ops.table import OPS, Kind, Trait
+
+_REPEATING = ("Expand", "Tile", "Reshape", "Unsqueeze", "Cast", "CastLike", "Identity")
+"""Operators that make zeros of a zero, in another shape or type."""
 
 _SAME_ORDER = OPS.of_kind(Kind.MOVE).having(Trait.SAME_ORDER)
 
@@ -126,6 +134,34 @@ def join_reshapes(workspace: Workspace, node: Node) -> Decision:
         return [node]
 
     return Edit(names, f"{before.op} before Reshape removed", make)
+
+
+def drop_zero_bias(workspace: Workspace, node: Node) -> Decision:
+    """Take out a bias that is computed as a row of zeros: exporters expand a zero where a layer has none."""
+    bias = optional_input(node, 2)
+    if bias is None or workspace.model.is_weight(bias) or not _is_zero(workspace.model, bias):
+        return None
+
+    def make() -> list[Node]:
+        node.inputs.pop()
+        workspace.release([bias])
+        return [node]
+
+    return Edit((node.site_name,), f"a bias of zeros, computed for {node.op}: removed", make)
+
+
+def _is_zero(model: Model, tensor: Tensor) -> bool:
+    """Whether nothing but a zero is in a tensor, as far as one can tell without computing it."""
+    if model.is_weight(tensor):
+        dtype, shape = weight_type(model, tensor)
+        return dtype.kind in "fiu" and math.prod(shape) == 1 and not np.any(model.weight(tensor))
+    node = model.producer(tensor)
+    if node is None or not is_main_domain(node):
+        return False
+    if node.op == "ConstantOfShape":
+        value = node.attrs.get("value")
+        return value is None or not np.any(value.values)
+    return node.op in _REPEATING and _is_zero(model, node.inputs[0])
 
 
 def constant_if(workspace: Workspace, node: Node) -> Decision:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from nets import compute, net, normal, stored_in
 from onnx import helper, numpy_helper
@@ -186,6 +187,36 @@ def test_what_would_be_larger_is_left_to_the_graph(how: str) -> None:
     assert stored(result) == set(weights)
     assert "on top of what stays in use" in reasons(result)
     assert len(result.model.nodes) == len(model.nodes) - (how == "two tied heads")
+
+
+@pytest.mark.parametrize(
+    ("zeros", "goes"),
+    [
+        ("o = Shape<start = 0, end = 1>(w) k = Expand(zero, o)", True),
+        ("t = CastLike(zero, x) o = Constant<value_ints = [6]>() k = Expand(t, o)", True),
+        ("o = Constant<value_ints = [6]>() k = ConstantOfShape(o)", True),
+        ("o = Constant<value_ints = [6]>() k = Expand(one, o)", False),
+    ],
+)
+def test_a_row_of_zeros_made_for_a_layer_without_a_bias_goes(zeros: str, goes: bool) -> None:
+    body = f"{zeros} a = Conv(x, w, k) y = BatchNormalization(a, g, b, m, v)"
+    model = net(body, {"w": (6, 4, 3, 3), "zero": np.float32(0), "one": np.float32(1), **BN}, x=IMAGE, y=MAPS)
+    result = fold(model, {"x": IMAGES["x"]})
+    assert ("BatchNormalization" not in kinds(result)) == goes
+    assert ("a bias of zeros" in "; ".join(change.what for change in result.changes)) == goes
+
+
+def test_an_alias_before_a_function_goes_and_its_body_is_left_alone() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+        g (float[N,6] x) => (float[A,B] y) {
+            v = Identity(w) h = own.twice(x, w) r = Tanh(h) y = own.twice(r, v) }
+        <domain: "own", opset_import: ["" : 17]>
+        twice (a, p) => (b) { q = Identity(p) c = MatMul(a, q) b = MatMul(c, p) }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(numpy_helper.from_array(normal(6, 6) / 3, "w"))
+    result = fold(Model.load(proto), X6)
+    assert kinds(result) == ["twice", "Tanh", "twice"]
+    assert stored(result) == {"w"}
 
 
 # ---- operators over one weight ----------------------------------------------------------------------------
