@@ -65,6 +65,7 @@ class Batchnorm(Pass):
 
     name = NAME
     contract = Contract.EXACT
+    grows = True
     summary = "puts a BatchNormalization that changes nothing behind convolutions, for retraining"
     Options = BatchnormOptions
     options: BatchnormOptions

@@ -63,7 +63,7 @@ class ClusterOptions(OperatorOptions):
     codebook: bool = Field(
         False,
         description="store a table and indices in place of the weights: the plain file shrinks too, but to "
-        "later passes such a weight is computed, and most refuse it (fold makes it a constant again)",
+        "later passes such a weight is computed, and most refuse it",
     )
 
     def partly(self, share: float, done: float = 0.0) -> Mapping[str, object] | None:

@@ -65,6 +65,7 @@ class Deepen(Pass):
 
     name = NAME
     contract = Contract.EXACT
+    grows = True
     summary = "adds layers or residual blocks that change nothing yet"
     Options = DeepenOptions
     options: DeepenOptions

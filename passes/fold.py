@@ -1,7 +1,8 @@
 """fold: every simplification that leaves the function as it is, to a fixed point (EXACT).
 
-1. Constants (`onnxfuse.analysis.constant_folding`): what depends on nothing but constants, and shapes that
-   are static.
+1. Constants: readers of an alias read the weight itself, and equal constant subexpressions are shared
+   (`onnxfuse.fitting.folding.sharing`); what depends on nothing but constants, and shapes that are static, is
+   computed once (`onnxfuse.analysis.constant_folding`).
 2. BatchNormalization, and scaling or shifting by a constant per channel, into the linear operator before it,
    or into the one behind it (`onnxfuse.fitting.folding.affine`).
 3. Operators that do nothing (`onnxfuse.analysis.noops`): Identity, Dropout in inference, a Reshape to the
@@ -9,6 +10,10 @@
 4. Two linear operators with nothing between them become one where that is exact and takes no more
    multiplications (`onnxfuse.fitting.folding.pairs`). A factorized pair d -> r -> d stays a pair, an expanded
    one is contracted.
+
+Nothing of it stores more parameters than before, and no tie is cut: what several operators read changes only
+if they all take the same (`onnxfuse.fitting.folding.absorbing`), and a constant that would be stored on top
+of what stays in use is left to the graph.
 
 The walk keeps a list of nodes still to look at. A rule only decides; its edit is made afterwards, and puts
 the nodes around it back on the list. Every edit removes a node or moves a constant towards its operator, so
@@ -21,17 +26,24 @@ from collections import deque
 from collections.abc import Iterable
 from typing import ClassVar
 
-from onnxfuse.analysis.constant_folding import GROWTH, fold_constants
+from onnxfuse.analysis.constant_folding import fold_constants, proven_shapes
 from onnxfuse.analysis.noops import OPERATORS
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.folding.affine import fold_affine
-from onnxfuse.fitting.folding.no_ops import constant_if, join_reshapes, join_transposes, remove_no_op
+from onnxfuse.fitting.folding.no_ops import (
+    constant_if,
+    drop_zero_bias,
+    join_reshapes,
+    join_transposes,
+    remove_no_op,
+)
 from onnxfuse.fitting.folding.pairs import join_linear
+from onnxfuse.fitting.folding.sharing import share_constants
 from onnxfuse.fitting.folding.workspace import Edit, Rule, Workspace
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ops.channel_affine import AFFINE_OPERATORS
-from onnxfuse.ops.linear import LINEAR_OPERATORS, is_main_domain
+from onnxfuse.ops.linear import LINEAR_OPERATORS, WEIGHTED, is_main_domain
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 
 NAME = "fold"
@@ -39,8 +51,8 @@ NAME = "fold"
 _RULES: dict[str, tuple[Rule, ...]] = dict.fromkeys(OPERATORS, (remove_no_op,))
 for _name in AFFINE_OPERATORS:
     _RULES[_name] = (*_RULES.get(_name, ()), fold_affine)
-for _name in LINEAR_OPERATORS:
-    _RULES[_name] = (join_linear,)
+for _name in WEIGHTED:
+    _RULES[_name] = (drop_zero_bias, join_linear) if _name in LINEAR_OPERATORS else (drop_zero_bias,)
 _RULES["Transpose"] += (join_transposes,)
 _RULES["Reshape"] += (join_reshapes,)
 _RULES["If"] = (constant_if,)
@@ -106,9 +118,10 @@ class _Folding:
         return [f"initializers that are also graph inputs were folded at their stored values: {names}{more}"]
 
     def _fold_constants(self) -> None:
-        folded = fold_constants(self._model, GROWTH - self._workspace.growth)
+        self._workspace.shapes = proven_shapes(self._model)
+        self.changes += share_constants(self._workspace)
+        folded = fold_constants(self._model, self._workspace.shapes)
         self._workspace.shapes = folded.shapes
-        self._workspace.growth += folded.growth
         self._workspace.overridden.update(dict.fromkeys(folded.overridden))
         for node, reason in folded.refused.items():
             self._uncomputed[node] = Skip((node.site_name,), reason)
@@ -116,11 +129,7 @@ class _Folding:
             names = tuple(folded.shape_nodes)
             self.changes.append(Change(names, "static shapes became constants"))
         if folded.evaluated:
-            detail: dict[str, Json] = {
-                "nodes": len(folded.evaluated),
-                "stored": folded.stored,
-                "bytes": folded.growth,
-            }
+            detail: dict[str, Json] = {"nodes": len(folded.evaluated), "stored": folded.stored}
             self.changes.append(Change(tuple(folded.evaluated), "constants computed once", detail))
 
     def _walk(self) -> None:

@@ -7,6 +7,9 @@ block of a transformer per token. For a convolution the columns are patches, and
 jointly; the paper's Theorem 2 solves each input channel alone, which supposes that channels are uncorrelated.
 They are not, and the result is useless; it is there as `mode=paper`.
 
+A region is a candidate only if one operator in its place takes fewer multiply-accumulates and no more
+parameters or bytes than go with the region: weights that are tied to others don't.
+
 Four steps:
 
 1. **Survey.** One tapped run of the network gives the moments of all candidates, hence each one's local fit.
@@ -47,7 +50,9 @@ from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.numerics.affine import Affine
+from onnxfuse.ops.linear import weight_type
 from onnxfuse.ops.linear_building import add_linear
+from onnxfuse.ops.shared_weights import own_weights
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.pipeline.goals import Goals, number_taken
 from onnxfuse.runtime.observed_shapes import shapes_on
@@ -188,6 +193,8 @@ class Fuse(Pass):
                 reason = "its multiply-accumulates can't be counted"
             elif saved <= 0:
                 reason = f"one operator in its place would cost more: {-saved / total:+.1%} of all MACs"
+            elif grown := _grown(model, candidate):
+                reason = grown
             else:
                 found.append((candidate, saved / total))
                 continue
@@ -411,6 +418,21 @@ def _saved(model: Model, candidate: Candidate, shapes: dict[str, TensorInfo]) ->
     if before is None or after is None or not all(isinstance(size, int) for size in after):
         return None
     return before - math.prod(int(size) for size in after if size is not None) * candidate.columns
+
+
+def _grown(model: Model, candidate: Candidate) -> str | None:
+    """Why a region stays whose operator would have more parameters or bytes than go with it; None if not."""
+    region = candidate.region
+    types = [weight_type(model, tensor) for tensor in own_weights(model, region.nodes, region.u)]
+    before = sum(math.prod(shape) for _, shape in types)
+    after = (candidate.columns + 1) * region.out_features
+    if after > before:
+        return f"one operator in its place would have {after:,} parameters, more than the {before:,} that go"
+    stored = sum(math.prod(shape) * dtype.itemsize for dtype, shape in types)
+    size = after * candidate.dtype.itemsize
+    if size > stored:
+        return f"one operator in its place would take {size:,} bytes, more than the {stored:,} that go"
+    return None
 
 
 def _disjoint(ranked: Sequence[_Ranked]) -> tuple[list[_Ranked], list[Skip]]:

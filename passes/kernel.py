@@ -39,6 +39,7 @@ class Kernel(Pass):
 
     name = NAME
     contract = Contract.EXACT
+    grows = True
     summary = "makes convolution kernels larger by taps that change nothing yet"
     Options = KernelOptions
     options: KernelOptions

@@ -61,6 +61,7 @@ class Widen(Pass):
 
     name = NAME
     contract = Contract.EXACT
+    grows = True
     summary = "adds channels, neurons or heads that change nothing yet"
     Options = WidenOptions
     options: WidenOptions

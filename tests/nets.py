@@ -96,6 +96,22 @@ def compute(model: Model, feed: Feed, *names: str) -> list[np.ndarray]:
     return session.run(list(names) or None, feed)
 
 
+def stored_in(proto: onnx.ModelProto) -> tuple[int, int]:
+    """Numbers that are parameters (not int64 or bool), and bytes of all, of initializers and Constants."""
+    nodes, tensors = [*proto.graph.node], [*proto.graph.initializer]
+    while nodes:
+        node = nodes.pop()
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                nodes += body.node
+                tensors += body.initializer
+            if node.op_type == "Constant" and attribute.name == "value":
+                tensors.append(attribute.t)
+    arrays = [numpy_helper.to_array(tensor) for tensor in tensors]
+    indices = (np.dtype(np.int64), np.dtype(bool))
+    return sum(a.size for a in arrays if a.dtype not in indices), sum(a.nbytes for a in arrays)
+
+
 def takes(run: Callable[[], object], seconds: float) -> bool:
     """Whether `run` takes less processor time than this, once in three times: other work slows it too."""
 

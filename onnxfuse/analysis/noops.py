@@ -34,21 +34,23 @@ def handed_on(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
     return None if rule is None else rule(model, node, shapes)
 
 
-def permutation(node: Node, shapes: Shapes) -> list[int] | None:
+def permutation(model: Model, node: Node, shapes: Shapes) -> list[int] | None:
     """A Transpose's permutation; where it isn't given the axes are reversed; None if it is unknown."""
     if "perm" in node.attrs:
         return [int(p) for p in node.attrs["perm"]]
-    rank = _rank(node.inputs[0], shapes)
+    rank = _rank(model, node.inputs[0], shapes)
     return None if rank is None else list(reversed(range(rank)))
 
 
-def _shape(tensor: Tensor, shapes: Shapes) -> Sequence[int | str | None] | None:
+def _shape(model: Model, tensor: Tensor, shapes: Shapes) -> Sequence[int | str | None] | None:
+    if model.is_weight(tensor):
+        return weight_type(model, tensor)[1]
     info = shapes.get(tensor.name)
     return None if info is None else info.shape
 
 
-def _rank(tensor: Tensor, shapes: Shapes) -> int | None:
-    shape = _shape(tensor, shapes)
+def _rank(model: Model, tensor: Tensor, shapes: Shapes) -> int | None:
+    shape = _shape(model, tensor, shapes)
     return None if shape is None else len(shape)
 
 
@@ -73,18 +75,19 @@ def _dropout(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
 
 
 def _cast(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
-    info = shapes.get(node.inputs[0].name)
-    same = info is not None and info.dtype is not None and info.dtype == numpy_dtype(int(node.attrs["to"]))
-    return node.inputs[0] if same else None
+    x = node.inputs[0]
+    info = shapes.get(x.name)
+    dtype = weight_type(model, x)[0] if model.is_weight(x) else None if info is None else info.dtype
+    return x if dtype is not None and dtype == numpy_dtype(int(node.attrs["to"])) else None
 
 
 def _transpose(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
-    perm = permutation(node, shapes)
+    perm = permutation(model, node, shapes)
     return node.inputs[0] if perm is not None and perm == sorted(perm) else None
 
 
 def _reshape(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
-    shape = _shape(node.inputs[0], shapes)
+    shape = _shape(model, node.inputs[0], shapes)
     target = integers(model, optional_input(node, 1))
     if shape is None or target is None or len(target) != len(shape):
         return None
@@ -96,7 +99,7 @@ def _reshape(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
 
 def _flatten(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
     axis = int(node.attrs.get("axis", 1))
-    return node.inputs[0] if _rank(node.inputs[0], shapes) == 2 and axis in (1, -1) else None
+    return node.inputs[0] if _rank(model, node.inputs[0], shapes) == 2 and axis in (1, -1) else None
 
 
 def _squeeze(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
@@ -106,14 +109,14 @@ def _squeeze(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
     if before is not None and before.op == "Unsqueeze" and is_main_domain(before) and axes is not None:
         added = param(model, before, 1, "axes")
         return before.inputs[0] if added is not None and sorted(added) == sorted(axes) else None
-    shape = _shape(node.inputs[0], shapes)
+    shape = _shape(model, node.inputs[0], shapes)
     given = "axes" in node.attrs or optional_input(node, 1) is not None
     nothing = shape is not None and not given and all(isinstance(d, int) and d != 1 for d in shape)
     return node.inputs[0] if nothing else None
 
 
 def _expand(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
-    shape = _shape(node.inputs[0], shapes)
+    shape = _shape(model, node.inputs[0], shapes)
     target = integers(model, node.inputs[1])
     if shape is None or target is None or len(target) > len(shape):
         return None
@@ -133,7 +136,7 @@ def _pad(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
 
 def _slice(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
     """A Slice that starts at 0, steps by 1 and ends behind the end."""
-    shape = _shape(node.inputs[0], shapes)
+    shape = _shape(model, node.inputs[0], shapes)
     starts, ends = param(model, node, 1, "starts"), param(model, node, 2, "ends")
     axes = param(model, node, 3, "axes")
     steps = [1] if optional_input(node, 4) is None else integers(model, node.inputs[4])
@@ -171,7 +174,7 @@ def _neutral(value: float, sides: tuple[int, ...]) -> NoOpRule:
             if (
                 model.is_weight(constant)
                 and not model.is_weight(other)
-                and not _grows(other, weight_type(model, constant)[1], shapes)
+                and not _grows(model, other, weight_type(model, constant)[1], shapes)
                 and np.all(model.weight(constant) == value)
             ):
                 return other
@@ -180,11 +183,11 @@ def _neutral(value: float, sides: tuple[int, ...]) -> NoOpRule:
     return rule
 
 
-def _grows(tensor: Tensor, constant: tuple[int, ...], shapes: Shapes) -> bool:
+def _grows(model: Model, tensor: Tensor, constant: tuple[int, ...], shapes: Shapes) -> bool:
     """Whether combining the tensor with a constant of that shape may give another shape than the tensor's."""
     if not constant:
         return False
-    shape = _shape(tensor, shapes)
+    shape = _shape(model, tensor, shapes)
     if shape is None or len(constant) > len(shape):
         return True
     tail = shape[len(shape) - len(constant) :]

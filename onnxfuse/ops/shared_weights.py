@@ -1,4 +1,5 @@
-"""Linear operators grouped by the weight that they multiply by."""
+"""Who uses a weight: linear operators grouped by the weight that they multiply by, and weights that go with
+nodes."""
 
 from __future__ import annotations
 
@@ -81,6 +82,37 @@ def shared_weights(
     for op in ops:
         found.setdefault((op.weight_tensor, kind(op)), []).append(op)
     return [SharedWeight(tensor, tuple(own)) for (tensor, _), own in found.items()]
+
+
+def own_weights(model: Model, nodes: Iterable[Node], entry: str) -> list[Tensor]:
+    """The weights that nothing uses once some nodes are gone, and with them all that only they need.
+
+    Args:
+        model: has the nodes.
+        nodes: those that go.
+        entry: name of a tensor that stays in use.
+    """
+    gone = set(nodes)
+    stack = [tensor for node in gone for tensor in node.inputs]
+    found: dict[Tensor, None] = {}
+    while stack:
+        tensor = stack.pop()
+        node = model.producer(tensor)
+        results = [tensor] if node is None else node.outputs
+        used = any(
+            result.name == entry
+            or model.is_output(result)
+            or any(user not in gone for user in model.consumers(result))
+            for result in results
+        )
+        if not tensor.name or used:
+            continue
+        if model.is_weight(tensor):
+            found[tensor] = None
+        elif node is not None and node not in gone:
+            gone.add(node)
+            stack += [*node.inputs, *(model.tensor(name) for name in node.captured)]
+    return list(found)
 
 
 def producer(model: Model, tensor: str) -> Node:

@@ -83,11 +83,13 @@ class Pass(ABC):
 
     Attributes:
         packed: its results are smaller only when packed (gzipped).
+        grows: it is there to make a model larger; if another pass does, the report warns.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     packed: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
     contract: Contract
     Options: ClassVar[type[PassOptions]] = PassOptions
     options: PassOptions

@@ -19,7 +19,7 @@ inside it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
@@ -122,6 +122,7 @@ def _step(
     changed = result is not None and committed and checked is not None
     after = result.model if changed and result is not None else model
     found = result if result is not None else PassResult(model)
+    cost = measure(after, sample, context.runtime) if changed else before
     return after, StepReport(
         name=pass_.name,
         contract=pass_.contract,
@@ -134,11 +135,22 @@ def _step(
         changes=tuple(found.changes),
         skipped=tuple(found.skipped),
         predictions=tuple(found.predictions),
-        notes=tuple(found.notes),
+        notes=(*found.notes, *(() if pass_.grows else _grown(before, cost))),
         verification=checked,
         before=before,
-        after=measure(after, sample, context.runtime) if changed else before,
+        after=cost,
     )
+
+
+def _grown(before: Cost, after: Cost) -> Iterator[str]:
+    """A warning where a step has made the model larger."""
+    counts = (
+        ("parameters", before.parameters, after.parameters),
+        ("bytes of weights", before.bytes, after.bytes),
+    )
+    grown = [f"{one:,} {what} became {two:,}" for what, one, two in counts if two > one]
+    if grown:
+        yield f"warning: THE MODEL GREW: {' and '.join(grown)}"
 
 
 def verify_pass(contract: Contract, before: Model, result: PassResult, context: Context) -> Verification:

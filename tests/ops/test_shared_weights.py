@@ -7,7 +7,7 @@ from nets import net
 
 from onnxfuse.ir.model import Model
 from onnxfuse.ops.linear import LinearOp, linear_op
-from onnxfuse.ops.shared_weights import SharedWeight, shared_weights
+from onnxfuse.ops.shared_weights import SharedWeight, own_weights, shared_weights
 
 
 def weights_of(model: Model) -> list[SharedWeight]:
@@ -43,3 +43,14 @@ def test_other_uses() -> None:
         then_branch = a () => (float[A,B] t) { t = MatMul(h, w) },
         else_branch = b () => (float[A,B] e) { e = MatMul(h, v) }>"""
     assert use(inside) == "used by a body of 'y' (If)"
+
+
+def test_weights_that_go_with_nodes() -> None:
+    """What only they need goes, through operators before, too; not what is tied to others."""
+    body = """p = Transpose(v) q = Exp(k) h = MatMul(x, w) r = MatMul(h, p) s = Add(r, q) t = MatMul(s, u)
+        y = MatMul(t, u)"""
+    model = net(body, dict.fromkeys("vwu", (6, 6)) | {"k": (6,)})
+    nodes = [node for node in model.nodes if node.outputs[0].name in "hrst"]
+    assert {tensor.name for tensor in own_weights(model, nodes, "x")} == {"w", "v", "k"}
+    assert {tensor.name for tensor in own_weights(model, model.nodes, "x")} == {"w", "v", "k", "u"}
+    assert own_weights(model, nodes[1:2], "h") == [model.tensor("v")]

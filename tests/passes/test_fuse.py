@@ -444,6 +444,26 @@ def test_a_replacement_that_costs_more_is_refused() -> None:
     assert any("would cost more: +650.0%" in skip.reason for skip in result.skipped)
 
 
+def test_a_replacement_of_more_parameters_is_refused() -> None:
+    """A flattened map makes a wide Gemm: 6 * (64 + 1) numbers for 8 * 4 + 8 + 8 * 6, though fewer MACs."""
+    body = "h = Conv(x, w1, b1) r = Relu(h) p = GlobalAveragePool(r) f = Flatten(p) y = Gemm(f, w2)"
+    weights = {"w1": (8, 4, 1, 1), "b1": (8,), "w2": (8, 6)}
+    model = net(body, weights, x="float[N,4,4,4] x")
+    result = fuse(model, context(model, {"x": normal(400, 4, 4, 4)}), max_blocks=1)
+    assert result.changes == []
+    assert "would have 390 parameters, more than the 88 that go" in result.skipped[0].reason
+
+
+def test_a_tied_weight_does_not_go_with_a_region() -> None:
+    body = "h1 = Gemm(x, w) r1 = Relu(h1) h2 = Gemm(r1, w) r2 = Relu(h2) h3 = Gemm(r2, w) y = Softmax(h3)"
+    model = net(body, {"w": (6, 6)})
+    result = fuse(model, context(model, {"x": normal(400, 6)}), max_blocks=1, max_ops=2)
+    assert result.changes == []
+    assert {skip.reason for skip in result.skipped} == {
+        "one operator in its place would have 42 parameters, more than the 0 that go"
+    }
+
+
 def test_more_unknowns_than_samples_or_memory_are_refused(
     mlp: tuple[Model, Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:

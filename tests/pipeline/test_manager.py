@@ -325,6 +325,36 @@ def test_bugs_and_interrupts_propagate_and_leave_the_model_alone(
     np.testing.assert_array_equal(first_weight(model), W2)
 
 
+def copied_weight(model: Model, context: Context) -> PassResult:
+    """w2 twice: as it is in one Add, and as it was."""
+    node = model.nodes[-1]
+    half = np.float32(0.5)
+    weight = first_weight(model)
+    other = model.add_weight("w2_copy", weight * half)
+    model.set_weight(node.inputs[1], weight * half)
+    y, r = node.outputs[0], node.inputs[0]
+    node.outputs.clear()
+    parts = [
+        model.add_node("MatMul", [r, w], [n], by="sample") for w, n in ((node.inputs[1], "a"), (other, "b"))
+    ]
+    model.remove([node])
+    model.add_node("Add", [part.outputs[0] for part in parts], [y], by="sample")
+    return PassResult(model, [Change(("node",), "halved")])
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_pass_that_makes_the_model_larger_is_loud_unless_that_is_its_job(
+    grows: bool, model: Model, context: Context
+) -> None:
+    pass_ = make(Contract.EXACT, copied_weight)
+    type(pass_).grows = grows
+    _, step = run_one(pass_, model, context)
+    assert step.committed
+    assert (step.before.parameters, step.after.parameters) == (160, 224)
+    said = "warning: THE MODEL GREW: 160 parameters became 224 and 640 bytes of weights became 896"
+    assert step.notes == (() if grows else (said,))
+
+
 def test_a_pass_that_reports_no_change_changes_nothing(model: Model, context: Context) -> None:
     def rewrite(model: Model, context: Context) -> PassResult:
         model.set_weight(model.tensor("w2"), W2 * 2)

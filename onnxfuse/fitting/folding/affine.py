@@ -6,14 +6,18 @@ With y = W x + b in front, scale s and shift t per channel of y,
 
 and behind, W (s x + t) + b = (W diag(s)) x + (W t + b): the latter for a convolution only if it does not pad
 or t = 0, since what it pads with is zero, not t.
+
+Where several operators read W, all of them must be scaled alike (`onnxfuse.fitting.folding.absorbing`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
+from onnxfuse.fitting.folding.absorbing import Absorption, Found, absorb, store
 from onnxfuse.fitting.folding.workspace import Decision, Edit, Workspace, refuse
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ops.channel_affine import (
@@ -25,10 +29,11 @@ from onnxfuse.ops.channel_affine import (
     training_mode,
 )
 from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op, output_axis, weight_type
-from onnxfuse.ops.linear_weights import overflow
 
 MAX_CARRIERS = 6
 """Operators looked through between a BatchNormalization and the linear operator behind it."""
+
+_SHIFTS = ("BatchNormalization", "Add", "Sub")
 
 
 def fold_affine(workspace: Workspace, node: Node) -> Decision:
@@ -36,10 +41,10 @@ def fold_affine(workspace: Workspace, node: Node) -> Decision:
     x = affine_input(workspace.model, node)
     if x is None:
         return None
-    before = _into_previous(workspace, node, x)
+    before = _edit(workspace, node, _into_previous(workspace, node, x), _previous_like(workspace, node), "")
     if isinstance(before, Edit):
         return before
-    behind = _into_next(workspace, node, x)
+    behind = _edit(workspace, node, _into_next(workspace, node, x), _next_like(workspace, node), " behind it")
     if isinstance(behind, Edit) or node.op != "BatchNormalization":
         return behind if isinstance(behind, Edit) else None
     if training_mode(node):
@@ -49,7 +54,21 @@ def fold_affine(workspace: Workspace, node: Node) -> Decision:
     )
 
 
-def _into_previous(workspace: Workspace, node: Node, x: Tensor) -> Edit | str:
+def _edit(
+    workspace: Workspace, node: Node, first: Found, at: Callable[[LinearOp], Found], where: str
+) -> Edit | str:
+    """The edit by which an operator, and those that its weight is tied to, take in what is like `node`."""
+    found = first if isinstance(first, str) else absorb(workspace, first, at)
+    if isinstance(found, str):
+        return found
+    op = found[0].op
+    names = tuple(n.site_name for absorption in found for n in (*absorption.op.nodes, *absorption.gone))
+    what = f"{node.op} into the {op.node.op}{where}" if where else f"{node.op} into {op.node.op}"
+    channels = op.in_features if where else op.out_features
+    return Edit(names, what, lambda: store(workspace, found), {"channels": channels})
+
+
+def _into_previous(workspace: Workspace, node: Node, x: Tensor) -> Found:
     op = workspace.linear_before(x, node)
     if isinstance(op, str):
         return op
@@ -62,37 +81,43 @@ def _into_previous(workspace: Workspace, node: Node, x: Tensor) -> Edit | str:
     if node.op in ("Add", "Sub") and op.node.op == "MatMul" and op.bias_node is None and affine.scale[0] == 1:
         return "it is the bias of a MatMul already"
     scaled = op.weight * affine.scale[:, None]
-    # As stored: a scale that is 1 but for rounding must not break ties.
-    with np.errstate(over="ignore"):  # `overflow` below tells
-        scales = not np.array_equal(scaled.astype(op.dtype), op.weight.astype(op.dtype))
-    cost = workspace.copy_cost(op) if scales else 0
-    weight = scaled if scales else None
     bias = op.bias * affine.scale + affine.shift
-    if reason := _too_dear(workspace, node, cost) or overflow(op, weight, bias):
-        return reason
     names = (*(n.site_name for n in op.nodes), node.site_name)
 
-    def make() -> list[Node]:
+    def wire() -> list[Node]:
         target = node.outputs[0]
         last = op.nodes[-1]
         workspace.overriding(node.inputs)
         workspace.model.remove([node])
         last.outputs[0] = target
         workspace.mark(op.node, names)
-        workspace.store(op, weight, bias, cost)
         return [op.node, last]
 
-    return Edit(names, f"{node.op} into {op.node.op}", make, {"channels": op.out_features})
+    weight = None if _same_stored(op, scaled, op.weight) else scaled
+    return Absorption(op, weight, bias, (node,), wire, own_shift=node.op in _SHIFTS)
 
 
-def _too_dear(workspace: Workspace, node: Node, cost: int) -> str | None:
-    """The reason not to break a tie of weights, where that is needed: element-wise operators are cheap."""
-    if cost and node.op != "BatchNormalization":
-        return "the weights it would go into are shared with other operators"
-    return workspace.beyond_budget(cost)
+def _previous_like(workspace: Workspace, node: Node) -> Callable[[LinearOp], Found]:
+    """What finds, for another operator, an operator like `node` behind it, to be taken in."""
+
+    def at(op: LinearOp) -> Found:
+        for tensor in (op.y, op.node.outputs[0].name):
+            user = workspace.only_user(workspace.model.tensor(tensor))
+            x = None if user is None else affine_input(workspace.model, user)
+            if user is not None and user.op == node.op and x is not None and x.name == tensor:
+                return _into_previous(workspace, user, x)
+        return f"no {node.op} is behind it"
+
+    return at
 
 
-def _into_next(workspace: Workspace, node: Node, x: Tensor) -> Edit | str:
+def _same_stored(op: LinearOp, one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two weights are the same as stored: a scale that is 1 but for rounding changes nothing."""
+    with np.errstate(over="ignore"):  # `overflow` tells
+        return np.array_equal(one.astype(op.dtype), other.astype(op.dtype))
+
+
+def _into_next(workspace: Workspace, node: Node, x: Tensor) -> Found:
     path, op = _linear_behind(workspace, node)
     if isinstance(op, str):
         return op
@@ -104,21 +129,38 @@ def _into_next(workspace: Workspace, node: Node, x: Tensor) -> Edit | str:
         return affine
     if op.kind == "conv" and np.any(affine.shift) and (op.pads is None or any(op.pads)):
         return "the convolution behind pads with zeros, which the shift would not be added to"
-    weight, bias = _rescale_inputs(op, affine)
-    cost = workspace.copy_cost(op)
-    if reason := _too_dear(workspace, node, cost) or overflow(op, weight, bias):
-        return reason
+    scaled, bias = _rescale_inputs(op, affine)
     names = (node.site_name, *(n.site_name for n in op.nodes))
 
-    def make() -> list[Node]:
+    def wire() -> list[Node]:
         workspace.overriding(node.inputs)
         workspace.read_instead(node.outputs[0], x)
         workspace.model.remove([node])
         workspace.mark(op.node, names)
-        workspace.store(op, weight, bias if np.any(affine.shift) else None, cost)
         return [*path, op.node]
 
-    return Edit(names, f"{node.op} into the {op.node.op} behind it", make, {"channels": op.in_features})
+    weight = None if _same_stored(op, scaled, op.weight) else scaled
+    return Absorption(op, weight, bias if np.any(affine.shift) else None, (node,), wire)
+
+
+def _next_like(workspace: Workspace, node: Node) -> Callable[[LinearOp], Found]:
+    """What finds, for another operator, an operator like `node` before it, to be taken in."""
+
+    def at(op: LinearOp) -> Found:
+        tensor = op.node.inputs[0]
+        for _ in range(MAX_CARRIERS + 1):
+            before = workspace.model.producer(tensor)
+            x = None if before is None else affine_input(workspace.model, before)
+            if before is None or (x is None and before.op not in CARRIERS):
+                break
+            if x is not None and before.op == node.op:
+                found = _into_next(workspace, before, x)
+                reached = isinstance(found, Absorption) and found.op.node is op.node
+                return found if reached else f"{node.op} before it goes elsewhere"
+            tensor = before.inputs[0]
+        return f"no {node.op} is before it"
+
+    return at
 
 
 def _ends_gelu(workspace: Workspace, x: Tensor) -> bool:

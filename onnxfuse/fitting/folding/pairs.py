@@ -1,19 +1,21 @@
 """The rule for two linear operators with nothing between them: joined into one where that is exact
-(`onnxfuse.numerics.composition`) and takes no more multiplications."""
+(`onnxfuse.numerics.composition`) and takes no more multiplications and no more parameters."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from onnxfuse.findings import Skip
+from onnxfuse.fitting.folding.absorbing import Absorption, Found, absorb, read_only_by, store
 from onnxfuse.fitting.folding.workspace import Decision, Edit, Workspace
 from onnxfuse.ir.nodes import Node
 from onnxfuse.numerics.composition import ConvShape, border_reason, compose_conv, compose_dense, compose_shape
 from onnxfuse.ops.linear import LinearOp, linear_op
-from onnxfuse.ops.linear_weights import overflow
 
 
 def join_linear(workspace: Workspace, node: Node) -> Decision:
@@ -21,25 +23,46 @@ def join_linear(workspace: Workspace, node: Node) -> Decision:
     second = linear_op(workspace.model, node, workspace.shapes)
     if isinstance(second, str):
         return None
-    between = node.inputs[0]
-    first = workspace.linear_before(between, node)
+    first = workspace.linear_before(node.inputs[0], node)
     if isinstance(first, str) or first.kind == "conv_transpose":
         return None
     if (first.kind == "conv") != (second.kind == "conv"):
         return None
     names = tuple(n.site_name for n in (*first.nodes, *second.nodes))
     joined = _join(workspace, first, second)
-    return Skip(names, f"not joined: {joined}") if isinstance(joined, str) else replace(joined, nodes=names)
+    found = joined if isinstance(joined, str) else absorb(workspace, joined, _joined_like(workspace))
+    if isinstance(found, list):
+        gone = [n for absorption in found for n in absorption.gone]
+        constants = {t for n in gone for t in n.inputs if workspace.model.is_weight(t)}
+        if all(read_only_by(workspace.model, tensor, gone) for tensor in constants):
+            what = f"{first.node.op} and {node.op} joined into one {node.op}"
+            ratio = _cost_ratio(workspace, first, second)
+            all_names = tuple(n.site_name for a in found for n in (*a.gone, *a.op.nodes))
+            return Edit(all_names, what, partial(store, workspace, found), {"cost": round(ratio, 4)})
+        found = "the weights of the first one are shared with other operators"
+    return Skip(names, f"not joined: {found}")
 
 
-def _join(workspace: Workspace, first: LinearOp, second: LinearOp) -> Edit | str:
+def _joined_like(workspace: Workspace) -> Callable[[LinearOp], Found]:
+    """What joins another operator with the one before it."""
+
+    def at(op: LinearOp) -> Found:
+        first = workspace.linear_before(op.node.inputs[0], op.node)
+        if isinstance(first, str) or (first.kind == "conv") != (op.kind == "conv"):
+            return "no linear operator is before it"
+        return _join(workspace, first, op)
+
+    return at
+
+
+def _join(workspace: Workspace, first: LinearOp, second: LinearOp) -> Found:
     between = second.node.inputs[0]
     if workspace.only_user(between) is not second.node:
         return f"'{between.name}' between them is a graph output or has other users"
     shapes = _conv_shapes(first, second) if second.kind == "conv" else None
     if isinstance(shapes, str):
         return shapes
-    ratio = _cost_ratio(workspace, first, second, shapes)
+    ratio = _cost_ratio(workspace, first, second)
     if ratio > 1:
         return f"one operator would take {ratio:.2g} times the multiplications of the two"
     if shapes is None:
@@ -59,22 +82,17 @@ def _join(workspace: Workspace, first: LinearOp, second: LinearOp) -> Edit | str
             dilations=composed.dilations,
             pads=composed.pads,
         )
-    cost = workspace.copy_cost(joined)
-    if reason := workspace.beyond_budget(cost) or overflow(second, weight, bias):
-        return reason
 
-    def make() -> list[Node]:
+    def wire() -> list[Node]:
         node = second.node
         node.inputs[0] = first.node.inputs[0]
         if joined.kind == "conv":
             _set_geometry(node, joined)
         workspace.mark(node, [n.site_name for n in (*first.nodes, *second.nodes)])
-        workspace.store(joined, weight, bias, cost)
         workspace.release([between])
         return [node]
 
-    what = f"{first.node.op} and {second.node.op} joined into one {second.node.op}"
-    return Edit((), what, make, {"cost": round(ratio, 4)})
+    return Absorption(joined, weight, bias, first.nodes, wire)
 
 
 def _kernel(op: LinearOp) -> np.ndarray:
@@ -86,20 +104,20 @@ def _conv_shapes(first: LinearOp, second: LinearOp) -> tuple[ConvShape, ConvShap
         return "they have different numbers of spatial axes"
     if first.pads is None or second.pads is None:
         return "the pads depend on the input size (auto_pad)"
-    one, two = (
-        ConvShape(op.kernel, op.strides, op.dilations, op.pads or (), op.groups) for op in (first, second)
-    )
+    one, two = _conv_shape(first), _conv_shape(second)
     return border_reason(one, two, first.bias) or (one, two)
 
 
-def _cost_ratio(
-    workspace: Workspace, first: LinearOp, second: LinearOp, shapes: tuple[ConvShape, ConvShape] | None
-) -> float:
+def _conv_shape(op: LinearOp) -> ConvShape:
+    return ConvShape(op.kernel, op.strides, op.dilations, op.pads or (), op.groups)
+
+
+def _cost_ratio(workspace: Workspace, first: LinearOp, second: LinearOp) -> float:
     """Multiplications of the joined operator over those of the two."""
-    if shapes is None:
+    if second.kind != "conv":
         pair = first.columns * first.out_features + second.columns * second.out_features
         return first.in_features * second.out_features / pair
-    composed = compose_shape(*shapes)
+    composed = compose_shape(_conv_shape(first), _conv_shape(second))
     rows = _hidden_rows(workspace, first, second)
     pair_cost = rows * first.columns * first.out_features + second.columns * second.out_features
     columns = first.in_features // composed.groups * math.prod(composed.kernel)

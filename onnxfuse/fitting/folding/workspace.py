@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-import numpy as np
+from onnx import GraphProto
 
-from onnxfuse.analysis.constant_folding import GROWTH, overridable
+from onnxfuse.analysis.constant_folding import overridable
 from onnxfuse.findings import Json, Skip
+from onnxfuse.ir import bodies, protos
 from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.ops.linear import LinearOp, is_shared, linear_op
-from onnxfuse.ops.linear_weights import write_weights
+from onnxfuse.ops.linear import LinearOp, linear_op
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,20 @@ class Edit:
 
 
 class Workspace:
-    """A graph with what is known of its tensors, and how much larger folding has made the file.
+    """A graph with what is known of its tensors.
 
     Attributes:
         model: the graph, edited in place.
         shapes: types and shapes of its tensors by name.
         overridden: names of folded weights that are graph inputs, too, in the order of their folding.
-        growth: bytes by which weights have grown.
+        by: name of the pass, noted in the nodes it rewrites.
     """
 
     def __init__(self, model: Model, by: str) -> None:
-        """`by` is the name of the pass, noted in the nodes it rewrites."""
         self.model = model
         self.shapes: dict[str, TensorInfo] = {}
         self.overridden: dict[str, None] = {}
-        self.growth = 0
-        self._by = by
+        self.by = by
 
     # Looking
 
@@ -95,13 +93,25 @@ class Workspace:
     # Editing
 
     def read_instead(self, old: Tensor, new: Tensor) -> list[Node]:
-        """Let every node that reads `old` read `new`; returns those nodes."""
-        users = list(dict.fromkeys(old.outputs))
+        """Let every node that reads `old` read `new`, and every subgraph that can; returns those nodes."""
+        users = dict.fromkeys(old.outputs)
         for user in users:
             for index, tensor in enumerate(user.inputs):
                 if tensor is old:
                     user.inputs[index] = new
-        return users
+        for user in self.model.consumers(old):
+            followed = _bodies_reading(user, old.name, new.name)
+            for key, body in followed.items():
+                self.model.set_body(user, key, body)
+                users[user] = None
+        return list(users)
+
+    def can_all_read(self, old: Tensor, new: Tensor) -> bool:
+        """Whether every subgraph that reads `old` can read `new` instead."""
+        return all(
+            old.name not in user.captured or _bodies_reading(user, old.name, new.name)
+            for user in self.model.consumers(old)
+        )
 
     def release(self, tensors: Iterable[Tensor]) -> None:
         """Remove the nodes whose outputs have no use any more, upwards from `tensors`."""
@@ -113,30 +123,6 @@ class Workspace:
             stack.extend(t for t in node.inputs if t.name)
             self.model.remove([node])
 
-    def store(self, op: LinearOp, weight: np.ndarray | None, bias: np.ndarray | None, cost: int) -> None:
-        """Write new weights.
-
-        Args:
-            op: their operator.
-            weight: see `write_weights`; None: as it is.
-            bias: None: as it is.
-            cost: bytes by which they make the file larger.
-        """
-        self.growth += cost
-        self.overriding(t for t in (op.weight_tensor, op.own_bias, op.added_bias) if t is not None)
-        write_weights(self.model, op, weight, bias, by=self._by)
-
-    def copy_cost(self, op: LinearOp) -> int:
-        """Bytes that new weights for `op` take besides the old ones: all, where those have other users."""
-        shared = is_shared(self.model, op.weight_tensor, op.node)
-        return op.out_features * op.columns * op.dtype.itemsize if shared else 0
-
-    def beyond_budget(self, cost: int) -> str | None:
-        """The reason why the file may not grow by that many bytes more; None if it may."""
-        if cost <= 0 or self.growth + cost <= GROWTH:
-            return None
-        return f"the weights are shared with other operators, and a copy would take {cost / 1e6:.1f} MB"
-
     def overriding(self, tensors: Iterable[Tensor]) -> None:
         """Remember which of these weights, now folded, a user could have fed."""
         self.overridden.update(dict.fromkeys(t.name for t in tensors if overridable(self.model, t)))
@@ -144,8 +130,20 @@ class Workspace:
     def mark(self, node: Node, replaced: Iterable[str]) -> None:
         """Note in the node's metadata that the pass made it stand for the nodes named `replaced` as well."""
         names = json.loads(node.metadata.get(REPLACES_KEY, "[]"))
-        node.metadata[PASS_KEY] = self._by
+        node.metadata[PASS_KEY] = self.by
         node.metadata[REPLACES_KEY] = json.dumps(list(dict.fromkeys([*names, *replaced])))
+
+
+def _bodies_reading(node: Node, old: str, new: str) -> dict[str, GraphProto]:
+    """The node's subgraphs that read `old`, with `new` in its place; none if one of them can't."""
+    found: dict[str, GraphProto] = {}
+    for key, body in node.attrs.items():
+        if isinstance(body, GraphProto) and old in protos.captured_names(body):
+            changed = bodies.reading(body, old, new)
+            if changed is None:
+                return {}
+            found[key] = changed
+    return found
 
 
 Decision: TypeAlias = Edit | Skip | None
