@@ -136,5 +136,4 @@ def _error_reason(comparison: Comparison, max_error: float) -> str | None:
     for output in comparison.outputs:
         if output.problem:
             return f"output {output.problem}"
-    errors = {output.name: output.relative for output in comparison.outputs}
-    return OutputError(errors, comparison.samples).over(max_error, "")
+    return OutputError.of(comparison.outputs, comparison.samples).over(max_error, "")
