@@ -11,6 +11,7 @@ from onnxfuse.commands.judge import check_limits
 from onnxfuse.commands.loading import MADE_UP, ModelSource, load, samples_of
 from onnxfuse.data.calibration import Calibration, Data
 from onnxfuse.data.rows import few_rows
+from onnxfuse.data.sufficiency import doubts_of
 from onnxfuse.errors import InputError, OnnxfuseError
 from onnxfuse.results import DiffResult, VerifyResult
 from onnxfuse.runtime.session import Runtime
@@ -63,7 +64,8 @@ def verify(
     if reason is not None and not comparison.problems:
         batch = next(iter(calibration.fit))
         divergence = first_divergence(first, second, batch, runtime, labels=_labels(first, second))
-    warnings = (*([MADE_UP] if calibration.synthetic else []), *comparison.notes)
+    doubts = doubts_of(calibration, first.inputs, approximate=False)
+    warnings = (*([MADE_UP] if calibration.synthetic else doubts), *comparison.notes)
     return VerifyResult(
         reason is None, reason, comparison, divergence, max_error, samples_of(calibration), warnings
     )

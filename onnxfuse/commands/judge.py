@@ -14,6 +14,7 @@ from onnxfuse.numerics.significance import paired_difference
 from onnxfuse.pipeline.base import Contract
 from onnxfuse.runtime.latency import latency
 from onnxfuse.verification import compare
+from onnxfuse.verification.label_checks import label_doubts
 from onnxfuse.verification.metrics import Metric, MetricChange, evaluate, load_metric
 
 if TYPE_CHECKING:
@@ -101,8 +102,12 @@ class Scorer:
         except InputError as error:
             if spec is not None or max_drop is not None:
                 raise
-            return cls("", None, np.empty(0), None, f"the labels are not used: {error}")
-        return cls(name, metric, before, max_drop)
+            reason = f"the labels are not used: {error}; array '{calibration.labels}' was taken for labels"
+            return cls("", None, np.empty(0), None, reason)
+        doubts = label_doubts(name, before, runtime.session(original), held_out)
+        if max_drop is not None and (chance := next((line for line in doubts if "CHANCE" in line), None)):
+            raise InputError(f"--max-drop can't be held: {chance}")
+        return cls(name, metric, before, max_drop, "; ".join(doubts) or None)
 
     def change(self, result: Model, context: Context) -> MetricChange | None:
         """The metric of the original and of the result, None without a metric."""

@@ -16,6 +16,7 @@ from scipy.special import logsumexp
 
 from onnxfuse.data.userscript import UserFunction, is_script
 from onnxfuse.errors import InputError
+from onnxfuse.verification.label_checks import class_numbers
 
 if TYPE_CHECKING:
     from onnxfuse.numerics.significance import PairedDifference
@@ -36,7 +37,7 @@ def top1(outputs: OutputArrays, labels: np.ndarray | None) -> np.ndarray:
     Args:
         outputs: the first is (n, classes), or has scores for each of many places: (n, places, classes), and
             with more axes (n, classes, *places). Axes of size 1 do not count.
-        labels: class numbers, (n,), or one for each place, (n, *places).
+        labels: class numbers, (n,), or one for each place, (n, *places); or one-hot, of the output's shape.
 
     Returns:
         Scores (n,).
@@ -92,7 +93,7 @@ METRICS: dict[str, Metric] = {"top1": top1, "mse": mse, "nll": nll}
 def _classes(metric: str, outputs: OutputArrays, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Scores (n, places, classes) and class numbers (n, places) of the first output; errors as in `top1`."""
     name, output = next(iter(outputs.items()))
-    truth = _labels(metric, labels)
+    truth = class_numbers(_labels(metric, labels), output)
     array = output if output.ndim else output.reshape(1)
     if sum(size > 1 for size in array.shape[1:]) <= 1:
         array = array.reshape(len(array), -1)

@@ -133,9 +133,6 @@ def _oddities(output: OutputDifference) -> Iterator[str]:
     if output.nonfinite:
         number = counted(output.nonfinite, "element")
         yield f"{name} is infinite or NaN in {number}, which must be so in both and are not measured"
-    if output.parts:
-        each = "; ".join(map(str, output.parts))
-        yield f"{name} holds elements of different scales, each compared with its own: {each}"
     if output.basis == "size":
         yield (
             f"{name} does not vary from sample to sample: its error is relative to its size, not to its "
