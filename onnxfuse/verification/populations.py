@@ -8,9 +8,9 @@ in it. So elements whose scale dwarfs the rest are a population by themselves. T
   value beside tiny ones is as likely the winner of a softmax, a log-probability or a white pixel.
 - By place: the slices of one axis (channels, classes, columns) fall into groups, so that the typical element
   (geometric mean) of every slice of the upper group is at least `GAP` times the root mean square of every
-  slice of the lower one, and so are their deviations. A rare class of a softmax stays with the frequent ones,
-  which are as small most of the time, a dead channel of a Relu with the others, and a column with an offset
-  with those that vary as much.
+  slice of the lower one, and so are their deviations. From 1 on alone, because below it they are as likely
+  probabilities of rare and of frequent classes. A dead channel of a Relu stays with the others, which are as
+  small much of the time, and a column with an offset with those that vary as much.
 
 The partition depends on the reference alone, and on all of its batches, whatever their order: values are
 summed in zones of five octaves, and zones without a gap between them are put together at the end. What is
@@ -37,6 +37,7 @@ _FIRST = 10  # exponent, as frexp gives it, of FILL
 _HUGE = 500  # exponent from which squares would overflow
 _HUGE_ZONE = 1000
 _LONGEST = 1 << 16  # slices of an axis; a longer one counts places, not kinds
+_PROBABILITY = 1.0  # the least typical magnitude of slices that dwarf others
 _FEW = 0.1  # share of zeros up to which a slice has a typical magnitude
 
 _COUNT, _SUM, _SQUARE, _EXPONENTS, _ZEROS, _INNER = range(6)
@@ -237,7 +238,7 @@ class _Zone:
             _COUNT: count,
             _SUM: total,
             _SQUARE: _rows(x * x, by_row),
-            _EXPONENTS: _rows(np.where(size > 0, exponents, 0), by_row),
+            _EXPONENTS: _rows(np.where(size > 0, exponents - round(math.log2(self.unit)), 0), by_row),
             _ZEROS: _rows(chosen & (size == 0), by_row),
         }
         if features:
@@ -317,7 +318,7 @@ def _groups(slices: _Slices, noise: float) -> list[np.ndarray]:
     typical[sums[_ZEROS, seen] > _FEW * sums[_COUNT, seen]] = 0.0
     order = np.argsort(size, kind="stable")
     least = np.minimum.accumulate(typical[order][::-1])[::-1]
-    cuts = np.flatnonzero(least[1:] >= GAP * size[order][:-1]) + 1
+    cuts = np.flatnonzero((least[1:] >= GAP * size[order][:-1]) & (least[1:] >= _PROBABILITY)) + 1
     groups = np.split(seen[order], cuts)
     rest = np.setdiff1d(np.arange(sums.shape[1]), seen)
     groups[0] = np.concatenate([groups[0], rest])
