@@ -129,7 +129,8 @@ ORDINARY = {
     "a dead channel of a Relu": np.maximum(LOGITS * np.where(np.arange(10) == 2, 1e-4, 1), 0),
     "a constant column": np.where(np.arange(10) == 2, 0.0, LOGITS),
     "rounding beside numbers": np.where(np.arange(10) == 2, 1e-9 * LOGITS, LOGITS),
-    "offsets": LOGITS + 100 * np.arange(10),
+    "offsets": LOGITS + 200 * np.arange(10),
+    "pixels": RANDOM.uniform(0, 1280, (64, 4)),
     "white pixels": 255 / (1 + np.exp(-20 * LOGITS)),
     "a map of features": np.maximum(
         RANDOM.normal(0, np.exp(RANDOM.normal(0, 1, (12, 1, 1))), (64, 12, 4, 4)), 0
