@@ -7,10 +7,11 @@ in it. So elements whose scale dwarfs the rest are a population by themselves. T
 - By value: everything else is at least `GAP` times smaller. From `FILL` on alone, because below it a large
   value beside tiny ones is as likely the winner of a softmax, a log-probability or a white pixel.
 - By place: the slices of one axis (channels, classes, columns) fall into groups, so that the typical element
-  (geometric mean) of every slice of the upper group is at least `GAP` times the root mean square of every
-  slice of the lower one, and so are their deviations. From 1 on alone, because below it they are as likely
-  probabilities of rare and of frequent classes. A dead channel of a Relu stays with the others, which are as
-  small much of the time, and a column with an offset with those that vary as much.
+  (power mean of exponent 1/2) of every slice of the upper group is at least `GAP` times the root mean square
+  of every slice of the lower one, and so are their deviations. From 1 on alone, because below it they are as
+  likely probabilities of rare and of frequent classes. A slice that is often zero dwarfs nothing, so that a
+  dead channel of a Relu stays with the others, and a column with an offset stays with those that vary as
+  much.
 
 The partition depends on the reference alone, and on all of its batches, whatever their order: values are
 summed in zones of five octaves, and zones without a gap between them are put together at the end. What is
@@ -38,9 +39,9 @@ _HUGE = 500  # exponent from which squares would overflow
 _HUGE_ZONE = 1000
 _LONGEST = 1 << 16  # slices of an axis; a longer one counts places, not kinds
 _PROBABILITY = 1.0  # the least typical magnitude of slices that dwarf others
-_FEW = 0.1  # share of zeros up to which a slice has a typical magnitude
+_FEW = 0.4  # share of zeros up to which a slice has a typical magnitude: of a Relu half are
 
-_COUNT, _SUM, _SQUARE, _EXPONENTS, _ZEROS, _INNER = range(6)
+_COUNT, _SUM, _SQUARE, _ROOTS, _ZEROS, _INNER = range(6)
 _WHOLE = -1  # stands for the one slice that is everything
 
 
@@ -94,12 +95,11 @@ class Populations:
         sizes = {axis: size for axis, size in dims if 1 < size <= _LONGEST and (axis or not by_row)}
         same = sizes if self._axes is None else dict(self._axes.items() & sizes.items())
         self._axes = {_WHOLE: 1} | same
-        exponents = np.frexp(np.abs(a))[1]
         parts = []
-        for number, mask in _zones(exponents, finite):
+        for number, mask in _zones(a, finite):
             unit = 2.0**600 if number == _HUGE_ZONE else 1.0
             zone = self._zones.setdefault(number, _Zone(unit))
-            zone.add(a, exponents, mask, by_row, self._by_row, self._axes, self._streams)
+            zone.add(a, mask, by_row, self._by_row, self._axes, self._streams)
             parts.append((zone, mask))
         return Placed(tuple(parts), by_row, tuple(self._axes))
 
@@ -209,7 +209,6 @@ class _Zone:
     def add(
         self,
         a: np.ndarray,
-        exponents: np.ndarray,
         mask: np.ndarray | None,
         by_row: bool,
         features: bool,
@@ -220,7 +219,6 @@ class _Zone:
 
         Args:
             a: the values.
-            exponents: of their magnitudes.
             mask: which of them are the zone's; None for all.
             by_row: whether the first axis is that of the samples.
             features: whether it was in all batches, so that each element of a row has a mean.
@@ -238,7 +236,7 @@ class _Zone:
             _COUNT: count,
             _SUM: total,
             _SQUARE: _rows(x * x, by_row),
-            _EXPONENTS: _rows(np.where(size > 0, exponents - round(math.log2(self.unit)), 0), by_row),
+            _ROOTS: _rows(np.sqrt(size), by_row),
             _ZEROS: _rows(chosen & (size == 0), by_row),
         }
         if features:
@@ -275,10 +273,11 @@ class _Zone:
                 self.slices[axis].sums[_INNER] += _over(between, axis)
 
 
-def _zones(exponents: np.ndarray, finite: np.ndarray | None) -> list[tuple[int, np.ndarray | None]]:
+def _zones(a: np.ndarray, finite: np.ndarray | None) -> list[tuple[int, np.ndarray | None]]:
     """The zones of a batch by number, each with the mask of its elements; None where those are all."""
-    if exponents.max(initial=0) < _FIRST:
+    if max(a.max(initial=0.0), -a.min(initial=0.0)) < FILL:
         return [(0, finite)]
+    exponents = np.frexp(a)[1]
     numbers = np.maximum((exponents - _FIRST) // _OCTAVES + 1, 0)
     numbers[exponents > _HUGE] = _HUGE_ZONE
     if finite is not None:
@@ -313,8 +312,7 @@ def _groups(slices: _Slices, noise: float) -> list[np.ndarray]:
     if len(seen) < 2:
         return [np.arange(sums.shape[1])]
     size = np.sqrt(sums[_SQUARE, seen] / sums[_COUNT, seen])
-    filled = sums[_COUNT, seen] - sums[_ZEROS, seen]
-    typical = np.exp2(sums[_EXPONENTS, seen] / filled - 0.5)  # the middle of an octave
+    typical = (sums[_ROOTS, seen] / sums[_COUNT, seen]) ** 2
     typical[sums[_ZEROS, seen] > _FEW * sums[_COUNT, seen]] = 0.0
     order = np.argsort(size, kind="stable")
     least = np.minimum.accumulate(typical[order][::-1])[::-1]

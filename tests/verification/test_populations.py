@@ -126,7 +126,7 @@ ORDINARY = {
     "winners of a sharp softmax": softmax(40 * LOGITS),
     "log-probabilities": np.log(softmax(12 * LOGITS)),
     "one-hot": np.eye(10)[LOGITS.argmax(1)],
-    "a dead channel of a Relu": np.maximum(LOGITS * np.where(np.arange(10) == 2, 1e-4, 1), 0),
+    "a dead channel of a Relu": np.maximum(10 * LOGITS * np.where(np.arange(10) == 2, 1e-4, 1), 0),
     "a constant column": np.where(np.arange(10) == 2, 0.0, LOGITS),
     "rounding beside numbers": np.where(np.arange(10) == 2, 1e-9 * LOGITS, LOGITS),
     "offsets": LOGITS + 200 * np.arange(10),
