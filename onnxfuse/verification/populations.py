@@ -41,7 +41,7 @@ _LONGEST = 1 << 16  # slices of an axis; a longer one counts places, not kinds
 _PROBABILITY = 1.0  # the least typical magnitude of slices that dwarf others
 _FEW = 0.4  # share of zeros up to which a slice has a typical magnitude: of a Relu half are
 
-_COUNT, _SUM, _SQUARE, _ROOTS, _ZEROS, _INNER = range(6)
+_COUNT, _SUM, _SQUARE, _ROOTS, _ZEROS, _INNER = range(6)  # of square roots of magnitudes; about feature means
 _WHOLE = -1  # stands for the one slice that is everything
 
 
@@ -225,29 +225,25 @@ class _Zone:
             axes: those whose slices are summed, with their sizes.
             streams: how many there are.
         """
-        chosen = np.ones(a.shape, bool) if mask is None else mask
         x = a if mask is None else np.where(mask, a, 0.0)
         x = x if self.unit == 1 else x / self.unit
         size = np.abs(x)
         self.high = max(self.high, float(size.max(initial=0.0)))
-        self.low = min(self.low, float(size.min(initial=np.inf, where=chosen)))
-        count, total = _rows(chosen, by_row), _rows(x, by_row)
-        fields = {
-            _COUNT: count,
-            _SUM: total,
-            _SQUARE: _rows(x * x, by_row),
-            _ROOTS: _rows(np.sqrt(size), by_row),
-            _ZEROS: _rows(chosen & (size == 0), by_row),
-        }
+        self.low = min(self.low, float(size.min(initial=np.inf, where=True if mask is None else mask)))
+        zeros = size == 0 if mask is None else mask & (size == 0)
+        total = _rows(x, by_row)
+        count = np.full(total.shape, len(a) if by_row else 1.0) if mask is None else _rows(mask, by_row)
+        inner = np.zeros_like(total)
         if features:
             mean = total / np.maximum(count, 1)
-            apart = np.where(chosen, x - mean, 0.0)
-            fields[_INNER] = _rows(apart * apart, True) + self._join(count, mean)
+            apart = x - mean if mask is None else np.where(mask, x - mean, 0.0)
+            inner = _rows(apart * apart, True) + self._join(count, mean)
+        roots = _rows(np.sqrt(size), by_row)
+        fields = np.stack([count, total, _rows(x * x, by_row), roots, _rows(zeros, by_row), inner])
         peak = size.max(axis=0, keepdims=True, initial=0.0) if by_row else size
         for axis, length in axes.items():
             slices = self.slices.setdefault(axis, _Slices(length, streams))
-            for field, values in fields.items():
-                slices.sums[field] += _over(values, axis)
+            slices.sums += fields.sum(axis=_others(fields.ndim, axis + 1, 1)).reshape(len(fields), -1)
             np.maximum(slices.peak, _largest(peak, axis), out=slices.peak)
 
     def _join(self, counts: np.ndarray | float, means: np.ndarray | float) -> np.ndarray:
@@ -293,15 +289,19 @@ def _rows(array: np.ndarray, by_row: bool) -> np.ndarray:
     return np.asarray(array.sum(axis=0, keepdims=True)) if by_row else array
 
 
+def _others(dims: int, axis: int, first: int = 0) -> tuple[int, ...]:
+    """The axes from the first on, but for one."""
+    return tuple(at for at in range(first, dims) if at != axis)
+
+
 def _over(array: np.ndarray, axis: int) -> np.ndarray:
     """Sums over all axes but one."""
-    return np.atleast_1d(array.sum(axis=tuple(at for at in range(array.ndim) if at != axis)))
+    return np.atleast_1d(array.sum(axis=_others(array.ndim, axis)))
 
 
 def _largest(array: np.ndarray, axis: int) -> np.ndarray:
     """The largest over all axes but one, at least 0."""
-    others = tuple(at for at in range(array.ndim) if at != axis)
-    return np.atleast_1d(array.max(axis=others, initial=0.0))
+    return np.atleast_1d(array.max(axis=_others(array.ndim, axis), initial=0.0))
 
 
 def _groups(slices: _Slices, noise: float) -> list[np.ndarray]:
