@@ -102,7 +102,10 @@ class Scorer:
         except InputError as error:
             if spec is not None or max_drop is not None:
                 raise
-            reason = f"the labels are not used: {error}; array '{calibration.labels}' was taken for labels"
+            reason = (
+                f"the labels are not used: {error}; array '{calibration.labels}' was taken for labels, leave "
+                "it out if it holds something else"
+            )
             return cls("", None, np.empty(0), None, reason)
         doubts = label_doubts(name, before, runtime.session(original), held_out)
         if max_drop is not None and (chance := next((line for line in doubts if "CHANCE" in line), None)):
