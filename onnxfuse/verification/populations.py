@@ -116,7 +116,8 @@ class Populations:
                 below.merge(zone, self._by_row)
             else:
                 clusters.append(zone)
-        return [part for zone in clusters for part in self._by_place(zone, noise)]
+        found = (part for zone in clusters for part in self._by_place(zone, noise))
+        return [part for part in found if part.elements]
 
     def _by_place(self, zone: _Zone, noise: float) -> list[Population]:
         """The populations of elements that no gap of values divides."""

@@ -175,6 +175,14 @@ def test_an_output_that_is_zero_or_does_not_vary() -> None:
     assert (found.basis, found.relative) == ("size", pytest.approx(0.1, rel=1e-5))
 
 
+def test_outputs_without_a_number() -> None:
+    for same in (np.full((64, 3), np.nan), np.full((64, 3), -np.inf), np.zeros((64, 0))):
+        found = compared(same, same)
+        assert (found.problem, found.relative, found.ratio, found.floor) == (None, 0, 0, 0)
+        assert found.nonfinite == same.size
+        assert found.basis == "spread"  # nothing is said to be zero
+
+
 def test_complex_numbers() -> None:
     a = LOGITS[:, :5] + 1j * LOGITS[:, 5:]
     b = a * 1.1
