@@ -14,6 +14,7 @@ from onnxfuse.commands.loading import MADE_UP, ModelSource, PathOrText, load
 from onnxfuse.commands.remembering import unseen
 from onnxfuse.data.calibration import BatchStream, Calibration, Data
 from onnxfuse.data.rows import few_rows
+from onnxfuse.data.sufficiency import doubts_of
 from onnxfuse.errors import InputError, OnnxfuseError
 from onnxfuse.report.files import check_folder, write_verification
 from onnxfuse.report.junit import write_junit
@@ -110,6 +111,7 @@ def _verified(
     first: Model, second: Model, calibration: Calibration, runtime: Runtime, wanted: _Wanted, seed: int
 ) -> VerifyResult:
     batches, record, warnings = unseen(calibration, first, second)
+    warnings += doubts_of(calibration, first.inputs, approximate=False)
     allowed = wanted.allowed
     scorer = Scorer.make(allowed, batches, calibration.labels if allowed.binding else None, first, runtime)
     labels = _labels(first, second)
@@ -168,7 +170,11 @@ def _bounded(
     is allowed; None if they don't."""
     found = output_error(first, second, batches, runtime)
     outputs = tuple(
-        replace(output, relative=found.outputs.get(output.name, output.relative))
+        replace(
+            output,
+            relative=found.outputs.get(output.name, output.relative),
+            parts=found.parts.get(output.name, output.parts),
+        )
         for output in comparison.outputs
     )
     return replace(comparison, outputs=outputs), found.over(max_error, "the allowed")

@@ -33,11 +33,12 @@ from onnxfuse.commands.turns import Trainer, Turn, asked_for, by_turns
 from onnxfuse.data.calibration import Calibration, Data
 from onnxfuse.data.fitted import Fitted
 from onnxfuse.data.rows import few_rows
+from onnxfuse.data.sufficiency import doubts_of
 from onnxfuse.errors import InputError
 from onnxfuse.ir.file_size import FileSize, file_size
 from onnxfuse.ops.finite import check_finite
 from onnxfuse.pipeline import recipe as recipes
-from onnxfuse.pipeline.base import Context, Pass
+from onnxfuse.pipeline.base import Context, Contract, Pass
 from onnxfuse.pipeline.instruments import Dumps, Instrument, JournalFile, LatencyControl
 from onnxfuse.pipeline.manager import PassManager
 from onnxfuse.pipeline.recipe import Passes, RecipeSettings
@@ -159,13 +160,15 @@ def compress(
     calibration = Calibration.open(
         calib, original, limit=samples, batch_size=batch_size, held_out=held_out, seed=seed
     )
+    approximate = any(pass_.contract is Contract.APPROXIMATE for pass_ in plan)
+    doubts = doubts_of(calibration, original.inputs, approximate=approximate)
     sample = few_rows(original, calibration.fit, 1)
     scorer = Scorer.make(allowed, calibration.held_out, calibration.labels, original, runtime)
     training = None if asked is None else asked.open(original)
     context = Context(original, calibration, runtime, seed, settings.max_error, progress or NoProgress())
     heard = [*instruments, *_dumping(dump, context)]
     turns = by_turns(plan, schedule or (settings.retrain.schedule if settings.retrain else None), training)
-    run = _Run(plan, turns, context, sample, scorer, output, dry_run)
+    run = _Run(plan, turns, context, sample, scorer, output, dry_run, doubts)
     done = run.go(heard)
     record = _report(run, done, time.perf_counter() - start)
     if report is not None:
@@ -220,6 +223,7 @@ class _Run:
     scorer: Scorer
     output: PathOrText | None
     dry: bool
+    doubts: Sequence[str]
 
     def go(self, instruments: Sequence[Instrument]) -> _Done:
         """Run the passes and the trainings, judge the result, and write it if it holds.
@@ -299,7 +303,8 @@ def _report(run: _Run, done: _Done, seconds: float) -> Report:
 
 def _warnings(run: _Run, done: _Done) -> tuple[str, ...]:
     verdict = done.verdict
-    found = [MADE_UP] if run.context.calibration.synthetic else []
+    error = verdict.output_error
+    found = [MADE_UP] if run.context.calibration.synthetic else list(run.doubts)
     if run.context.calibration.refitted:
         found.append(REFITTED)
     if verdict.latency is not None and verdict.slower:
@@ -312,6 +317,7 @@ def _warnings(run: _Run, done: _Done) -> tuple[str, ...]:
         found.append(verdict.metric.note)
     if verdict.exit_code == 0 and verdict.output_error is None:
         found.append("no samples are held out: the output error was not measured")
+    found += [] if error is None else error.notes
     for step in done.outcome.steps:
         marked = [note for note in step.notes if note.startswith("warning: ")]
         found += [f"{step.name}: {note.removeprefix('warning: ')}" for note in marked]

@@ -13,6 +13,7 @@ from onnxfuse.errors import InputError, NotApplicableError, VerificationError
 from onnxfuse.numerics.significance import CONFIDENCE, paired_difference
 from onnxfuse.pipeline.base import Contract
 from onnxfuse.verification import compare
+from onnxfuse.verification.label_checks import label_doubts
 from onnxfuse.verification.metrics import (
     BY_ORIGINAL,
     SHARES,
@@ -181,8 +182,15 @@ class Scorer:
         except InputError as error:
             if allowed.binding:
                 raise
-            return replace(unscored, note=f"the labels are not used: {error}")
-        return cls(name, metric, before, allowed, batches, reference)
+            reason = (
+                f"the labels are not used: {error}; array '{labels}' was taken for labels, leave "
+                "it out if it holds something else"
+            )
+            return replace(unscored, note=reason)
+        doubts = label_doubts(name, before, session, batches)
+        if allowed.max_drop is not None and (chance := next((d for d in doubts if "CHANCE" in d), None)):
+            raise InputError(f"--max-drop can't be held: {chance}")
+        return cls(name, metric, before, allowed, batches, reference, "; ".join(doubts) or None)
 
     def change(self, result: Model, runtime: Runtime, exact: bool) -> MetricChange | None:
         """The metric of the original and of the result, None without a metric.

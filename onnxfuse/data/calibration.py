@@ -170,7 +170,8 @@ class Calibration:
                 input, or of `.npz`, chunks that continue one another; a Polygraphy feed `.json`;
                 `script.py:function`, which is called without arguments and returns feeds; a dict of whole
                 arrays, or the one array of a model with one input; an iterable of feed dicts; or None:
-                samples are made up. An array called labels, y, label or targets holds the labels.
+                samples are made up. An array called labels, y, label, targets or target holds the
+                labels.
             model: whose inputs the samples must fit; types are not cast.
             limit: use about this many samples, spread over the data; of a stream the first ones.
             batch_size: rows of a batch, where neither model nor data fixes it.

@@ -10,7 +10,7 @@ import numpy as np
 from onnxfuse.errors import InputError
 from onnxfuse.ir.shapes import TensorInfo
 
-LABELS = ("labels", "y", "label", "targets")
+LABELS = ("labels", "y", "label", "targets", "target")
 """Names under which an array of labels may come with the samples."""
 
 
@@ -38,6 +38,13 @@ def label_name(name: str, arrays: Iterable[str], inputs: Sequence[TensorInfo]) -
             f"and one array of labels may be called {', '.join(LABELS)}"
         )
     return label
+
+
+def is_one_hot(labels: np.ndarray, axis: int = -1) -> bool:
+    """Whether labels are a 1 for the class among zeros for the others, along an axis of two or more."""
+    if labels.ndim < 2 or labels.shape[axis] < 2 or labels.dtype.kind not in "biuf" or not labels.size:
+        return False
+    return bool(np.isin(labels, (0, 1)).all() and (labels.sum(axis=axis) == 1).all())
 
 
 @contextlib.contextmanager

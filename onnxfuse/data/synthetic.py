@@ -181,11 +181,18 @@ def _index_bound(model: Model, tensor: Tensor) -> int | None:
             bound = rule(model, node, current, shapes) if rule else None
             if bound is not None:
                 bounds.append(bound)
-            elif node.key in _PASSING:
+            elif _hands_on(node, current):
                 fresh = [out for out in node.outputs if out not in seen]
                 seen.update(fresh)
                 stack.extend(fresh)
     return min(bounds, default=None)
+
+
+def _hands_on(node: Node, tensor: Tensor) -> bool:
+    """Whether the outputs of a node hold the elements of one of its inputs: not of one that says where to
+    cut, or what shape to take."""
+    row = _PASSING.get(*node.key)
+    return row is not None and any(operand is tensor for operand in node.inputs[: row.operands])
 
 
 def _gathered(model: Model, node: Node, index: Tensor, shapes: dict[str, TensorInfo]) -> int | None:

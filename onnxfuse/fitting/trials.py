@@ -156,4 +156,7 @@ def _divergence(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> fl
         for batches in (before, after)
     )
     p, q = log_softmax(a, axis=1), log_softmax(b, axis=1)
-    return float(np.mean(np.sum(np.exp(p) * (p - q), axis=1)))
+    likely = np.exp(p)
+    # What a mask has made impossible, at minus infinity, is as impossible in both.
+    apart = np.subtract(p, q, out=np.zeros_like(p), where=likely > 0)
+    return float(np.mean(np.sum(likely * apart, axis=1)))

@@ -48,6 +48,10 @@ UNSEEN = (
     "inner tensors changed and the outputs do not at all: on these samples they do not depend on what was "
     "rewritten, so nothing is proved; give samples that the model was made for"
 )
+FIXED = (
+    "the outputs are the same for all held-out samples, so what the pass changed can't be told from them; "
+    "give samples that differ, as the model was made for"
+)
 UNSEEN_ERROR = 1e-6
 """Relative squared error of a tensor above which some output must change."""
 
@@ -221,7 +225,7 @@ def _check_approximate(before: Model, result: PassResult, context: Context) -> V
         reason = None if passed else budget
         return Verification(passed, reason, comparison, predictions=checks, notes=(*notes, budget))
     error = comparing.output_error(context.original, result.model, held_out, context.runtime)
-    reason = UNSEEN if _is_unseen(result, error) else None
+    reason = UNSEEN if _is_unseen(result, error) else FIXED if _is_fixed(result, error) else None
     if context.max_error is not None:
         reason = error.over(context.max_error, "the allowed", " on held-out samples") or reason
     return Verification(
@@ -236,7 +240,17 @@ def _is_unseen(result: PassResult, error: OutputError) -> bool:
     """
     if error.worst > 0 or any(info.dtype is None or info.dtype.kind != "f" for info in result.model.outputs):
         return False
+    return _moved(result)
+
+
+def _moved(result: PassResult) -> bool:
+    """Whether some tensor changed by more than float noise."""
     return any(claim.error > UNSEEN_ERROR * claim.variance for claim in result.predictions)
+
+
+def _is_fixed(result: PassResult, error: OutputError) -> bool:
+    """Whether tensors changed, and every output is floating-point and does not vary from sample to sample."""
+    return len(error.fixed) == len(result.model.outputs) and _moved(result)
 
 
 _CHECKS: Mapping[Contract, Callable[[Model, PassResult, Context], Verification]] = {

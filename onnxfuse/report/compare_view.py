@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from onnxfuse.analysis.structural_diff import NodeChange, NodeSummary, WeightChange
     from onnxfuse.results import DiffResult, VerifyResult
-    from onnxfuse.verification.records import Comparison
+    from onnxfuse.verification.records import Comparison, OutputDifference, OutputPart
 
 
 def verify_view(result: VerifyResult) -> Iterator[RenderableType]:
@@ -63,20 +63,24 @@ def _comparison(
     """
     table = make_table("output", "largest", "relative", "noise floor", "floors", "", right=(1, 2, 3, 4))
     for output in found.outputs:
-        within = (
-            output.ratio <= found.multiple if max_error is None else output.relative <= max_error
-        ) and output.problem is None
-        verdict = Text("ok" if within else "differs", style="green" if within else "red")
-        table.add_row(
-            shortened(output.name, 28),
-            three_digits(output.max_abs),
-            three_digits(output.relative),
-            three_digits(output.floor),
-            f"{output.ratio:.3g}" if math.isfinite(output.ratio) else "-",
-            verdict if judged else Text(),
-        )
+        rows: list[tuple[str, OutputDifference | OutputPart]] = [(shortened(output.name, 28), output)]
+        rows += [(f"  {part.elements:,} at scale {three_digits(part.scale)}", part) for part in output.parts]
+        for name, row in rows:
+            within = row.ratio <= found.multiple if max_error is None else row.relative <= max_error
+            fine = within and output.problem is None
+            verdict = Text("ok" if fine else "differs", style="green" if fine else "red")
+            table.add_row(
+                name,
+                three_digits(row.max_abs),
+                three_digits(row.relative),
+                three_digits(row.floor),
+                f"{row.ratio:.3g}" if math.isfinite(row.ratio) else "-",
+                verdict if judged else Text(),
+            )
     yield table
     yield from (paragraph(str(output.problem), 2) for output in found.outputs if output.problem)
+    named = ((output.name, part) for output in found.outputs for part in output.parts if part.where)
+    yield from (paragraph(f"{shortened(name, 40)}, {part}", 2) for name, part in named)
     sizes = ", ".join(map(str, found.batch_sizes))
     rule = f"{found.multiple:g} noise floors" if max_error is None else f"a relative error of {max_error:g}"
     yield paragraph(f"batches of {sizes}; allowed: {rule}" if judged else f"batches of {sizes}", 2)

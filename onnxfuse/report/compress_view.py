@@ -138,6 +138,9 @@ def _output_errors(report: Report) -> Iterator[RenderableType]:
     bound = "" if report.output_bound is None else f", {report.output_bound:g} allowed"
     yield heading(f"relative output error on {error.samples} {where}{bound}")
     yield from _output_table({name: three_digits(value) for name, value in error.outputs.items()})
+    for name in list(error.outputs)[:SHOWN]:
+        for part in error.parts.get(name, ()):
+            yield paragraph(f"{shortened(name, 40)}, {part}: {three_digits(part.relative)}", 4)
 
 
 def _output_table(values: Mapping[str, str]) -> Iterator[RenderableType]:

@@ -21,18 +21,26 @@ convolution split over its input channels, every BatchNormalization folded, reac
 one and eight, 11 below one. The floors lie between 3e-7 and 1e-4 relative; one model, fed with noise it
 answers with a saturated sigmoid, has 3e-2, and the comparison says so (`Comparison.notes`).
 
-NaN and infinity fail wherever they come from. Outputs that are not floating-point must be equal. Sequences
-and maps are compared element by element. Outputs are matched by name; the same batches run at several sizes.
+NaN and infinity are no numbers: they must be where the first model has them, with the same sign, and the
+other elements are measured as usual. Outputs that are not floating-point must be equal. Sequences and maps
+are compared element by element. Outputs are matched by name; the same batches run at several sizes.
 
 Relative errors are root mean square difference over root mean square deviation of the first model's output
 from its mean over the samples, so 1 is what predicting the mean would give: sqrt(sum |a - b|^2 / sum |a -
 mean(a)|^2). Where the output has no sample axis, or there is but one sample, the mean is over all elements;
-an output that does not vary at all is measured against its own root mean square.
+an output that does not vary at all is measured against its own root mean square, and one that is zero
+throughout, which has no scale, in units of the spacing of its type's floats at 1.
+
+Elements whose scale dwarfs the rest, such as the fill of a mask or pixels beside probabilities, are compared
+apart (`populations`): differences, floors and spreads are those of elements of one scale, and the worst of
+them counts. So a large number that a model puts into its output hides no error of the others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,14 +48,15 @@ import numpy as np
 from onnxfuse.data.rows import first_rows
 from onnxfuse.errors import NotApplicableError, VerificationError
 from onnxfuse.verification.interface import interface_problems
-from onnxfuse.verification.noise import BATCH_SIZES, MULTIPLE, NoiseFloors, Run, noise_variants
-from onnxfuse.verification.records import Comparison, Floor, Floors, OutputDifference, OutputError
-from onnxfuse.verification.tally import Deviation, Differences, Tally, add_spreads, quotient
+from onnxfuse.verification.noise import BATCH_SIZES, MULTIPLE, Run, floor_of, noise_variants
+from onnxfuse.verification.records import Basis, Comparison, OutputDifference, OutputError, OutputPart
+from onnxfuse.verification.tally import Differences, Tally, quotient
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import Batch
     from onnxfuse.ir.model import Feed, Model
     from onnxfuse.runtime.session import Runtime, Session
+    from onnxfuse.verification.populations import Population
 
 
 def _feeds(model: Model, batches: Iterable[Batch], run: Run) -> Iterator[tuple[Feed, Any, int]]:
@@ -138,44 +147,82 @@ def _compared(
     labels: tuple[str, str],
 ) -> Comparison:
     """The outputs of `base`, a session of `a` made with `kind`, beside those of `other`."""
-    floors = NoiseFloors(noise_variants(a, runtime, base, **kind))
-    pair = Differences(labels)
-    spreads: dict[str, Deviation] = {}
+    variants = noise_variants(a, runtime, base, **kind)
+    pair = Differences(labels, 1 + len(variants))
     sizes: dict[int, None] = {}
     samples = 0
     for feed, outputs, rows in _feeds(a, batches, base.run):
         try:
-            pair.add(outputs, other(feed))
+            theirs = other(feed)
         except NotApplicableError as error:
             failure = f"{labels[1]} fails where {labels[0]} runs, with a batch of {rows}: {error}"
             return Comparison((), multiple, samples, (*sizes, rows), (failure,))
-        floors.add(feed, outputs)
-        add_spreads(spreads, outputs, rows)
+        pair.add(outputs, chain([theirs], _runs(variants, feed)), rows)
         sizes[rows] = None
         samples += rows
-    known = floors.result()
-    found = tuple(
-        output_difference(name, tally, spreads.get(name), known) for name, tally in pair.tallies.items()
-    )
-    return Comparison(found, multiple, samples, tuple(sizes))
+    return Comparison(output_differences(pair), multiple, samples, tuple(sizes))
 
 
-def output_difference(name: str, tally: Tally, spread: Deviation | None, floors: Floors) -> OutputDifference:
-    """The difference of one output as it is reported.
+def _runs(variants: Sequence[Run], feed: Feed) -> Iterator[Mapping[str, Any]]:
+    """The outputs of each variant, one at a time: those of a large network fill the memory."""
+    return (variant(feed) for variant in variants)
 
-    Args:
-        name: of the output.
-        tally: its differences.
-        spread: its deviation in the first model, None if it is not floating-point.
-        floors: noise floors by output.
-    """
-    if tally.problem or tally.exact or spread is None:
+
+def output_differences(pair: Differences) -> tuple[OutputDifference, ...]:
+    """The differences of all outputs as they are reported: of the first stream, in noise floors from those
+    after it."""
+    return tuple(_output_difference(name, tally) for name, tally in pair.tallies.items())
+
+
+def _output_difference(name: str, tally: Tally) -> OutputDifference:
+    """The difference of one output."""
+    if tally.problem or tally.exact:
         share = tally.unequal / tally.count if tally.count else 0.0
         return OutputDifference(name, share, 0.0, 0.0, np.inf if tally.unequal else 0.0, tally.problem)
-    floor = floors.get(name, Floor(0.0, 0.0))
-    ratio = max(quotient(tally.rms, floor.rms), quotient(tally.peak, floor.peak))
-    relative, relative_floor = quotient(tally.rms, spread.scale), quotient(floor.rms, spread.scale)
-    return OutputDifference(name, relative, tally.peak, relative_floor, ratio)
+    found = [_part(population, tally.eps) for population in tally.populations()]
+    bases = [part.basis for part in found]
+    return OutputDifference(
+        name,
+        max((part.relative for part in found), default=0.0),
+        max((part.max_abs for part in found), default=0.0),
+        max((part.floor for part in found), default=0.0),
+        max((part.ratio for part in found), default=0.0),
+        parts=tuple(found) if len(found) > 1 else (),
+        basis="spread" if "spread" in bases or not bases else bases[0],
+        nonfinite=tally.nonfinite,
+    )
+
+
+def _part(population: Population, eps: float) -> OutputPart:
+    """The difference of the elements of one scale; `eps` is the spacing of their type's floats at 1."""
+    count, unit = max(population.elements, 1), population.unit
+    rms = math.sqrt(float(population.squares[0]) / count) * unit
+    peak = float(population.peaks[0]) * unit
+    floor = floor_of(population, eps, 1)
+    scale, basis = _scale(population, eps)
+    return OutputPart(
+        elements=population.elements,
+        scale=math.sqrt(population.square / count) * unit,
+        relative=quotient(rms, scale),
+        max_abs=peak,
+        floor=quotient(floor.rms, scale),
+        ratio=max(quotient(rms, floor.rms), quotient(peak, floor.peak)),
+        basis=basis,
+        where=population.where,
+    )
+
+
+def _scale(population: Population, eps: float) -> tuple[float, Basis]:
+    """What an error is relative to, and which of the three that is.
+
+    A deviation within a few spacings of floats is rounding, as of -1e9 + x.
+    """
+    if not population.square:
+        return eps, "spacing"
+    rounding = max(1e-12, (MULTIPLE * eps) ** 2)
+    varies = population.deviation > rounding * population.square
+    square = population.deviation if varies else population.square
+    return math.sqrt(square / population.elements) * population.unit, "spread" if varies else "size"
 
 
 def output_error(a: Model, b: Model, batches: Iterable[Batch], runtime: Runtime) -> OutputError:
@@ -207,22 +254,20 @@ def output_error(a: Model, b: Model, batches: Iterable[Batch], runtime: Runtime)
     found = differences(runs(), labels)
     if problem := next((output.problem for output in found if output.problem), None):
         raise VerificationError(f"output {problem}")
-    return OutputError({output.name: output.relative for output in found}, samples)
+    return OutputError.of(found, samples)
 
 
 def differences(
     runs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any], int]],
     labels: tuple[str, str] = ("the original", "the result"),
-) -> list[OutputDifference]:
-    """Differences of the second's outputs from the first's, over all batches, without noise floors.
+) -> tuple[OutputDifference, ...]:
+    """Differences of the second's outputs from the first's, over all batches, in floors of rounding alone.
 
     Args:
         runs: for each batch the outputs of both by name, and its number of samples.
-        labels: what the messages call the two.
+        labels: what messages call the two.
     """
     pair = Differences(labels)
-    spreads: dict[str, Deviation] = {}
     for outputs, others, samples in runs:
-        pair.add(outputs, others)
-        add_spreads(spreads, outputs, samples)
-    return [output_difference(name, tally, spreads.get(name), {}) for name, tally in pair.tallies.items()]
+        pair.add(outputs, [others], samples)
+    return output_differences(pair)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from onnxfuse.data.rows import first_rows
-from onnxfuse.verification.compare import output_difference
-from onnxfuse.verification.noise import FEW_ROWS, MULTIPLE, NoiseFloors, noise_variants
+from onnxfuse.verification.compare import output_differences
+from onnxfuse.verification.noise import FEW_ROWS, MULTIPLE, noise_variants
 from onnxfuse.verification.records import Divergence, OutputDifference
-from onnxfuse.verification.tally import Deviation, Differences, add_spreads
+from onnxfuse.verification.tally import Differences
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import Batch
@@ -94,13 +95,16 @@ def _differing(
     base = runtime.session(a, taps=tensors, outputs=())
     outputs = base.run(feed)
     pair = Differences(labels)
-    pair.add(outputs, runtime.session(b, taps=tensors, outputs=()).run(feed))
-    different = [name for name, tally in pair.tallies.items() if tally.problem or tally.unequal or tally.peak]
+    others = runtime.session(b, taps=tensors, outputs=()).run(feed)
+    pair.add(outputs, [others], rows)
+    different = {
+        name
+        for name, tally in pair.tallies.items()
+        if tally.problem or tally.unequal or any(part.peaks[0] > 0 for part in tally.populations())
+    }
     if not different:
         return []
-    floors = NoiseFloors(noise_variants(a, runtime, base, taps=tensors, outputs=()))
-    floors.add(feed, outputs)
-    spreads: dict[str, Deviation] = {}
-    add_spreads(spreads, outputs, rows)
-    known = floors.result()
-    return [output_difference(name, pair.tallies[name], spreads.get(name), known) for name in different]
+    variants = noise_variants(a, runtime, base, taps=tensors, outputs=())
+    pair = Differences(labels, 1 + len(variants))
+    pair.add(outputs, chain([others], (variant(feed) for variant in variants)), rows)
+    return [found for found in output_differences(pair) if found.name in different]

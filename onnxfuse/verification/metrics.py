@@ -19,6 +19,7 @@ from scipy.special import logsumexp
 
 from onnxfuse.data.userscript import UserFunction, is_script
 from onnxfuse.errors import InputError
+from onnxfuse.verification.label_checks import class_numbers
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import Batch
@@ -40,7 +41,7 @@ def top1(outputs: OutputArrays, labels: np.ndarray | None) -> np.ndarray:
     Args:
         outputs: the first is (n, classes), or has scores for each of many places: (n, places, classes), and
             with more axes (n, classes, *places). Axes of size 1 do not count.
-        labels: class numbers, (n,), or one for each place, (n, *places).
+        labels: class numbers, (n,), or one for each place, (n, *places); or one-hot, of the output's shape.
 
     Returns:
         Scores (n,).
@@ -193,7 +194,7 @@ def _by_place(array: np.ndarray) -> np.ndarray:
 def _classes(metric: str, outputs: OutputArrays, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Scores (n, places, classes) and class numbers (n, places) of the first output; errors as in `top1`."""
     name, output = next(iter(outputs.items()))
-    truth = _labels(metric, labels)
+    truth = class_numbers(_labels(metric, labels), output)
     array = _by_place(output if output.ndim else output.reshape(1))
     places, classes = array.shape[:-1], array.shape[-1]
     if truth.dtype.kind not in "iub" or _squeezed(truth.shape) != _squeezed(places):

@@ -6,17 +6,19 @@ compute the same, and the sums over them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onnxfuse.verification.records import Floor
-from onnxfuse.verification.tally import Differences, is_float, named_arrays, widened
+from onnxfuse.verification.tally import Differences
 
 if TYPE_CHECKING:
     from onnxfuse.ir.model import Feed, Model
     from onnxfuse.runtime.session import Runtime, Session
+    from onnxfuse.verification.populations import Population
 
 
 MULTIPLE = 8.0
@@ -30,41 +32,38 @@ FEW_ROWS = 4  # rows of a batch that a search for a divergence and a tensor's no
 Run = Callable[["Feed"], dict[str, Any]]
 
 
-def _epsilon(dtype: np.dtype) -> float:
-    """Spacing of floats at 1; eight bits of mantissa are taken for types that NumPy does not know."""
-    return float(np.finfo(dtype).eps) if dtype.kind in "fc" else 2.0**-7
+def floor_of(population: Population, eps: float, first: int) -> Floor:
+    """The noise floor of elements of one scale.
+
+    Args:
+        population: the elements.
+        eps: spacing of their type's floats at 1; elements that are all zero differ by no less than that.
+        first: the first of the streams in which the model is held against itself.
+    """
+    count = max(population.elements, 1)
+    rms = math.sqrt(max(population.square * eps**2, *population.squares[first:], 0.0) / count)
+    peak = max(population.peak * eps, *population.peaks[first:], 0.0)
+    least = 0.0 if population.square else eps
+    return Floor(max(rms * population.unit, least), max(peak * population.unit, least))
 
 
 class NoiseFloors:
-    """Streaming noise floor of one model's outputs, from variants that ought to compute the same."""
+    """Streaming noise floor of one model's tensors, from variants that ought to compute the same."""
 
     def __init__(self, variants: Sequence[Run]) -> None:
         self.variants = variants
-        self.pairs = [Differences(("itself", "itself")) for _ in variants]
-        self.smallest: dict[str, tuple[float, float, int]] = {}  # sum of squares, peak, count, in last places
+        self._pair = Differences(("itself", "itself"), len(variants))
 
     def add(self, feed: Feed, outputs: Mapping[str, Any]) -> None:
-        for variant, pair in zip(self.variants, self.pairs, strict=True):
-            again = variant(feed)
-            pair.add({name: outputs[name] for name in again}, again)
-        for name, value in outputs.items():
-            for leaf, array in named_arrays(name, value):
-                if is_float(array) and array.size:
-                    size = np.abs(widened(array)) * _epsilon(array.dtype)
-                    square, peak, count = self.smallest.get(leaf, (0.0, 0.0, 0))
-                    entry = (
-                        square + float(np.vdot(size, size)),
-                        max(peak, float(size.max())),
-                        count + size.size,
-                    )
-                    self.smallest[leaf] = entry
+        self._pair.add(outputs, (variant(feed) for variant in self.variants), 0)  # no spreads are wanted
 
     def result(self) -> dict[str, Floor]:
+        """The largest floor of any scale that a tensor holds, by name."""
         floors = {}
-        for leaf, (square, peak, count) in self.smallest.items():
-            seen = [pair.tallies[leaf] for pair in self.pairs if leaf in pair.tallies]
-            rms = max([float(np.sqrt(square / count)), *(tally.rms for tally in seen)])
-            floors[leaf] = Floor(rms, max([peak, *(tally.peak for tally in seen)]))
+        for leaf, tally in self._pair.tallies.items():
+            found = [floor_of(population, tally.eps, 0) for population in tally.populations()]
+            if found:
+                floors[leaf] = Floor(max(f.rms for f in found), max(f.peak for f in found))
         return floors
 
 

@@ -111,6 +111,26 @@ def test_labels_that_are_no_classes_are_left_alone(path: Path) -> None:
     assert any(warning.startswith("the labels are not used: ") for warning in report.warnings)
 
 
+def test_samples_that_prove_nothing_are_refused(path: Path) -> None:
+    for x, said in (
+        (np.repeat(X[:1], 200, 0), "all 200 samples are the same"),
+        (X[:2], "1 of 2 samples is held out"),
+    ):
+        with pytest.raises(InputError, match=said):
+            compress(path, [Scale(1.05)], calib={"x": x})
+        assert compress(path, calib={"x": x}).report.warnings  # nothing is fitted
+    report = compress(path, [Scale(1.05)], calib={"x": X[:20]}).report
+    assert any(warning.startswith("FEW SAMPLES: 4 of 20") for warning in report.warnings)
+
+
+def test_labels_at_chance_level_are_a_warning_and_hold_no_drop(path: Path) -> None:
+    labels = np.random.default_rng(2).integers(0, 4, len(X))
+    report = compress(path, calib={"x": X, "labels": labels}).report
+    assert any(warning.startswith("NO BETTER THAN CHANCE") for warning in report.warnings)
+    with pytest.raises(InputError, match="--max-drop can't be held: NO BETTER THAN CHANCE"):
+        compress(path, calib={"x": X, "labels": labels}, max_drop=0.1)
+
+
 def test_max_drop(path: Path) -> None:
     output = path.with_name("out.onnx")
     result = compress(path, [Scale(-1.0)], max_drop=0.1, output=output)

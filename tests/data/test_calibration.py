@@ -703,6 +703,20 @@ def test_models_for_single_samples() -> None:
     assert first(calibration).samples == 1
 
 
+def test_numbers_that_say_where_to_look_are_no_indices_of_what_is_found() -> None:
+    """`at` says where a table is cut; what the pieces index is no bound on it."""
+    cutting = model(
+        "int64[batch] ids, int64[1] at, int64[batch] mask",
+        "e = Add(at, one) p = Slice(places, at, e) y = Gather(small, p) z = Identity(ids) m = Identity(mask)",
+        "float[K] y, int64[batch] z, int64[batch] m",
+        weights="<float[1] small = {1}, int64[1] one = {1}, int64[3] places = {0,0,0}>",
+    )
+    batch = first(Calibration.open(None, cutting, seed=1))
+    drawn = [first(Calibration.open(None, cutting, seed=seed)).feed["at"][0] for seed in range(20)]
+    assert set(drawn) == {0, 1}
+    assert set(batch.feed["mask"]) == {1}
+
+
 def test_fixed_batches_of_made_up_samples() -> None:
     calibration = Calibration.open(None, model("float[10,3] x", output="float[10,3] y"))
     assert {batch.samples for batch in calibration.fit} == {10}

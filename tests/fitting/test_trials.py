@@ -44,6 +44,22 @@ def test_divergence_of_classes() -> None:
     assert output_change(before, after, [3, 5], "kl") == pytest.approx(expected)
 
 
+def test_classes_that_a_mask_makes_impossible_do_not_diverge() -> None:
+    a, b = normal(8, 5), normal(8, 5, seed=1)
+    plain = output_change([{"y": a[:, :3]}], [{"y": b[:, :3]}], [8], "kl")
+    for fill in (-np.inf, -1e9):
+        masked = [np.where(np.arange(5) < 3, x, np.float32(fill)) for x in (a, b)]
+        assert output_change([{"y": masked[0]}], [{"y": masked[1]}], [8], "kl") == pytest.approx(plain)
+
+
+def test_a_mask_hides_no_change() -> None:
+    a, b = normal(8, 5), normal(8, 5, seed=1)
+    plain = output_change([{"y": a[:, :3]}], [{"y": b[:, :3]}], [8], "error")
+    for fill in (-np.inf, -1e9):
+        masked = [np.where(np.arange(5) < 3, x, np.float32(fill)) for x in (a, b)]
+        assert output_change([{"y": masked[0]}], [{"y": masked[1]}], [8], "error") == pytest.approx(plain)
+
+
 def test_what_is_not_finite_or_of_another_shape_is_infinitely_far() -> None:
     good, bad = {"y": normal(4, 3)}, {"y": normal(4, 3)}
     bad["y"][0, 0] = np.nan

@@ -251,6 +251,13 @@ def test_an_error_above_the_budget_is_rolled_back_and_one_below_is_not(
     assert step.committed, step.reason
 
 
+def test_outputs_that_do_not_vary_prove_nothing(model: Model, context: Context) -> None:
+    one = next(iter(context.calibration.fit)).feed["x"][:1]
+    context.calibration = Calibration.open({"x": np.repeat(one, 64, 0)}, model)
+    found, step = run_one(make(Contract.APPROXIMATE, shrunk(context, 0.9)), model, context)
+    assert_rolled_back(found, step, model, "the outputs are the same for all held-out samples")
+
+
 def test_a_change_that_the_samples_do_not_show_is_rolled_back(model: Model, context: Context) -> None:
     """A dead Relu hides everything before it from the outputs, on these samples."""
     proto = model.to_proto()

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from onnxfuse.data.sample_checks import is_one_hot
 from onnxfuse.errors import InputError
 from onnxfuse.pytorch.training.sampling import Pool
 
@@ -39,6 +40,16 @@ class Labels:
         """Whether they may be class numbers by their type."""
         return self.sample is not None and self.sample.dtype.kind in "iub"
 
+    @property
+    def one_hot(self) -> str | None:
+        """The reason why they are no class numbers, where they are a 1 for the class among zeros."""
+        for axis in (-1, 1):
+            if self.sample is not None and is_one_hot(self.sample, axis):
+                return (
+                    f"{self.name} is one-hot: --loss ce wants class numbers, as labels.argmax({axis}) gives"
+                )
+        return None
+
     def wanted(self, kind: str) -> np.ndarray:
         """Those of one batch.
 
@@ -61,6 +72,8 @@ class Labels:
 
     def why_no_classes(self) -> str:
         """The reason why floating-point labels are no class numbers, by the first that shows it."""
+        if self.one_hot is not None:
+            return self.one_hot
         advice = "--loss ce wants class numbers as integers, --loss mse takes floats"
         for place, labels in self._all():
             odd = np.argwhere(labels != np.floor(labels))

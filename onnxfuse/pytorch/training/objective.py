@@ -155,6 +155,8 @@ def make_objective(
     """
     known = _Known(model, teacher, pools, runtime, size, name, seed)
     labels = known.labels.sample
+    if kind is None and teacher is None and known.labels.one_hot is not None:
+        raise InputError(f"{known.labels.one_hot}; --loss mse would meet the numbers as they are")
     kind = kind or default_kind(teacher is not None, labels.dtype if labels is not None else None)
     if kind not in KINDS:
         raise InputError(unknown_name("loss", kind, KINDS))
@@ -178,6 +180,8 @@ def _ce(known: _Known) -> list[LossTerm]:
         if (scores := find_scores(known.model, name, known.ours)) is not None
         and known.labels.fit_classes(known.ours[name], scores.axis)
     ]
+    if not fitting and known.labels.one_hot is not None:
+        raise InputError(known.labels.one_hot)
     if not fitting:
         raise InputError(
             f"{known.labels.name} of shape {format_shape(labels.shape)} holds no class numbers "

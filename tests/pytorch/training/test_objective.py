@@ -175,6 +175,16 @@ def test_labels_that_are_no_classes() -> None:
         objective(mlp(), {"x": X})
 
 
+@pytest.mark.parametrize("kind", ["int64", "float32", "bool"])
+def test_one_hot_labels_are_told_how_to_become_classes(kind: str) -> None:
+    data = {"x": X, "labels": np.eye(4)[CLASSES].astype(kind)}
+    for loss in ("ce", None):
+        with pytest.raises(
+            InputError, match=r"one-hot: --loss ce wants class numbers, as labels\.argmax\(-1\)"
+        ):
+            objective(mlp(), data, loss)
+
+
 # --- squared error ------------------------------------------------------------------------------------------
 
 
