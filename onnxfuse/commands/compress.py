@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnxfuse.analysis.declarations import contradiction_warnings
 from onnxfuse.commands.judge import Scorer, Verdict, check_limits, conclude
 from onnxfuse.commands.loading import (
     MADE_UP,
@@ -265,6 +266,7 @@ def _report(run: _Run, done: _Done, seconds: float) -> Report:
 def _warnings(run: _Run, done: _Done) -> tuple[str, ...]:
     verdict = done.verdict
     found = [MADE_UP] if run.context.calibration.synthetic else []
+    found += contradiction_warnings(run.context.original, run.sample, run.context.runtime)
     if verdict.latency is not None and verdict.slower:
         timing = verdict.latency.timings[1]
         found.append(
