@@ -138,6 +138,7 @@ def _step(
         verification=checked,
         before=before,
         after=measure(after, sample, context.runtime) if changed else before,
+        reached=found.reached if committed else None,
     )
 
 

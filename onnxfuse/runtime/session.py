@@ -102,7 +102,7 @@ class Runtime:
         """Make `model` ready to run.
 
         Args:
-            model: left as it is; external data of a `Model` is looked up in its folder (`Model.external_dir`).
+            model: left as it is; a `Model`'s external data is looked up in its folder (`Model.external_dir`).
             taps: tensors of the main graph to return besides the outputs; any may be named, outputs included.
             outputs: the outputs wanted, None for all; what nothing wanted depends on is not computed.
             optimize: False runs the graph as it is written, for noise floors.

@@ -21,10 +21,13 @@ TRUE = 64 * (4 * 3 * 9 + 4 * 4 * 9)
 
 def two(x: str = "N,3,8,8", y: str = "N,4,8,8", h: str = "") -> Model:
     inner = f"<float[{h}] h>" if h else ""
-    text = f"c (float[{x}] x) => (float[{y}] y) {inner}" + """{
+    text = (
+        f"c (float[{x}] x) => (float[{y}] y) {inner}"
+        + """{
         h = Conv<pads = [1,1,1,1]>(x, w)
         y = Conv<pads = [1,1,1,1]>(h, v)
     }"""
+    )
     return parsed(text, w=zeros(4, 3, 3, 3), v=zeros(4, 4, 3, 3))
 
 
