@@ -340,7 +340,7 @@ class Select(Pass):
                 reached = Reached(name, what, False, share, left / whole)
                 note = f"{left / whole:.3g} of the {what} are left, {share:g} asked"
                 return SearchResult(made, [note], reached=reached)
-            added += left - goal
+            added = max(left - rest - total.at(chosen), added + left - goal)
         least = (total.at({curve.group: curve.widths[-1] for curve in curves}) + rest) / whole
         raise VerificationError(
             f"{share:g} of the {what} can't be met: the narrowest widths leave {least:.3g} (a group keeps "
