@@ -31,6 +31,21 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """How far a pass was asked to go, and how far it went.
+
+    `goal` is the name of the option that asked. `asked` and `reached` are shares of `what`: those that are
+    gone where `gone`, else those that are left.
+    """
+
+    goal: str
+    what: str
+    gone: bool
+    asked: float
+    reached: float
+
+
+@dataclass(frozen=True)
 class Prediction:
     """A claim about one tensor of the rewritten model, made from moments.
 

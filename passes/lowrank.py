@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt
 
 from onnxfuse.channels.consumers import RowView
 from onnxfuse.errors import NotApplicableError, VerificationError
-from onnxfuse.findings import Change, Skip
+from onnxfuse.findings import Change, Reached, Skip
 from onnxfuse.fitting.factoring import Product, find_products, measured, put_factors, rank_costs
 from onnxfuse.fitting.rewriting import (
     OperatorOptions,
@@ -57,7 +57,7 @@ PARAMETER_LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 """Shares of the parameters that are tried where only the error bound says how far to go."""
 
 BUDGET_ATTEMPTS = 4
-"""Biases that a refit adds may break a tight budget: it is then tightened by as much, so often."""
+"""Biases that a refit adds may break a tight budget: so often ranks are chosen that leave room for them."""
 
 
 def _rank(goal: int | float, share: float, done: float) -> float | None:
@@ -210,19 +210,29 @@ class Lowrank(Pass):
         share = self.options.params if self.options.params is not None else self.options.macs
         assert share is not None
         costs = rank_costs(model, [split.product for split in splits], context, what, self.name)
+        name = "params" if what == "parameters" else "macs"
+
+        def told(rest: float, already: str = "") -> tuple[list[str], Reached]:
+            left = rest / costs.unfactored
+            note = f"{left:.3g} of the {what} are left{already}, {share:g} asked"
+            return [note], Reached(name, what, False, share, left)
+
         goal = share * costs.unfactored
-        saving = costs.now - goal
-        if saving <= 0:
-            return SearchResult(None, [f"{costs.now / costs.unfactored:.3g} of the {what} are left already"])
+        if costs.now <= goal:
+            notes, reached = told(costs.now, " already")
+            return SearchResult(None, notes, reached=reached)
+        biases = 0.0
         for _ in range(BUDGET_ATTEMPTS):
+            saving = costs.now - goal + biases
             ranks = allocate([split.lost for split in splits], costs.unit, costs.full, saving)
             if ranks is None:
                 break
             made = self._factored(model, splits, ranks, context)
             rest = measured(made.model, context, what)
             if rest <= goal:
-                return SearchResult(made, [f"{rest / costs.unfactored:.3g} of the {what} are left"])
-            saving += rest - goal
+                notes, reached = told(rest)
+                return SearchResult(made, notes, reached=reached)
+            biases = rest - (costs.now - costs.saved(ranks))
         raise VerificationError(
             f"{share:g} of the {what} can't be met: rank 1 throughout leaves "
             f"{costs.least / costs.unfactored:.3g}"

@@ -41,7 +41,7 @@ from onnxfuse.channels.consumers import rows_of
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import ChannelGroups, find_groups
 from onnxfuse.errors import NotApplicableError, VerificationError
-from onnxfuse.findings import Change, Skip
+from onnxfuse.findings import Change, Reached, Skip
 from onnxfuse.fitting.rewriting import (
     OperatorOptions,
     finished,
@@ -61,17 +61,24 @@ from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.numerics.agglomeration import Merger, agglomerate, clusters_after
+from onnxfuse.numerics.knapsack import cheapest
 from onnxfuse.numerics.similarity import Criterion, distance
 from onnxfuse.numerics.weight_sharing import Mode, gradient_shares, one_weight
 from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, linear_op
 from onnxfuse.ops.linear_weights import can_share_bias, share_weights
 from onnxfuse.ops.shared_weights import producer
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
-from onnxfuse.pipeline.goals import Share, gone_of_all, left
+from onnxfuse.pipeline.goals import Share, gone_of_all, left_of_all
 from onnxfuse.runtime.observed_shapes import shapes_on
 
 MOST_TRIALS = 2000
 """Pairs of layers that are tried at most: each is one run of the network over some samples."""
+
+NEAR = 0.01
+"""Results that are this share of the parameters below the budget at most count as equally near to it."""
+
+BUDGET_ATTEMPTS = 4
+"""Biases that a refit adds may break a tight budget: so often steps are chosen that leave room for them."""
 
 SMALLER_NOT_FASTER = "the file shrinks; latency does not: every layer still runs, on a weight that it shares"
 
@@ -79,7 +86,7 @@ SMALLER_NOT_FASTER = "the file shrinks; latency does not: every layer still runs
 class MergeOptions(OperatorOptions):
     """Options of `merge`."""
 
-    goals: ClassVar = {"layers": gone_of_all, "params": left}
+    goals: ClassVar = {"layers": gone_of_all, "params": left_of_all}
 
     layers: float | None = Field(
         None,
@@ -133,6 +140,10 @@ class _Plan:
         "Fusing layers")."""
         found = [[self.layers[i] for i in cluster] for cluster in clusters_after(self.steps[:count])]
         return [sorted(cluster, key=self.far) for cluster in found]
+
+    def only(self, places: Sequence[int]) -> _Plan:
+        """The plan with these steps alone, in their order."""
+        return replace(self, steps=[self.steps[place] for place in places])
 
     def far(self, layer: WeightLayer) -> tuple[float, int]:
         """Distance from the middle of the network; of two equal ones the first layer is nearer."""
@@ -312,18 +323,41 @@ class Merge(Pass):
         return SearchResult(self._merged(model, plan, wanted, context), [note])
 
     def _within_params(self, model: Model, plan: _Plan, share: float, context: Context) -> SearchResult:
-        """The model with at most this share of the parameters left."""
-        full = cost_of(model, {}).parameters
-        rest = full - np.cumsum([plan.layers[step.others[0]].size for step in plan.steps])
-        enough = np.flatnonzero(rest <= share * full)
-        if not len(enough):
-            least = rest[-1] / full
-            raise VerificationError(
-                f"{share:g} of the parameters can't be met: {least:.3g} are left when all share that can"
-            )
-        made = self._merged(model, plan, int(enough[0]) + 1, context)
-        note = f"{cost_of(made.model, {}).parameters / full:.3g} of the parameters are left"
-        return SearchResult(made, [note])
+        """The model with at most this share of the parameters left, and as near to it as layers allow."""
+        full, now = cost_of(context.whole(model), {}).parameters, cost_of(model, {}).parameters
+        gains = [plan.layers[step.others[0]].size for step in plan.steps]
+        if now <= share * full:
+            reached = Reached("params", "parameters", False, share, now / full)
+            return SearchResult(None, [_said(now / full, share, " already")], reached=reached)
+        biases = 0
+        for _ in range(BUDGET_ATTEMPTS):
+            chosen = self._steps_saving(plan, gains, now + biases - share * full, NEAR * full)
+            if chosen is None:
+                break
+            made = self._merged(model, plan.only(chosen), len(chosen), context)
+            left = cost_of(made.model, {}).parameters
+            if left <= share * full:
+                reached = Reached("params", "parameters", False, share, left / full)
+                note = _said(left / full, share)
+                if left < (share - NEAR) * full:
+                    note += ": no set of layers that can share comes nearer"
+                return SearchResult(made, [note], reached=reached)
+            biases = left - (now - sum(gains[place] for place in chosen))
+        least = (now - sum(gains)) / full
+        raise VerificationError(
+            f"{share:g} of the parameters can't be met: {least:.3g} are left when all share that can"
+        )
+
+    def _steps_saving(self, plan: _Plan, gains: Sequence[int], need: float, slack: float) -> list[int] | None:
+        """The steps that save enough, and no more than `slack` beyond that or as little as there is, at the
+        least loss; None where all together are not enough."""
+        before: dict[int, set[int]] = {}
+        last: dict[int, int] = {}
+        for place, step in enumerate(plan.steps):
+            before[place] = {last[layer] for layer in (*step.members, *step.others) if layer in last}
+            last.update(dict.fromkeys((*step.members, *step.others), place))
+        heights = [step.height for step in plan.steps]
+        return cheapest(gains, heights, need, slack, before)
 
     # Making it
 
@@ -404,6 +438,11 @@ class Merge(Pass):
         model.sort()
         model.prune()
         return changes, nodes
+
+
+def _said(left: float, asked: float, already: str = "") -> str:
+    """The note on the share of the parameters that is left."""
+    return f"{left:.3g} of the parameters are left{already}, {asked:g} asked"
 
 
 def _shared_already(layers: Sequence[WeightLayer]) -> int:

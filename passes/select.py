@@ -20,8 +20,8 @@ A channel is a class of positions over many tensors (`onnxfuse.channels`), and o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
@@ -29,10 +29,9 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from onnxfuse.analysis.cost import shapes_at
-from onnxfuse.analysis.intervals.rules import intervals
-from onnxfuse.channels import budget
+from onnxfuse.channels import budget, ratio
 from onnxfuse.channels.budget import LossCurve, Total, Widths
-from onnxfuse.channels.consumers import Consumer, RowView, consumers
+from onnxfuse.channels.consumers import RowView, consumers
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
 from onnxfuse.channels.importance import Ranking, Statistics, magnitudes, rank
@@ -40,28 +39,36 @@ from onnxfuse.channels.masking import mask
 from onnxfuse.channels.timing import rewarded
 from onnxfuse.data.rows import few_rows
 from onnxfuse.errors import VerificationError
-from onnxfuse.findings import Change, Skip
+from onnxfuse.findings import Reached, Skip
 from onnxfuse.fitting.compensating import compensate
+from onnxfuse.fitting.factoring import measured
 from onnxfuse.fitting.rewriting import (
     Mask,
     finished,
     first_feed,
     named,
     nothing,
-    seen_in_parts,
     settled,
     walked,
 )
 from onnxfuse.fitting.search import SearchResult, error_bound, farthest
+from onnxfuse.fitting.selecting import (
+    Reading,
+    Seen,
+    dead_channels,
+    full_sizes,
+    group_change,
+    ratio_result,
+)
 from onnxfuse.fitting.sites import check_mask
 from onnxfuse.fitting.trials import Trials
 from onnxfuse.ir.model import Model
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
-from onnxfuse.pipeline.goals import Goals, Share, gone, left
+from onnxfuse.pipeline.goals import Goals, Share, gone_of_all, left_of_all
 from onnxfuse.runtime import latency as latency_module
 
 LEAST = 8
-"""A group keeps at least one in so many channels."""
+"""A group keeps at least one in so many channels, but under a ratio, which may leave a single one."""
 
 TRIED = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a group whose loss is tried; what lies between follows the ranking."""
@@ -72,6 +79,13 @@ MOST_WIDTHS = 16
 MAC_LEVELS = tuple(level / 100 for level in range(95, 9, -5))
 """Shares of the MACs that are tried where only the error bound says how far to go."""
 
+NEAR = 0.01
+"""Where a step leaves more than this share of a budget unspent, some groups get widths between the steps."""
+
+BUDGET_ATTEMPTS = 4
+"""Biases that make up for lost channels may break a tight budget: so often widths are chosen
+that leave room for them."""
+
 LATENCY_ATTEMPTS = 6
 """Cuts that are timed to meet a latency budget."""
 
@@ -79,10 +93,19 @@ LATENCY_ATTEMPTS = 6
 class SelectOptions(Goals):
     """Options of `select`."""
 
-    goals: ClassVar = {"ratio": gone, "macs": left, "params": left, "latency": left}
+    goals: ClassVar = {
+        "ratio": gone_of_all,
+        "macs": left_of_all,
+        "params": left_of_all,
+        "latency": left_of_all,
+    }
 
     ratio: float | None = Field(
-        None, ge=0, lt=1, description="share of every group's channels to remove; 0: only what is always zero"
+        None,
+        ge=0,
+        lt=1,
+        description="share of every layer's channels to remove, to the nearest width, one channel at least "
+        "stays; of a layer that several groups make up, their product; 0: only what is always zero",
     )
     macs: Share | None = Field(None, description="share of the multiply-accumulates that may be left")
     params: Share | None = Field(None, description="share of the parameters that may be left")
@@ -96,7 +119,9 @@ class SelectOptions(Goals):
     compensate: bool = Field(True, description="fit the weights that stay so that they make up for the loss")
     only: str = Field("*", description="pattern: groups with matching names (inspect --channels lists them)")
     step: PositiveInt | None = Field(
-        None, description="widths are multiples of it; default: 4 or more for groups of 16 and more channels"
+        None,
+        description="widths are multiples of it; default: 1 under a ratio, else 4 or more for groups of 16 "
+        "and more channels, and 1 for what would leave more than 0.01 of a budget unspent",
     )
     samples: PositiveInt = Field(768, description="fit samples on which widths are tried")
     mask: Mask = None
@@ -105,26 +130,6 @@ class SelectOptions(Goals):
     def reads_moments(self) -> bool:
         """Whether anything is ranked or fitted by what the consumers see."""
         return self.ratio != 0 and (self.criterion == "moments" or self.compensate)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """The groups, rankings and moments by which the channels to be cut are chosen.
-
-    Attributes:
-        groups: those that may be cut; `found` are all of the model.
-        consumers: for each, who reads it.
-        rankings: for each, the order in which channels go.
-        dead: of each, the number of channels that are zero for every input; the first to go.
-        seen: gives the moments of what the consumers see.
-    """
-
-    found: ChannelGroups
-    groups: list[Group]
-    consumers: Mapping[Group, list[Consumer]]
-    rankings: dict[Group, Ranking]
-    dead: Mapping[Group, int]
-    seen: _Seen
 
 
 class Select(Pass):
@@ -151,15 +156,20 @@ class Select(Pass):
         feed = first_feed(context)
         known = find_groups(model, feed, context.runtime)
         groups, skipped = self._eligible(known)
+        full = {group: group.size for group in groups}
+        if self.options.ratio is not None:
+            full = full_sizes(model, groups, skipped, context)
+            groups = list(full)
         if not groups:
             where = named(self.options.only)
             return nothing(model, skipped, f"no channel group of this model{where} can be cut")
         shapes = shapes_at(model, feed, context.runtime)
         readers = {group: consumers(model, group, shapes) for group in groups}
-        dead = _dead(model, groups)
+        dead = dead_channels(model, groups)
         counts = {group: len(own) for group, own in dead.items()}
-        seen = _Seen(model, readers, self.options, context)
-        reading = _Reading(known, groups, readers, {}, counts, seen)
+        options = self.options
+        seen = Seen(model, readers, context, mask=options.mask, wanted=options.reads_moments)
+        reading = Reading(known, groups, readers, {}, counts, seen, full)
         curves = self._curves(model, reading, dead, context)
         found = self._chosen(model, reading, curves, context)
         return finished(model, found, skipped, "no channel has to go")
@@ -183,17 +193,21 @@ class Select(Pass):
     # Ranking, and what widths cost the outputs
 
     def _curves(
-        self, model: Model, reading: _Reading, dead: Mapping[Group, np.ndarray], context: Context
+        self, model: Model, reading: Reading, dead: Mapping[Group, np.ndarray], context: Context
     ) -> list[LossCurve]:
         """The losses of the groups at their widths, where a goal is to be spent on them; fills in the
         rankings."""
         tried = self.options.ratio is None
         trials = Trials.of(context, self.options.samples) if tried else None
+        least = {group: max(1, group.size // LEAST) for group in reading.groups}
+        if not tried:
+            for block in ratio.blocks(reading.groups):
+                widths = zip(*self._at_ratio(block, reading), strict=True)
+                least.update((group, min(own)) for group, own in zip(block.groups, widths, strict=True))
         found: list[LossCurve] = []
         for groups, known in reading.seen.parts():
             for group in groups:
-                least = max(1, group.size // LEAST) if tried else self._wanted(group)
-                reading.rankings[group] = self._rank(model, group, reading, known, dead[group], least)
+                reading.rankings[group] = self._rank(model, group, reading, known, dead[group], least[group])
             if trials is not None:
                 found += self._tried(model, groups, reading, known, trials, context)
         return found
@@ -202,7 +216,7 @@ class Select(Pass):
         self,
         model: Model,
         group: Group,
-        reading: _Reading,
+        reading: Reading,
         known: Mapping[RowView, Statistics],
         dead: np.ndarray,
         least: int,
@@ -216,7 +230,7 @@ class Select(Pass):
         self,
         model: Model,
         groups: Sequence[Group],
-        reading: _Reading,
+        reading: Reading,
         known: Mapping[RowView, Statistics],
         trials: Trials,
         context: Context,
@@ -243,13 +257,15 @@ class Select(Pass):
     def _candidates(self, group: Group) -> list[int]:
         """Widths, from the group's size downwards."""
         step = self._step(group)
-        least = max(1, group.size // LEAST)
+        least = 1 if self.options.ratio else max(1, group.size // LEAST)
         return [group.size, *(w for w in range((group.size - 1) // step * step, 0, -step) if w >= least)]
 
     def _step(self, group: Group) -> int:
         """The number that candidate widths of a group are multiples of."""
         if self.options.step is not None:
             return self.options.step
+        if self.options.ratio:
+            return 1
         if group.size < 16:
             return 1 if group.size < 8 else 2
         return 4 * -(-group.size // (4 * MOST_WIDTHS))
@@ -262,44 +278,92 @@ class Select(Pass):
         wanted = (group.size * (1 - share) for share in TRIED)
         return sorted({min(narrower, key=lambda w: (abs(w - own), w)) for own in wanted}, reverse=True)
 
-    def _wanted(self, group: Group) -> int:
-        """The width that `ratio` asks for: the candidate nearest to it, the larger of two."""
+    def _at_ratio(self, block: ratio.Block, reading: Reading) -> list[tuple[int, ...]]:
+        """The widths of a block's groups that come nearest to the ratio, the nearest first."""
         assert self.options.ratio is not None
-        exact = group.size * (1 - self.options.ratio)
-        return min(self._candidates(group), key=lambda width: (abs(width - exact), -width))
+        candidates = {group: self._candidates(group) for group in block.groups}
+        return ratio.at_share(block, 1 - self.options.ratio, reading.full, candidates)
 
     # Widths under the goal
 
     def _chosen(
-        self, model: Model, reading: _Reading, curves: Sequence[LossCurve], context: Context
+        self, model: Model, reading: Reading, curves: Sequence[LossCurve], context: Context
     ) -> SearchResult:
         """The model cut to the widths that the goal asks for, or that the bound allows."""
         options = self.options
         if options.ratio is not None:
-            wanted = {group: self._wanted(group) for group in reading.groups}
-            return SearchResult(self._cut(model, wanted, reading, context))
+            return self._within_ratio(model, reading, options.ratio, context)
         if options.latency is not None:
             return self._within_latency(model, reading, curves, options.latency, context)
         share, what, count = options.macs, "MACs", budget.macs
         if options.params is not None:
             share, what, count = options.params, "parameters", budget.parameters
         total = count(model, reading.found, reading.groups)
+        if share is not None:
+            return self._within_budget(model, reading, curves, total, share, what, context)
         full = total.at({group: group.size for group in reading.groups})
-        if share is None:
-            return self._within_error(model, reading, curves, total, full, context)
-        chosen = budget.choose_widths(curves, total, share * full)
-        if chosen is None:
-            least = total.at({curve.group: curve.widths[-1] for curve in curves}) / full
-            raise VerificationError(
-                f"{share:g} of the {what} can't be met: the narrowest widths leave {least:.3g}"
-            )
-        note = f"{total.at(chosen) / full:.3g} of the {what} are left"
-        return SearchResult(self._cut(model, chosen, reading, context), [note])
+        return self._within_error(model, reading, curves, total, full, context)
+
+    def _within_budget(
+        self,
+        model: Model,
+        reading: Reading,
+        curves: Sequence[LossCurve],
+        total: Total,
+        share: float,
+        what: str,
+        context: Context,
+    ) -> SearchResult:
+        """The model with at most a `share` of the MACs or parameters left, as counted on the result.
+
+        Args:
+            model, reading, curves, context: of the pass.
+            total: the cost at given widths, up to what these don't change.
+            share, what: what may be left, of "MACs" or "parameters".
+        """
+        rest = -total.at({group: group.size for group in reading.groups})
+        whole, now = (measured(own, context, what) for own in (context.whole(model), model))
+        rest += now
+        goal, added = share * whole, 0.0
+        for _ in range(BUDGET_ATTEMPTS):
+            target = goal - rest - added
+            chosen = budget.choose_widths(curves, total, target)
+            if chosen is None:
+                break
+            if self.options.step is None and target - total.at(chosen) > NEAR * whole:
+                finer = [budget.finer(own, reading.rankings[own.group]) for own in curves]
+                chosen = budget.filled(finer, chosen, total, target)
+            made = self._cut(model, chosen, reading, context)
+            left = measured(made.model, context, what)
+            if left <= goal:
+                name = "params" if what == "parameters" else "macs"
+                reached = Reached(name, what, False, share, left / whole)
+                note = f"{left / whole:.3g} of the {what} are left, {share:g} asked"
+                return SearchResult(made, [note], reached=reached)
+            added = max(left - rest - total.at(chosen), added + left - goal)
+        least = (total.at({curve.group: curve.widths[-1] for curve in curves}) + rest) / whole
+        raise VerificationError(
+            f"{share:g} of the {what} can't be met: the narrowest widths leave {least:.3g} (a group keeps "
+            f"one channel in {LEAST}, and widths are multiples of a step)"
+        )
+
+    def _within_ratio(self, model: Model, reading: Reading, asked: float, context: Context) -> SearchResult:
+        """The model in which every layer has lost its share of the channels, as nearly as widths allow."""
+        wanted: Widths = {}
+        for block in ratio.blocks(reading.groups):
+            costs = [reading.rankings[group].cost[::-1] for group in block.groups]  # by width
+            near = self._at_ratio(block, reading)
+            lost = [sum(float(own[w]) for own, w in zip(costs, ws, strict=True)) for ws in near]
+            wanted.update(zip(block.groups, near[lost.index(min(lost))], strict=True))
+        made = self._cut(model, wanted, reading, context)
+        if asked == 0:
+            return SearchResult(made)
+        return ratio_result(made, reading, self._choice(wanted, reading), asked)
 
     def _within_error(
         self,
         model: Model,
-        reading: _Reading,
+        reading: Reading,
         curves: Sequence[LossCurve],
         total: Total,
         full: float,
@@ -343,7 +407,7 @@ class Select(Pass):
     def _within_latency(
         self,
         model: Model,
-        reading: _Reading,
+        reading: Reading,
         curves: Sequence[LossCurve],
         share: float,
         context: Context,
@@ -360,8 +424,10 @@ class Select(Pass):
             progress=context.progress,
         )
         fast = [curve.at(times[curve.group]) for curve in curves if curve.group in times]
-        alone = latency_module.latency([model], context.runtime, sample, seed=context.seed)
-        base = alone.timings[0].median_ms
+        whole = context.whole(model)
+        base = (
+            latency_module.latency([whole], context.runtime, sample, seed=context.seed).timings[0].median_ms
+        )
         total = budget.latency_total(times, base)
         goal, reached = share, 1.0
         for _ in range(LATENCY_ATTEMPTS):
@@ -371,7 +437,7 @@ class Select(Pass):
                 chosen = {curve.group: curve.widths[-1] for curve in fast}
             trial = model.copy()
             take(trial, self._choice(chosen, reading), by=self.name)
-            measured = latency_module.latency([model, trial], context.runtime, sample, seed=context.seed)
+            measured = latency_module.latency([whole, trial], context.runtime, sample, seed=context.seed)
             timing = measured.timings[1]
             context.journal("select latency", goal=goal, measured=timing.ratio, unstable=measured.unstable)
             if measured.unstable is not None:
@@ -392,7 +458,7 @@ class Select(Pass):
 
     # Cutting
 
-    def _choice(self, wanted: Widths, reading: _Reading) -> dict[Group, np.ndarray]:
+    def _choice(self, wanted: Widths, reading: Reading) -> dict[Group, np.ndarray]:
         """The indices that are kept: of dead channels none that a candidate width can do without."""
         choice = {}
         for group, width in wanted.items():
@@ -402,12 +468,12 @@ class Select(Pass):
                 choice[group] = reading.rankings[group].kept(width)
         return choice
 
-    def _cut(self, model: Model, wanted: Widths, reading: _Reading, context: Context) -> PassResult:
+    def _cut(self, model: Model, wanted: Widths, reading: Reading, context: Context) -> PassResult:
         """The model with groups at these widths."""
         choice = self._choice(wanted, reading)
         cut = model.copy()
         take(cut, choice, by=self.name)
-        changes = [_change(group, kept, reading) for group, kept in choice.items()]
+        changes = [group_change(group, kept, reading) for group, kept in choice.items()]
         oracle = None if self.contract is Contract.EXACT else mask(model, choice)
         plain = PassResult(cut, changes, oracle=oracle, cut=cut)
         if self.contract is not Contract.APPROXIMATE or not choice:
@@ -424,74 +490,10 @@ class Select(Pass):
         self,
         cut: Model,
         model: Model,
-        reading: _Reading,
+        reading: Reading,
         known: Mapping[RowView, Statistics],
         choice: Mapping[Group, np.ndarray],
         done: set[object],
     ) -> None:
         """Let the readers of cut groups make up for the loss, see `compensate`."""
         compensate(cut, model, reading.found, reading.consumers, known, choice, done=done, by=self.name)
-
-
-class _Seen:
-    """The moments of what the groups' consumers see; those of a single part are kept."""
-
-    def __init__(
-        self, model: Model, readers: Mapping[Group, list[Consumer]], options: SelectOptions, context: Context
-    ):
-        self._model = model
-        self._views = {group: [consumer.view for consumer in own] for group, own in readers.items()}
-        self._options = options
-        self._context = context
-        self._kept: list[tuple[list[Group], dict[RowView, Statistics]]] = []
-
-    def parts(self) -> Iterator[tuple[list[Group], dict[RowView, Statistics]]]:
-        """Groups with the statistics of all their consumers' views."""
-        if not self._options.reads_moments:
-            yield list(self._views), {}
-            return
-        if self._kept:
-            yield from self._kept
-            return
-        parts = seen_in_parts(self._model, self._views, self._options.mask, self._context)
-        for number, part in enumerate(parts):
-            self._kept = [] if number else [part]
-            yield part
-
-
-def _dead(model: Model, groups: Sequence[Group]) -> dict[Group, np.ndarray]:
-    """The channels of each group that are zero at every operator that reads them, whatever is fed."""
-    known = intervals(model, model.shapes())
-    dead = {}
-    for group in groups:
-        zero = np.full(group.size, bool(group.sinks) and not group.statistics)
-        for sink in group.sinks:
-            own = known.get(sink.tensor)
-            places = np.zeros(sink.dim.size, bool) if own is None else own.zeros(sink.axis, sink.dim.size)
-            zero &= places[group.places(sink.dim)].all(axis=1)
-        dead[group] = np.flatnonzero(zero)
-    return dead
-
-
-def _change(group: Group, kept: np.ndarray, reading: _Reading) -> Change:
-    """The report's line for one group."""
-    removed = np.setdiff1d(np.arange(group.size), kept)
-    dead = min(reading.dead[group], len(removed))
-    idle = min(reading.rankings[group].idle, len(removed)) - dead
-    said = [f", {dead} of them zero for every input"] if dead else []
-    said += [f", {idle} never active on the samples"] if idle > 0 else []
-    nodes = tuple(dict.fromkeys(node for touch in group.touches for node in touch.nodes))
-    return Change(
-        nodes or (group.name,),
-        f"cut '{group.name}' from {group.size} to {len(kept)} channels{''.join(said)}",
-        {
-            "group": group.name,
-            "structure": group.structure,
-            "size": group.size,
-            "width": len(kept),
-            "removed": removed.tolist(),
-            "always_zero": dead,
-            "idle_on_samples": max(idle, 0),
-            "cost": float(reading.rankings[group].cost[len(removed)]),
-        },
-    )

@@ -10,7 +10,7 @@ why: a number that leaves something out would be worse. An `If` counts as its he
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from onnxfuse.ir.model import Feed
     from onnxfuse.runtime.session import Runtime
 
+
+DECLARED_ONLY = "MACs are counted at the shapes that the file declares: no run has confirmed them"
+"""The warning where `count` gets shapes that are not those of a run."""
 
 Sizes = Mapping[str, int]
 
@@ -205,9 +208,9 @@ _SHORT_FORMS = {
 
 
 def dimension_sizes(model: Model, feed: Feed, runtime: Runtime) -> dict[str, int]:
-    """The sizes that a feed gives to the model's named dynamic dimensions.
+    """The sizes that a run on a feed gives to the model's named dynamic dimensions.
 
-    The inputs tell most of them; names that only outputs or inner tensors have take a run.
+    A name whose sizes in the run contradict each other has none.
 
     Args:
         model: declares the names.
@@ -215,33 +218,22 @@ def dimension_sizes(model: Model, feed: Feed, runtime: Runtime) -> dict[str, int
         runtime: runs the model.
 
     Raises:
-        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.run_shapes`.
     """
-    sizes: dict[str, int] = {}
-    for info in model.inputs:
-        if info.name in feed:
-            _bind(sizes, info, feed[info.name].shape)
-    loose = {
-        name: info
-        for name, info in model.shapes().items()
-        if any(isinstance(dim, str) and dim not in sizes for dim in info.shape or ())
-    }
-    if feed and loose:
-        unknown = {name: replace(info, shape=None) for name, info in loose.items()}
-        for name, found in observed_shapes.observed(model, unknown, feed, runtime).items():
-            if name in loose:
-                _bind(sizes, loose[name], found.shape or ())
-    return sizes
+    return _agreed(model.shapes(), shapes_at(model, feed, runtime))
 
 
-def _bind(sizes: dict[str, int], info: TensorInfo, shape: Sequence[int | str | None]) -> None:
-    for dim, size in zip(info.shape or (), shape, strict=False):
-        if isinstance(dim, str) and isinstance(size, int):
-            sizes.setdefault(dim, size)
+def _agreed(declared: Shapes, run: Shapes) -> dict[str, int]:
+    sizes: dict[str, set[int]] = {}
+    for name, info in declared.items():
+        for dim, size in zip(info.shape or (), run[name].shape or (), strict=False):
+            if isinstance(dim, str) and isinstance(size, int):
+                sizes.setdefault(dim, set()).add(size)
+    return {dim: own.pop() for dim, own in sizes.items() if len(own) == 1}
 
 
 def shapes_at(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInfo]:
-    """Shapes of all tensors at the sizes of one feed.
+    """Shapes of all tensors in a run on one feed, whatever the file declares.
 
     Args:
         model: has the tensors.
@@ -249,25 +241,26 @@ def shapes_at(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInf
         runtime: runs the model.
 
     Raises:
-        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.run_shapes`.
     """
-    return _concrete(observed_shapes.shapes_on(model, feed, runtime), dimension_sizes(model, feed, runtime))
+    return observed_shapes.run_shapes(model, feed, runtime)
 
 
 def measure(model: Model, feed: Feed, runtime: Runtime) -> Cost:
     """The cost of a model at the sizes of one feed.
 
+    The shapes are those of a run: what the file declares of them may be wrong (`analysis.declarations`).
+
     Args:
         model: the model.
         feed: fits its inputs.
-        runtime: runs it, for shapes that inference leaves open.
+        runtime: runs it.
 
     Raises:
-        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.run_shapes`.
     """
-    return count(
-        model, observed_shapes.shapes_on(model, feed, runtime), dimension_sizes(model, feed, runtime)
-    )
+    run = shapes_at(model, feed, runtime)
+    return count(model, run, _agreed(model.shapes(), run))
 
 
 def count(model: Model, shapes: Shapes, sizes: Sizes | None = None) -> Cost:

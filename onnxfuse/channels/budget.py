@@ -69,6 +69,13 @@ def curve(
     return LossCurve(group, candidates, np.maximum.accumulate(np.nan_to_num(losses, nan=np.inf)).tolist())
 
 
+def finer(coarse: LossCurve, ranking: Ranking) -> LossCurve:
+    """The curve at every width between its widest and its narrowest, filled in as by `curve`."""
+    widths = list(range(coarse.widths[0], coarse.widths[-1] - 1, -1))
+    points = list(zip(coarse.widths[1:], coarse.losses[1:], strict=True))
+    return curve(coarse.group, widths, points, ranking)
+
+
 @dataclass(frozen=True, eq=False)
 class CostTerm:
     """A part of a cost that depends on the widths of some groups."""
@@ -277,6 +284,19 @@ def _best_move(curve: LossCurve, at: int, total: Total, widths: Widths) -> tuple
         if saved > 0:
             found.append(((curve.losses[place] - curve.losses[at]) / saved, place, saved))
     return min(found, default=None)
+
+
+def filled(curves: Sequence[LossCurve], widths: Widths, total: Total, target: float) -> Widths:
+    """Wider widths that spend what is left of a budget where it is worth most.
+
+    Args:
+        curves: of the groups, with finer steps than those that `widths` was chosen from.
+        widths: within the budget.
+        total: the cost of given widths.
+        target: what it may be at most.
+    """
+    at = {curve.group: curve.widths.index(widths[curve.group]) for curve in curves}
+    return _given_back({curve.group: curve for curve in curves}, at, dict(widths), total, target)
 
 
 def _given_back(

@@ -24,6 +24,7 @@ frozen.
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 
@@ -349,6 +350,18 @@ def crossed(dim: Axis) -> list[Axis]:
                 found.extend(leaf for leaf in own if leaf in seen)
                 seen.update(own)
     return found
+
+
+def products(dim: Axis) -> set[frozenset[Axis]]:
+    """The sets of leaves that are multiplied with each other, one for each product that the axis is a sum of;
+    a leaf by itself is one."""
+    dim = find(dim)
+    if dim._kind is AxisKind.LEAF:
+        return {frozenset((dim,))}
+    own = [products(part) for part in parts(dim)]
+    if dim._kind is AxisKind.SUM:
+        return set().union(*own)
+    return {frozenset[Axis]().union(*factors) for factors in itertools.product(*own)}
 
 
 # Evaluating ---------------------------------------------------------------------------------------

@@ -65,12 +65,14 @@ def _sizes(
     static.update(proven_shapes(model))
     if feed is None:
         return {name: merge(info, declared.get(name)) for name, info in static.items()}, static
-    sizes = {
-        dim: size
-        for info in model.inputs
-        for dim, size in zip(info.shape or (), feed[info.name].shape, strict=False)
-        if isinstance(dim, str)
-    }
+    sizes: dict[str, int] = {}
+    clashing: set[str] = set()  # one name for several sizes says nothing
+    for info in model.inputs:
+        for dim, size in zip(info.shape or (), feed[info.name].shape, strict=False):
+            if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
+                clashing.add(dim)
+    for dim in clashing:
+        del sizes[dim]
     found = {
         name: TensorInfo(
             name,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxfuse.analysis.cost import Cost, count, measure
+from onnxfuse.analysis.cost import DECLARED_ONLY, Cost, count, measure
+from onnxfuse.analysis.declarations import contradiction_warnings
 from onnxfuse.analysis.structural_diff import structure
 from onnxfuse.commands.judge import Allowance, Confidence, Scorer, check_limits, confidence_of
 from onnxfuse.commands.loading import MADE_UP, ModelSource, PathOrText, load
@@ -223,16 +224,22 @@ def diff(
         if calib is not None and isinstance(error, InputError):
             raise
         warnings.append(f"the outputs are not compared: {error}")
-    costs = _cost(first, feed, runtime), _cost(second, feed, runtime)
-    return DiffResult(structure(first, second), costs, outputs, record, tuple(warnings))
+    costs = _cost(first, feed, runtime, warnings), _cost(second, feed, runtime, warnings)
+    return DiffResult(structure(first, second), costs, outputs, record, tuple(dict.fromkeys(warnings)))
 
 
-def _cost(model: Model, feed: Feed | None, runtime: Runtime) -> Cost:
-    """The costs of a model, at the sizes of `feed` if the model takes it."""
+def _cost(model: Model, feed: Feed | None, runtime: Runtime, warnings: list[str]) -> Cost:
+    """The costs of a model, at the sizes of `feed` if the model takes it; adds to the warnings what the file
+    declares wrongly, or that its declarations had to be believed."""
     if feed is not None:
         with contextlib.suppress(OnnxfuseError):
-            return measure(model, feed, runtime)
-    return count(model, model.shapes())
+            cost = measure(model, feed, runtime)
+            warnings += contradiction_warnings(model, feed, runtime)
+            return cost
+    cost = count(model, model.shapes())
+    if cost.macs is not None:
+        warnings.append(DECLARED_ONLY)
+    return cost
 
 
 def _labels(a: Model, b: Model) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnxfuse.analysis.declarations import contradiction_warnings
 from onnxfuse.commands.judge import (
     Allowance,
     Confidence,
@@ -307,6 +308,7 @@ def _warnings(run: _Run, done: _Done) -> tuple[str, ...]:
     found = [MADE_UP] if run.context.calibration.synthetic else list(run.doubts)
     if run.context.calibration.refitted:
         found.append(REFITTED)
+    found += contradiction_warnings(run.context.original, run.sample, run.context.runtime)
     if verdict.latency is not None and verdict.slower:
         found.append(f"{SLOWER}: latency {interval_text(verdict.latency.timings[1])}")
     if verdict.latency is not None and verdict.latency.unstable is not None:

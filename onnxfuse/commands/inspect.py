@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxfuse.analysis import layer_similarity
-from onnxfuse.analysis.cost import Cost, count, dimension_sizes, node_macs, shapes_at
+from onnxfuse.analysis.cost import DECLARED_ONLY, Cost, count, measure, node_macs, shapes_at
+from onnxfuse.analysis.declarations import contradiction_warnings
 from onnxfuse.analysis.regions.region import Region, describe_region
 from onnxfuse.analysis.regions.search import find_regions
 from onnxfuse.analysis.summaries import LinearSummary, RegionSummary
@@ -136,14 +137,17 @@ def _weight_warnings(model: Model) -> list[str]:
 
 def _cost(model: Model, feed: Feed | None, runtime: Runtime) -> tuple[Feed | None, Cost, list[str]]:
     """The cost at the sizes of `feed`, with `feed` and warnings: None where the model doesn't run on it."""
-    try:
-        return (
-            feed,
-            count(model, shapes_on(model, feed, runtime), dimension_sizes(model, feed or {}, runtime)),
-            [],
-        )
-    except NotApplicableError as error:
-        return None, count(model, model.shapes()), [str(error)]
+    said = []
+    if feed is not None:
+        try:
+            cost = measure(model, feed, runtime)
+            return feed, cost, contradiction_warnings(model, feed, runtime)
+        except NotApplicableError as error:
+            said.append(str(error))
+    cost = count(model, model.shapes())
+    if cost.macs is not None:
+        said.append(DECLARED_ONLY)
+    return None, cost, said
 
 
 def _latency(model: Model, feed: Feed | None, runtime: Runtime) -> Latency | None:

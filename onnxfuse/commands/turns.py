@@ -94,9 +94,10 @@ def asked_for(
 
 @dataclass(frozen=True)
 class Turn:
-    """Some passes, and the retraining behind them, if there is one."""
+    """Some passes, each with its place in the plan, and the retraining behind them, if there is one."""
 
     passes: list[Pass]
+    places: list[int]
     training: Training | None
 
 
@@ -112,24 +113,46 @@ def by_turns(plan: Sequence[Pass], schedule: str | None, training: Training | No
         InputError: it has another form, or there is nothing to do by turns.
     """
     if schedule is None:
-        return [Turn(list(plan), training)]
+        return [Turn(list(plan), list(range(len(plan))), training)]
     found = parse_schedule(schedule)
     if training is None:
         raise InputError("--schedule needs --retrain: it is about retraining between passes")
-    first = next((place for place, pass_ in enumerate(plan) if pass_.partly(1.0) is not None), None)
-    if first is None:
+    stepwise = [pass_.partly(1.0) is not None for pass_ in plan]
+    if not any(stepwise):
         raise InputError(
             "--schedule needs a pass with a goal to be reached in steps, such as merge:layers=0.25"
         )
-    turns = []
-    settings = training.request.settings
-    epochs = found.epochs(settings.epochs)
-    shares = found.shares()
-    for number, (done, share, length) in enumerate(zip([0.0, *shares], shares, epochs, strict=False)):
-        passes = [pass_.partly(share, done) or pass_ for pass_ in plan[first if number else 0 :]]
-        request = replace(training.request, settings=replace(settings, epochs=length))
-        turns.append(Turn(passes, replace(training, request=request)))
-    return turns
+    first = stepwise.index(True)
+    shares, lengths = found.shares(), found.epochs(training.request.settings.epochs)
+    steps: list[tuple[list[Pass], list[int], int]] = []
+    waiting = 0
+    for done, share, epochs in zip([0.0, *shares], shares, lengths, strict=False):
+        now: dict[int, Pass] = {}
+        for place, pass_ in enumerate(plan):
+            own = (
+                pass_.partly(share, done)
+                if stepwise[place]
+                else pass_
+                if place > first or not steps
+                else None
+            )
+            if own is not None:
+                now[place] = own
+        if now:
+            steps.append((list(now.values()), list(now), epochs + waiting))
+            waiting = 0
+        elif steps:  # nothing new to do: what is there is trained the longer
+            steps[-1] = (*steps[-1][:2], steps[-1][2] + epochs)
+        else:
+            waiting += epochs
+    return [Turn(passes, places, _lasting(training, epochs)) for passes, places, epochs in steps]
+
+
+def _lasting(training: Training, epochs: int) -> Training:
+    """The training with this number of epochs."""
+    request = training.request
+    settings = replace(request.settings, epochs=epochs)
+    return replace(training, request=replace(request, settings=settings))
 
 
 class Trainer:
@@ -144,6 +167,8 @@ class Trainer:
         """Prepare, with the run's context and the file that keeps the state of a training, None for none."""
         self._context, self._checkpoint = context, checkpoint
         ends = np.cumsum([len(turn.passes) for turn in turns]).tolist()
+        self._places = [place for turn in turns for place in turn.places]
+        self._given = {self._places[0]: context.original}  # to each pass of the plan in its first turn
         self._trainings = {end: turn.training for end, turn in zip(ends, turns, strict=True)}
         self._last = ends[-1]
         self.tails: list[Retrained] = []
@@ -151,15 +176,22 @@ class Trainer:
 
     def between(self, steps: Sequence[StepReport], model: Model, context: Context) -> tuple[Model, Context]:
         """Model and context for the next pass. Training moves inner tensors: the trained model is then what
-        the passes of the next turn are held against.
+        the passes of the next turn are held against. Their goals stay shares of what each got in the first
+        turn, so that the last turn comes to the whole goal however far those before it came.
 
         Args:
             steps: the passes so far.
             model: after them.
             context: of the passes.
         """
-        trained = model if len(steps) == self._last else self._trained(steps, model)
-        return trained, context if trained is model else replace(context, original=trained)
+        if len(steps) == self._last:
+            return model, context
+        trained = self._trained(steps, model)
+        original = context.original if trained is model else trained
+        place = self._places[len(steps)]
+        first = self._given.get(place)
+        self._given.setdefault(place, trained)
+        return trained, replace(context, original=original, first=first)
 
     def finish(self, outcome: Outcome) -> Model:
         """The model after the last turn and its training."""

@@ -186,6 +186,11 @@ class RankCosts:
     full: list[float]
     least: float
 
+    def saved(self, ranks: Sequence[int | None]) -> float:
+        """The cost that is saved at these ranks, None for products that stay, without what a refit adds."""
+        own = zip(self.full, self.unit, ranks, strict=True)
+        return sum(full - unit * rank for full, unit, rank in own if rank is not None)
+
 
 def rank_costs(model: Model, products: Sequence[Product], context: Context, what: str, by: str) -> RankCosts:
     """The costs of some products of a model, at the sizes of the first fit samples.

@@ -315,8 +315,8 @@ def finished(model: Model, found: SearchResult, skipped: Sequence[Skip], idle: s
     made = found.made
     every = list(dict.fromkeys([*skipped, *([] if made is None else made.skipped)]))
     if made is None or not made.changes:
-        return PassResult(model, skipped=every, notes=found.notes or [idle])
-    return replace(made, skipped=every, notes=[*found.notes, *made.notes])
+        return PassResult(model, skipped=every, notes=found.notes or [idle], reached=found.reached)
+    return replace(made, skipped=every, notes=[*found.notes, *made.notes], reached=found.reached)
 
 
 def nothing(model: Model, skipped: Sequence[Skip], note: str) -> PassResult:

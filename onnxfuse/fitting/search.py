@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from onnxfuse.errors import NotApplicableError, VerificationError
+from onnxfuse.findings import Reached
 from onnxfuse.pipeline.base import Context, PassResult
 from onnxfuse.pipeline.goals import Goals
 from onnxfuse.verification.compare import output_error
@@ -27,11 +28,13 @@ class SearchResult:
         made: what it makes of the model; None where it does nothing.
         notes: lines on how far that is, or why nowhere.
         count: of a search, the number of levels up to the one that it found.
+        reached: how far that is, where a share was asked for.
     """
 
     made: PassResult | None
     notes: list[str] = field(default_factory=list)
     count: int = 0
+    reached: Reached | None = None
 
 
 def farthest(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import pydantic
 
-from onnxfuse.findings import Change, Prediction, Skip
+from onnxfuse.findings import Change, Prediction, Reached, Skip
 from onnxfuse.progress import Journal, NoProgress, Progress, no_journal
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class PassResult:
 
     `oracle` is the masked model that a MASKED pass is compared with. An APPROXIMATE pass that cuts channels
     and then fits weights has one too, and `cut`, its model before the fit, which is compared with that.
+    `reached` says how far it came, where a share was asked for.
     """
 
     model: Model
@@ -42,6 +43,7 @@ class PassResult:
     notes: list[str] = field(default_factory=list)
     oracle: Model | None = None
     cut: Model | None = None
+    reached: Reached | None = None
 
 
 @dataclass
@@ -49,7 +51,8 @@ class Context:
     """Everything that a pass may use beside the model: original, samples, runtime, seed and error budget.
 
     `max_error` is the relative output error (see `verification.compare.output_error`) that APPROXIMATE passes
-    must stay within, against `original` on held-out samples; None means no such budget.
+    must stay within, against `original` on held-out samples; None means no such budget. `first` is set where
+    passes run by turns: the model that this pass was given in its first turn, of which its goal is a share.
     """
 
     original: Model
@@ -59,6 +62,11 @@ class Context:
     max_error: float | None = None
     progress: Progress = field(default_factory=NoProgress)
     journal: Journal = no_journal
+    first: Model | None = None
+
+    def whole(self, model: Model) -> Model:
+        """The model that goals are shares of: `model`, the one at hand, but in later turns `first`."""
+        return model if self.first is None else self.first
 
 
 class PassOptions(pydantic.BaseModel):

@@ -53,39 +53,25 @@ class Goals(PassOptions):
         return None if value is None else {self.goal[0]: value}
 
 
-def left(goal: float, share: float, done: float) -> float | None:
-    """The share that a step may leave, where the goal is a share of the model at hand that may be left; None
-    where nothing has to go.
+def left_of_all(goal: float, share: float, done: float) -> float:
+    """The share that a step may leave, where the goal is a share of what there was before all steps.
 
     Args:
         goal: of all steps together.
         share: how far along the way the step is to come, 0 to 1.
         done: how far the step before it came.
     """
-    return None if goal == 1 else (1 - share * (1 - goal)) / (1 - done * (1 - goal))
-
-
-def left_of_all(goal: float, share: float, done: float) -> float:
-    """The share that a step may leave, where the goal is a share of what there was before all steps;
-    arguments as `left`."""
     return 1 - share * (1 - goal)
-
-
-def gone(goal: float, share: float, done: float) -> float | None:
-    """The share that a step removes, where the goal is a share of the model at hand that has to go;
-    arguments as `left`."""
-    rest = left(1 - goal, share, done)
-    return None if rest is None else 1 - rest
 
 
 def gone_of_all(goal: float, share: float, done: float) -> float | None:
     """The share that is gone after a step, where the goal is a share of what there was before all steps;
-    arguments as `left`."""
+    arguments as `left_of_all`."""
     return goal * share if goal else None
 
 
 def number_taken(goal: int, share: float, done: float) -> int | None:
     """The number of things that a step takes, at least one at the first step and none at some later ones;
-    arguments as `left`."""
+    arguments as `left_of_all`."""
     before = max(1, round(done * goal)) if done > 0 else 0
     return max(max(1, round(share * goal)) - before, 0) or None

@@ -143,6 +143,7 @@ def _step(
         verification=checked,
         before=before,
         after=cost,
+        reached=found.reached if committed else None,
     )
 
 

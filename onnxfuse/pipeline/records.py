@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onnxfuse.analysis.cost import Cost
-from onnxfuse.findings import Change, Json, Prediction, Skip
+from onnxfuse.findings import Change, Json, Prediction, Reached, Skip
 from onnxfuse.pipeline.base import Contract
 from onnxfuse.verification.records import Comparison, Divergence, OutputError, PredictionCheck
 
@@ -35,7 +35,7 @@ class StepReport:
     `exit_code` is 0 for a committed pass, that of the error for one that refused, 1 for one that broke its
     contract. `seconds` is the pass alone, `verify_seconds` its checks. `before` and `after` are costs at the
     sizes of one calibration sample (the whole first batch where it cannot be cut); after a roll-back they are
-    equal.
+    equal. `reached` is None where no share was asked for, or nothing was committed.
     """
 
     name: str
@@ -53,6 +53,7 @@ class StepReport:
     verification: Verification | None
     before: Cost
     after: Cost
+    reached: Reached | None = None
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,15 @@ few tensors at a time.
 from __future__ import annotations
 
 import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxfuse.ir.model import Feed, Model
+from onnxfuse.ir.protos import DEFAULT_DOMAINS
 from onnxfuse.ir.shapes import TensorInfo, fill
 from onnxfuse.runtime.session import Runtime
 
 TAPS_AT_ONCE = 64
+_OPSET = 13  # of Shape, where the model has no operator of ONNX itself
 
 
 def shapes_on(model: Model, feed: Feed | None, runtime: Runtime) -> dict[str, TensorInfo]:
@@ -63,6 +66,65 @@ def observed(
             if isinstance(array, np.ndarray):  # else a sequence or a map
                 result[name] = TensorInfo(name, array.dtype, array.shape)
     return result
+
+
+def run_shapes(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInfo]:
+    """Type and shape of every tensor of the main graph as one run on a feed has them.
+
+    Whatever the file declares counts for nothing here: declarations may be wrong. The shapes are computed in
+    the graph, by a Shape node for each tensor, so that no tensor has to be kept for its shape.
+
+    Args:
+        model: is not changed; it remembers the latest runs until it is edited.
+        feed: what is run.
+        runtime: where it is run.
+
+    Raises:
+        InputError: a feed that does not fit the inputs.
+        NotApplicableError: ONNX Runtime can't run the model.
+    """
+    runs: list[tuple[Feed, dict[str, TensorInfo]]] = model.cached("run shapes", list)
+    run = next((result for known, result in runs if _same_arrays(known, feed)), None)
+    if run is None:
+        run = _computed(model, feed, runtime)
+        runs[:] = [(dict(feed), run), *runs[:1]]
+    return dict(run)
+
+
+def _computed(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInfo]:
+    declared = model.shapes()
+    weights = {tensor.name for tensor in model.tensors() if model.is_weight(tensor)}
+    asked = [name for name, info in declared.items() if name not in feed and name not in weights]
+    typed = [name for name in asked if declared[name].dtype is not None]
+    untyped = {name: TensorInfo(name, None, None) for name in asked if declared[name].dtype is None}
+    found = {name: declared[name] for name in weights}
+    found.update({name: TensorInfo(name, array.dtype, array.shape) for name, array in feed.items()})
+    if typed:
+        proto, taps = _with_shapes(model, typed)
+        session = runtime.session(proto, folder=model.external_dir, optimize=False)
+        for name, lengths in zip(typed, session.run(feed, taps).values(), strict=True):
+            found[name] = TensorInfo(name, declared[name].dtype, tuple(lengths.tolist()))
+    if untyped:
+        found.update(observed(model, untyped, feed, runtime))
+    return {name: found.get(name, TensorInfo(name, None, None)) for name in declared}
+
+
+def _with_shapes(model: Model, tensors: list[str]) -> tuple[ModelProto, list[str]]:
+    """The model with the shapes of these tensors in place of its outputs, and the shapes' names."""
+    proto = model.to_proto()
+    graph = proto.graph
+    used = {name for node in graph.node for name in node.output}
+    base = "shape of "
+    while any(name.startswith(base) for name in used):
+        base = f"the {base}"
+    names = [f"{base}{number}" for number in range(len(tensors))]
+    if not any(opset.domain in DEFAULT_DOMAINS for opset in proto.opset_import):
+        proto.opset_import.add(domain="", version=_OPSET)
+    del graph.output[:]
+    for tensor, name in zip(tensors, names, strict=True):
+        graph.node.append(NodeProto(op_type="Shape", input=[tensor], output=[name]))
+        graph.output.append(helper.make_tensor_value_info(name, TensorProto.INT64, None))
+    return proto, names
 
 
 def _same_arrays(a: Feed, b: Feed) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -97,15 +98,17 @@ class Runtime:
         outputs: Sequence[str] | None = None,
         optimize: bool = True,
         threads: int | None = None,
+        folder: Path | None = None,
     ) -> Session:
         """Make `model` ready to run.
 
         Args:
-            model: left as it is; external data is looked up in its folder (`Model.external_dir`).
+            model: left as it is; a `Model`'s external data is looked up in its folder (`Model.external_dir`).
             taps: tensors of the main graph to return besides the outputs; any may be named, outputs included.
             outputs: the outputs wanted, None for all; what nothing wanted depends on is not computed.
             optimize: False runs the graph as it is written, for noise floors.
             threads: overrides the runtime's number.
+            folder: where the external data of a proto is.
 
         Raises:
             InputError: no tensor of a wanted name.
@@ -118,9 +121,9 @@ class Runtime:
         if isinstance(model, onnx.ModelProto):
             proto = model
         else:
-            proto = model.to_proto()
-            if model.external_dir is not None:
-                options.add_session_config_entry(_EXTERNAL_FOLDER, str(model.external_dir))
+            proto, folder = model.to_proto(), model.external_dir
+        if folder is not None:
+            options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
         declared = [output.name for output in proto.graph.output]
         wanted = list(dict.fromkeys([*(declared if outputs is None else outputs), *taps]))
         if wanted != declared:

@@ -115,3 +115,26 @@ def test_what_cannot_be_met() -> None:
     least = total.at(dict.fromkeys(groups, 2))
     assert choose_widths(curves, total, least - 1) is None
     assert choose_widths(curves, total, least) == dict.fromkeys(groups, 2)
+
+
+def test_what_is_left_of_a_budget_is_spent_on_widths_between_the_steps() -> None:
+    _, groups, total = three()
+    random = np.random.default_rng(2)
+    full = total.at({group: group.size for group in groups})
+    for _ in range(10):
+        fine = [
+            LossCurve(
+                group,
+                list(range(group.size, 0, -1)),
+                np.cumsum([0, *random.exponential(size=group.size - 1)]).tolist(),
+            )
+            for group in groups
+        ]
+        coarse = [curve.at([group.size, 4]) for curve, group in zip(fine, groups, strict=True)]
+        chosen = choose_widths(coarse, total, 0.7 * full)
+        assert chosen is not None
+        found = budget.filled(fine, chosen, total, 0.7 * full)
+        assert total.at(chosen) <= total.at(found) <= 0.7 * full
+        assert all(found[group] >= chosen[group] for group in groups)
+        wider = ({**found, group: found[group] + 1} for group in groups if found[group] < group.size)
+        assert all(total.at(other) > 0.7 * full for other in wider)  # no room for one channel more

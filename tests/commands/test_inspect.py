@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import onnx.parser
 import pytest
 from runs import W1, network
 
-from onnxfuse import inspect
+from onnxfuse import compress, diff, inspect
+from onnxfuse.analysis.cost import DECLARED_ONLY
 
 
 def test_inspect(path: Path) -> None:
@@ -59,3 +61,33 @@ def test_inspect_counts_the_nodes_of_bodies() -> None:
                        else_branch = b () => (float[2] q) { q = Neg(x) }>
     }"""
     assert inspect(onnx.parser.parse_model(text)).operators == {"If": 1, "Neg": 1, "Relu": 1}
+
+
+def test_counts_are_of_a_run_and_what_the_file_declares_otherwise_is_told() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[x0,3,8,8] x) => (float[b,4,b,c] y) { y = Conv<pads = [1,1,1,1]>(x, w) }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "w"))
+    said = "'y' is declared as [b, 4, b, c] and is [1, 4, 8, 8] in a run: counts are of the run"
+    found = inspect(proto, measure_latency=False)
+    assert found.cost.macs == found.linear[0].macs == 64 * 4 * 27
+    assert said in found.warnings
+    assert said in json.loads(found.to_json())["warnings"]
+    other = diff(proto, proto)
+    assert [cost.macs for cost in other.costs] == [64 * 4 * 27] * 2
+    assert other.warnings.count(said) == 1
+    report = compress(proto, "fold", calib={"x": np.ones((8, 3, 8, 8), np.float32)}, provider="cpu").report
+    assert (report.before.macs, report.after.macs) == (64 * 4 * 27,) * 2
+    assert said in report.warnings
+
+
+def test_counts_that_no_run_confirms_say_so() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[4,6] x) => (float[1,3] y) <int64[1] i = {99}> { r = Gather(x, i) y = MatMul(r, w) }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((6, 3), np.float32), "w"))
+    found = inspect(proto)
+    assert (found.cost.macs, found.sizes) == (18, {})
+    assert len(found.warnings) == 2
+    assert DECLARED_ONLY in found.warnings
+    assert DECLARED_ONLY in diff(proto, proto).warnings

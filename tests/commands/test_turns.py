@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
+from onnx import numpy_helper
 from runs import LABELS, W2, Refusing, Scale, X, compress, held_out, reference, run
 
+from onnxfuse.commands.turns import asked_for, by_turns
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.findings import Change, Prediction
@@ -245,3 +249,137 @@ def test_compress_runs_in_one_process(path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="compress runs in one process"):
         compress(path, retrain=DATA)
+
+
+class Halving(Pass):
+    """Asks for a share of what it was given first, and always goes further."""
+
+    name, contract, summary = "halving", Contract.EXACT, "a pass for tests"
+
+    def __init__(self, goal: float, wholes: list[tuple[float, Model]]) -> None:
+        super().__init__()
+        self.goal, self.wholes = goal, wholes
+
+    def partly(self, share: float, done: float = 0.0) -> Pass | None:
+        return Halving(1 - share * (1 - self.goal), self.wholes) if share > done else None
+
+    def run(self, model: Model, context: Context) -> PassResult:
+        self.wholes.append((self.goal, context.whole(model)))
+        return PassResult(model)
+
+
+def test_goals_of_all_turns_are_shares_of_the_first_model(path: Path) -> None:
+    wholes: list[tuple[float, Model]] = []
+    compress(
+        path,
+        [Scale(1.1), Halving(0.6, wholes), Slope(0.1)],
+        retrain=DATA,
+        epochs=3,
+        lr=0.01,
+        schedule="uniform:steps=3",
+    )
+    assert [goal for goal, _ in wholes] == pytest.approx([1 - 0.4 / 3, 1 - 0.8 / 3, 0.6])
+    first = wholes[0][1]
+    scaled = W2 * np.float32(1.1)
+    for _, whole in wholes:
+        np.testing.assert_allclose(whole.weight(whole.tensor("w2")), scaled, rtol=1e-6)
+        assert whole.to_proto().SerializeToString() == first.to_proto().SerializeToString()
+
+
+class Counting(Pass):
+    """Takes two steps in all, however many turns there are."""
+
+    name, contract, summary = "counting", Contract.EXACT, "a pass for tests"
+
+    def __init__(self, steps: int, ran: list[int]) -> None:
+        super().__init__()
+        self.steps, self.ran = steps, ran
+
+    def partly(self, share: float, done: float = 0.0) -> Pass | None:
+        left = round(share * self.steps) - round(done * self.steps)
+        return Counting(left, self.ran) if left else None
+
+    def run(self, model: Model, context: Context) -> PassResult:
+        self.ran.append(self.steps)
+        return PassResult(model)
+
+
+def test_a_pass_that_has_no_step_in_a_turn_rests(path: Path) -> None:
+    """It used to run as a whole there."""
+    ran: list[int] = []
+    result = compress(
+        path,
+        [Counting(2, ran), Slope(0.1)],
+        retrain=DATA,
+        epochs=4,
+        lr=0.01,
+        schedule="uniform:steps=4",
+    )
+    assert sum(ran) == 2
+    assert [step.name for step in result.steps].count("slope") == 4
+    ran.clear()
+    turns = by_turns([Counting(2, ran)], "uniform:steps=4", opened(path, 8))
+    assert [len(turn.passes) for turn in turns] == [1, 1]
+    assert [turn.training.request.settings.epochs for turn in turns if turn.training] == [4, 4]
+
+
+def opened(path: Path, epochs: int) -> Any:
+    asked = asked_for(DATA, epochs, 0.01, None, max_error=None, batch_size=64, held_out=0.2, seed=0)
+    assert asked is not None
+    return asked.open(Model.load(path))
+
+
+def wide(path: Path) -> Path:
+    """A network of one hidden layer, 7 wide, and one of 64."""
+    random = np.random.default_rng(0)
+    shapes = {"a": (7, 6), "b": (64, 7), "c": (3, 64)}
+    nodes = (
+        "h = Gemm<transB=1>(x, a) r = Relu(h) g = Gemm<transB=1>(r, b) s = Relu(g) y = Gemm<transB=1>(s, c)"
+    )
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> m (float[N,6] x) => (float[N,3] y) {' + nodes + "}"
+    )
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(random.normal(size=shape).astype(np.float32), name)
+        for name, shape in shapes.items()
+    )
+    found = path.with_name("wide.onnx")
+    onnx.save(proto, found)
+    return found
+
+
+@pytest.mark.parametrize(("goal", "value"), [("ratio", 0.5), ("params", 0.5), ("macs", 0.4)])
+def test_the_last_turn_meets_the_whole_goal(path: Path, goal: str, value: float) -> None:
+    model = wide(path)
+    x = np.random.default_rng(1).normal(size=(120, 6)).astype(np.float32)
+    result = compress(
+        model,
+        f"select:{goal}={value}",
+        calib={"x": x},
+        retrain={"x": x},
+        epochs=3,
+        lr=1e-3,
+        schedule="uniform:steps=3",
+    )
+    assert result.ok, result.reason
+    told = [step.reached for step in result.steps]
+    asked = (
+        [1 - k * (1 - value) / 3 for k in (1, 2, 3)]
+        if goal != "ratio"
+        else [value * k / 3 for k in (1, 2, 3)]
+    )
+    assert [own.asked for own in told if own] == pytest.approx(asked)
+    widths = {name: result.model.weight(result.model.tensor(name)).shape[0] for name in ("a", "b")}
+    if goal == "ratio":
+        assert widths == {"a": 4, "b": 32}  # 3.5 is as near to 4 as to 3
+        assert told[-1].reached == pytest.approx(1 - 36 / 71)
+        return
+    left = widths["a"] * 6 + widths["a"] * widths["b"] + widths["b"] * 3
+    share = result.report.after.parameters / result.report.before.parameters
+    assert told[-1].reached == pytest.approx(share if goal == "params" else left / (42 + 448 + 192))
+    assert value - 0.06 < told[-1].reached <= value
+    for own, step in zip(told, result.steps, strict=True):  # each turn tells of itself, against the original
+        before, after = result.report.before, step.after
+        figure = after.parameters / before.parameters if goal == "params" else after.macs / before.macs
+        assert own.reached == pytest.approx(figure)
+        assert step.notes[0].startswith(f"{figure:.3g} of the ")

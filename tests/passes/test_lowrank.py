@@ -29,6 +29,7 @@ from nets import (
 from onnxfuse.analysis.cost import measure
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError, VerificationError
+from onnxfuse.findings import Reached
 from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
 from onnxfuse.ir.marks import ZEROS, promises
 from onnxfuse.ir.model import Model
@@ -245,6 +246,21 @@ def test_refit_makes_up_for_it() -> None:
         assert moved == refit
         np.testing.assert_array_equal(weight(found, "w0"), weight(model, "w0"))  # before the change
     assert errors[True] < errors[False]
+
+
+def test_biases_that_a_refit_adds_leave_no_budget_unmet() -> None:
+    """Operators without a bias get one, which a budget has to leave room for whatever the ranks leave."""
+    body = (
+        "h = Gemm(x, w0) r = Relu(h) g = Gemm(r, w1) s = Relu(g) f = Gemm(s, w2) t = Relu(f) y = Gemm(t, w3)"
+    )
+    model = net(body, {"w0": (6, 24), "w1": (24, 40), "w2": (40, 24), "w3": (24, 3)})
+    ctx = context(model, {"x": normal(200, 6, seed=3)})
+    full = parameters(model, ctx)
+    for share in (0.9, 0.8, 0.75, 0.7, 0.6, 0.5):
+        result = run(model, ctx, params=share)
+        left = parameters(result.model, ctx) / full
+        assert share - 0.07 < left <= share
+        assert result.reached == Reached("params", "parameters", False, share, left)
 
 
 # How far ------------------------------------------------------------------------------------------
