@@ -6,7 +6,9 @@ large initializers go apart, as values that the session options carry.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,12 +16,33 @@ from google.protobuf.message import EncodeError
 from onnx import TensorProto, numpy_helper
 
 from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.ir.external_data import DataFolder, is_external, model_tensors, point, reference
 from onnxfuse.runtime.onnx_runtime import ort
 
 _Message = onnx.ModelProto | onnx.GraphProto
 _PROTOBUF_LIMIT = 2**31 - 1
 # Of a model too large for one protobuf, tensors up to this size stay inside: shapes, axes, scales.
 _KEPT_BYTES = 2**16
+
+
+def data_folder(proto: onnx.ModelProto, data: DataFolder) -> Path:
+    """The folder in which ONNX Runtime finds the external data of a model.
+
+    It refuses links that leave that folder, so where `data` allows some, the files behind them are named.
+
+    Args:
+        proto: the model; locations in it are changed where there are links.
+        data: where the files lie.
+    """
+    external = [tensor for tensor in model_tensors(proto) if is_external(tensor)]
+    found = [(tensor, reference(tensor, data)) for tensor in external]
+    if not any(place.linked for _, place in found):
+        return data.path
+    targets = [os.path.realpath(place.path) for _, place in found]
+    folder = os.path.commonpath([os.path.dirname(target) for target in targets])
+    for (tensor, place), target in zip(found, targets, strict=True):
+        point(tensor, Path(os.path.relpath(target, folder)).as_posix(), place.offset, place.length)
+    return Path(folder)
 
 
 def set_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:

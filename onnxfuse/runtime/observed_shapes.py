@@ -31,7 +31,7 @@ def shapes_on(model: Model, feed: Feed | None, runtime: Runtime) -> dict[str, Te
         NotApplicableError: ONNX Runtime can't run the model.
     """
     found = model.shapes()
-    if feed is None or all(info.complete for info in found.values()):
+    if feed is None or (all(info.complete for info in found.values()) and not model.unproved()):
         return found
     runs = model.observations()
     run = next((result for known, result in runs if _same_arrays(known, feed)), None)
@@ -44,7 +44,7 @@ def shapes_on(model: Model, feed: Feed | None, runtime: Runtime) -> dict[str, Te
 def observed(
     model: Model, found: dict[str, TensorInfo], feed: Feed, runtime: Runtime
 ) -> dict[str, TensorInfo]:
-    """Types and shapes on this feed, of the inputs and of what `found` leaves unknown.
+    """Types and shapes on this feed, of the inputs and of what `found` leaves unknown or only the file says.
 
     The tensors are fetched a few at a time, so memory stays near that of a plain run.
 
@@ -54,7 +54,8 @@ def observed(
         feed: what is run.
         runtime: where it is run.
     """
-    unknown = (name for name, info in found.items() if not info.complete and name not in feed)
+    unproved = model.unproved()
+    unknown = (n for n, info in found.items() if (not info.complete or n in unproved) and n not in feed)
     wanted = [name for name in unknown if not model.is_weight(model.tensor(name))]
     result = {name: TensorInfo(name, array.dtype, array.shape) for name, array in feed.items()}
     session = runtime.session(model, taps=wanted, optimize=False)

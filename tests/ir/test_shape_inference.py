@@ -146,6 +146,38 @@ def test_a_contradiction_does_not_crash() -> None:
     assert set(found) == {"x", "h", "y"}
 
 
+def test_a_stale_declaration_gives_way_to_what_follows_from_the_operators() -> None:
+    """Of an output and an inner tensor, in size and in rank; names of dimensions stay."""
+    model = Model.load(
+        parse(
+            """g (float[N,4] x) => (float[M,9] y) <float[N,7] h, float[N] r, float[4,5] w = {1}> {
+                h = MatMul(x, w) r = Relu(h) y = Neg(r)
+            }""".replace("{1}", "{" + ",".join("1" * 20) + "}")
+        )
+    )
+    found = model.shapes()
+    assert [found[name].shape for name in "hr"] == [("N", 5), ("N", 5)]
+    assert found["y"].shape == ("N", 5)
+    assert not model.unproved()
+
+
+STALE = parse(
+    """g (float[N,4] x) => (float[N,9] y) <float[N,4] a, float[N,7] h> {
+        a = com.microsoft.Gelu(x) h = Neg(a) y = com.microsoft.Gelu(h)
+    }""",
+    'ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]',
+)
+
+
+def test_a_stale_declaration_gives_way_to_a_run_where_inference_is_blind() -> None:
+    model = Model.load(STALE)
+    assert model.shapes()["y"].shape == ("N", 9)
+    assert model.unproved() >= {"a", "y"}
+    found = shapes_on(model, {"x": np.ones((2, 4), np.float32)}, RUNTIME)
+    assert [found[name].shape for name in "xay"] == [("N", 4), ("N", 4), (2, 4)]
+    assert found["h"].shape[1] == 4
+
+
 # Running
 
 
