@@ -29,7 +29,7 @@ _MOST, _LEAST = 256, 16  # samples where nobody says how many: as many as
 _BYTES = 2**24  # holds, because large samples are slow to run
 _SPATIAL, _SEQUENCE = 64, 16
 _LARGEST = 2**26  # bytes of a batch that is tried
-_PATIENCE = 10.0  # seconds after which no more sizes are tried
+_PATIENCE = 5.0  # seconds after which no more sizes are tried
 _OTHER_SIZES = (64, 32, 16, 224, 128, 256, 512, 640, 1)
 
 # Operators whose output holds the very integers of their inputs, so that a bound on it is a bound on them.

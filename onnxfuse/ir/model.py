@@ -78,6 +78,10 @@ class Model(EditableGraph):
         """The tensors of which `shapes` says what the file declares and the operators don't tell."""
         return self._inference().unproved
 
+    def belied(self) -> frozenset[str]:
+        """The tensors of which the file declares a shape that its operators contradict."""
+        return self._inference().belied
+
     def _inference(self) -> Inference:
         return self.cached("shapes", lambda: infer(self))
 

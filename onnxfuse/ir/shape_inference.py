@@ -9,11 +9,11 @@ fast and lets it work on models past protobuf's 2 GB. Where it gives up, a run k
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import onnx
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxfuse.ir import protos
 from onnxfuse.ir.export import declared_inputs, header, is_sparse
@@ -28,11 +28,13 @@ class Inference:
 
     Attributes:
         shapes: types and shapes by name.
-        unproved: the tensors of which the file says more than follows from its operators. It may be stale:
-            ONNX Runtime only warns of that.
+        belied: the computed tensors whose declared shapes the inputs and operators contradict. ONNX Runtime
+            only warns of that, and fails later.
+        unproved: those of which the file says more than follows from inputs and operators; it may be stale.
     """
 
     shapes: dict[str, TensorInfo]
+    belied: frozenset[str]
     unproved: frozenset[str]
 
 
@@ -47,7 +49,7 @@ def infer(graph: Graph) -> Inference:
     named = {d.dim_param for v in (*values, *light.graph.input) for d in v.type.tensor_type.shape.dim}
     proved = _inferred(_undeclared(light), named)
     fed = {value.name for value in light.graph.input}
-    lies = {value.name for value in values if contradicts(declared[value.name], proved.get(value.name))}
+    lies = {value.name for value in values if _belied(declared[value.name], proved.get(value.name))}
     unproved = {
         name
         for name, info in declared.items()
@@ -62,7 +64,17 @@ def infer(graph: Graph) -> Inference:
         else:
             known = TensorInfo(name, None, None) if name in lies else declared.get(name)
             result[name] = merge(known or TensorInfo(name, None, None), inferred.get(name))
-    return Inference(result, frozenset(unproved))
+    return Inference(result, frozenset(lies), frozenset(unproved))
+
+
+def _belied(declared: TensorInfo, proved: TensorInfo | None) -> bool:
+    """Whether a declared shape can't be right, or fixes a size that is an input's to choose: what is left
+    where somebody has made the batch axis of the inputs dynamic."""
+    if proved is None or declared.shape is None or proved.shape is None:
+        return False
+    return contradicts(declared, proved) or any(
+        isinstance(a, int) and isinstance(b, str) for a, b in zip(declared.shape, proved.shape, strict=True)
+    )
 
 
 def _follows(declared: TensorInfo, proved: TensorInfo | None) -> bool:
@@ -92,13 +104,34 @@ def weightless(graph: Graph, stale: set[str]) -> ModelProto:
     result = header(graph, "functions", "training_info", "opset_import")
     result.opset_import.extend(protos.light_imports(graph.source.opset_import))
     made = result.graph
-    made.node.extend(protos.light_node(node.proto(graph.opset)) for node in graph.nodes)
+    for node in graph.nodes:
+        made.node.extend(_inferable(protos.light_node(node.proto(graph.opset)), graph.opset))
     made.input.extend(declared_inputs(graph))
     made.output.extend(graph.source.graph.output)
     made.value_info.extend(v for v in graph.source.graph.value_info if v.name not in stale)
     made.initializer.extend(map(_light, graph.initializers))
     result.functions.extend(map(protos.light_function, graph.source.functions))
     return result
+
+
+# Operators that ONNX Runtime adds, of which onnx knows no shapes: outputs that are like the first input.
+_LIKE_FIRST: dict[tuple[str, str], tuple[int, ...]] = {
+    ("", "SimplifiedLayerNormalization"): (0,),
+    **{("com.microsoft", name): (0,) for name in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "ScaledSiLU")},
+    **{("com.microsoft", f"Skip{name}LayerNormalization"): (0, 3) for name in ("", "Simplified")},
+}
+
+
+def _inferable(node: NodeProto, opset: int) -> Iterator[NodeProto]:
+    """The node, or what onnx knows to have the same types and shapes."""
+    like = _LIKE_FIRST.get((node.domain, node.op_type), ())
+    if (node.domain, node.op_type) == ("", "GroupNormalization") and opset < 21:  # withdrawn
+        like = (0,)
+    if not like:
+        yield node
+    for place in like:
+        if place < len(node.output) and node.output[place]:
+            yield NodeProto(op_type="Identity", input=node.input[:1], output=[node.output[place]])
 
 
 def _light(tensor: Constant) -> TensorProto:

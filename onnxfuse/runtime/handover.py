@@ -7,7 +7,7 @@ large initializers go apart, as values that the session options carry.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,13 @@ def data_folder(proto: onnx.ModelProto, data: DataFolder) -> Path:
     for (tensor, place), target in zip(found, targets, strict=True):
         point(tensor, Path(os.path.relpath(target, folder)).as_posix(), place.offset, place.length)
     return Path(folder)
+
+
+def drop_shapes(proto: onnx.ModelProto, names: Collection[str]) -> None:
+    """Forget the declared shapes of inner tensors: ONNX Runtime plans its memory by stale ones, and fails."""
+    for value in proto.graph.value_info:
+        if value.name in names:
+            value.type.tensor_type.ClearField("shape")
 
 
 def set_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:

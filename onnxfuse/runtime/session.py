@@ -27,7 +27,7 @@ from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.shapes import info_of
 from onnxfuse.runtime.failures import failing_clearly, one_line
 from onnxfuse.runtime.feeds import check_feed
-from onnxfuse.runtime.handover import data_folder, handed_over, set_outputs
+from onnxfuse.runtime.handover import data_folder, drop_shapes, handed_over, set_outputs
 from onnxfuse.runtime.narrow import NARROW, array_of, as_fed, is_narrow, ort_value
 from onnxfuse.runtime.onnx_runtime import ort
 from onnxfuse.runtime.providers import (
@@ -120,6 +120,8 @@ class Runtime:
             proto = model
         else:
             proto = model.to_proto()
+            if proto.graph.value_info:
+                drop_shapes(proto, model.belied())
             if model.external_dir is not None and model.data is not None:
                 folder = data_folder(proto, model.data)
                 options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))

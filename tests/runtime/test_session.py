@@ -332,6 +332,17 @@ def test_external_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
     np.testing.assert_array_equal(Runtime("cpu").session(loaded).run({"x": X})["y"], expected)
 
 
+def test_a_stale_shape_inside_does_not_reach_the_plan_of_memory() -> None:
+    model = parse(
+        """g (float[N,3] x) => (float[N,3] y) <float[3,3] h> { h = Neg(x) y = Abs(h) }""",
+    )
+    loaded = Model.load(model)
+    bound = Runtime("cpu").session(loaded).bind({"x": X})
+    bound.run()
+    np.testing.assert_array_equal(bound.fetch()["y"], abs(X))
+    assert loaded.to_proto() == model
+
+
 @pytest.mark.parametrize("linked", ["both", "data", "one"])
 def test_external_data_behind_links(tmp_path: Path, linked: str) -> None:
     """As in a cache, where names are links into another folder; ONNX Runtime itself refuses most of them."""

@@ -177,7 +177,7 @@ def rms_normalization(call: Call) -> fx.Node:
 @rule("SimplifiedLayerNormalization")
 def simplified_layer_normalization(call: Call) -> Any:
     """RMSNorm under the name that ONNX Runtime gave it, before ONNX had one."""
-    if call.dtype(0) != call.dtype(1):
+    if call.dtype(0) not in (None, call.dtype(1)):
         call.refuse("its input and its weight are of different types")
     y = rms_normalization(call)
     if call.outputs == 1:
