@@ -28,7 +28,7 @@ from onnxfuse.runtime.session import Runtime
 _MOST, _LEAST = 256, 16  # samples where nobody says how many: as many as
 _BYTES = 2**24  # holds, because large samples are slow to run
 _SPATIAL, _SEQUENCE = 64, 16
-_LARGEST = 2**26  # bytes of a batch that is tried
+_LARGEST = 2**25  # bytes of a batch that is tried
 _PATIENCE = 5.0  # seconds after which no more sizes are tried
 _OTHER_SIZES = (64, 32, 16, 224, 128, 256, 512, 640, 1)
 
