@@ -106,7 +106,7 @@ def _squeeze(model: Model, node: Node, shapes: Shapes) -> Tensor | None:
     """Squeeze of the very axes that an Unsqueeze put in, or of nothing."""
     axes = param(model, node, 1, "axes")
     before = model.producer(node.inputs[0])
-    if before is not None and before.op == "Unsqueeze" and is_main_domain(before) and axes is not None:
+    if before is not None and before.op == "Unsqueeze" and is_main_domain(before) and axes:
         added = param(model, before, 1, "axes")
         return before.inputs[0] if added is not None and sorted(added) == sorted(axes) else None
     shape = _shape(model, node.inputs[0], shapes)

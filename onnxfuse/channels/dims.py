@@ -417,7 +417,8 @@ def places(dim: Axis, leaf: Axis, kept: Kept = NOTHING_TAKEN) -> np.ndarray:
     labels = _labels(dim, leaf, kept)
     order = np.argsort(labels, kind="stable")
     hits = order[np.count_nonzero(labels < 0) :]
-    return hits.reshape(length(leaf, kept), -1)
+    rows = length(leaf, kept)
+    return hits.reshape(rows, hits.size // max(rows, 1))
 
 
 def _labels(dim: Axis, leaf: Axis, kept: Kept) -> np.ndarray:

@@ -105,7 +105,7 @@ class _Sites:
         if node.op == "InstanceNormalization":
             column = self.model.add_weight("column", np.array([-1, *[1] * (first.rank - 2)]))
             inputs = [self.add("Reshape", [t, column], t.name) for t in inputs]
-        epsilon = float(node.attrs.get("epsilon", 1e-5))
+        epsilon = float(node.attribute("epsilon", 1e-5))
         self.model.remove([node])
         mask = self.constant(first, functools.reduce(np.multiply, map(self.ones, sinks)), "mask")
         share = self.constant(first, 1 / np.array(self.ones_count(sinks)), "share")

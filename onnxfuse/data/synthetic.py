@@ -9,6 +9,7 @@ integers are 0 or 1. Dynamic sizes are tried, likely ones first, until ONNX Runt
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -20,12 +21,15 @@ from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.ops.table import OPS, Trait
-from onnxfuse.runtime.feeds import format_shape
+from onnxfuse.runtime.feeds import NO_TENSOR, format_shape
+from onnxfuse.runtime.narrow import NARROW
 from onnxfuse.runtime.session import Runtime
 
 _MOST, _LEAST = 256, 16  # samples where nobody says how many: as many as
 _BYTES = 2**24  # holds, because large samples are slow to run
 _SPATIAL, _SEQUENCE = 64, 16
+_LARGEST = 2**25  # bytes of a batch that is tried
+_PATIENCE = 5.0  # seconds after which no more sizes are tried
 _OTHER_SIZES = (64, 32, 16, 224, 128, 256, 512, 640, 1)
 
 # Operators whose output holds the very integers of their inputs, so that a bound on it is a bound on them.
@@ -75,13 +79,20 @@ class Synthetic:
     def _sizes_that_run(self, model: Model, template: Template) -> dict[Symbol, int]:
         session = Runtime("cpu").session(model)
         failure: NotApplicableError | None = None
+        end = time.monotonic() + _PATIENCE
         for sizes in _candidates(model.inputs, template):
+            shapes = _concrete(template, sizes)
+            size = sum(math.prod(shape) * _item_size(model, name) for name, shape in shapes.items())
+            if failure is not None and size > _LARGEST:
+                continue
             try:
-                session.run(self._feed(0, _concrete(template, sizes)))
+                session.run(self._feed(0, shapes))
             except NotApplicableError as error:
                 failure = failure or error
             else:
                 return sizes
+            if time.monotonic() > end:
+                break
         raise InputError(f"made-up samples do not suit this model, give real ones with --calib ({failure})")
 
     def _feed(self, unit: int, shapes: dict[str, tuple[int, ...]]) -> Feed:
@@ -135,7 +146,7 @@ def _candidates(inputs: Sequence[TensorInfo], template: Template) -> Iterator[di
         image = len(dims) >= 4 or (len(dims) == 3 and not isinstance(dims[2], int))
         for dim in dims:
             if not isinstance(dim, int) and dim != _BATCH:
-                floats = info.dtype is not None and info.dtype.kind == "f"
+                floats = info.dtype is not None and (info.dtype.kind == "f" or info.dtype in NARROW)
                 hints.setdefault(dim, _SPATIAL if image and floats else _SEQUENCE)
     options = [hints, *(dict.fromkeys(hints, size) for size in _OTHER_SIZES if hints)]
     for option in options:
@@ -155,9 +166,14 @@ def _item_size(model: Model, name: str) -> int:
 def _draw(model: Model, info: TensorInfo) -> Draw:
     """The recipe for an input's values."""
     dtype = info.dtype
-    if dtype is None or dtype.kind not in "fbiu":
-        raise InputError(f"samples for input '{info.name}' cannot be made up; give real ones with --calib")
-    if dtype.kind == "f":
+    if dtype is None:
+        raise InputError(NO_TENSOR.format(name=info.name))
+    if dtype.kind not in "fbiu" and dtype not in NARROW:
+        raise InputError(
+            f"samples of {'text' if dtype.kind == 'O' else dtype} for input '{info.name}' cannot be made up; "
+            "give real ones with --calib"
+        )
+    if dtype.kind == "f" or dtype in NARROW:
         return lambda random, shape: random.standard_normal(shape, np.float32).astype(dtype)
     bound = _index_bound(model, model.tensor(info.name))
     if bound is None and (info.shape == () or "mask" in info.name.lower()):

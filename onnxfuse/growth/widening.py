@@ -72,6 +72,8 @@ def width_obstacle(group: Group, scheme: WidthScheme, new: New) -> str | None:
     """
     if group.frozen is not None:
         return group.frozen
+    if not all(leaf.size for leaf in group.leaves):
+        return "it has no channels that new ones could be copies of"
     model = group.system.model
     for sink in group.sinks:
         if not set(group.leaves) & set(algebra.leaves(sink.part)):

@@ -4,11 +4,16 @@ A `TensorProto` keeps its values inline (`raw_data` or a typed field) or as a re
 beside the model (`external_data`: location, offset, length). A reference is never followed unless somebody
 asks for the values: `read` reads exactly one tensor's range, `chunks` streams it.
 
-A model file is untrusted input, and a location that leaves the model's folder (absolute, `..`) or goes
-through a symbolic link would read files that its sender should not see: it is refused.
+A model file is untrusted input, and a location that leaves the model's folder (absolute, `..`), or goes
+through a symbolic link that does, would read files that its sender should not see: it is refused. A link may
+lead to a file beside the one that the model's own name leads to: in the cache of Hugging Face all names are
+links into one folder, `blobs`.
 """
 
+from __future__ import annotations
+
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -51,12 +56,35 @@ _VALUE_FIELDS = (
 
 
 @dataclass(frozen=True)
+class DataFolder:
+    """Where the data files of a model lie.
+
+    Attributes:
+        path: the folder in which they are looked for.
+        real: the one that holds the model file, once links are followed.
+    """
+
+    path: Path
+    real: Path
+
+    @classmethod
+    def of_model(cls, file: Path) -> DataFolder:
+        """That of a model file."""
+        return cls(Path(os.path.abspath(file)).parent, Path(os.path.realpath(file)).parent)
+
+    def holds(self, target: Path) -> bool:
+        """Whether links may lead to a file: into the folder, or beside the model file."""
+        return target.parent == self.real or target.is_relative_to(os.path.realpath(self.path))
+
+
+@dataclass(frozen=True)
 class Reference:
-    """A range of bytes in a data file."""
+    """A range of bytes in a data file; `linked`: its name goes through a symbolic link."""
 
     path: Path
     offset: int
     length: int
+    linked: bool = False
 
 
 def is_external(tensor: TensorProto) -> bool:
@@ -85,7 +113,7 @@ def byte_size(tensor: TensorProto) -> int:
     return (math.prod(tensor.dims) * bits + 7) // 8
 
 
-def check(tensor: TensorProto, folder: Path | None) -> None:
+def check(tensor: TensorProto, folder: DataFolder | None) -> None:
     """Refuses a tensor without exactly the data that its type and dims ask for; external data is not read.
 
     Raises:
@@ -142,11 +170,11 @@ def location(tensor: TensorProto) -> str:
     return text
 
 
-def reference(tensor: TensorProto, folder: Path | None) -> Reference:
+def reference(tensor: TensorProto, folder: DataFolder | None) -> Reference:
     """The byte range that an external tensor points to, checked against the file system.
 
     Raises:
-        InputError: no folder, a location outside it, a symbolic link on the way, a missing or too short file.
+        InputError: no folder, a location outside it, also through a link, a missing or too short file.
     """
     text = location(tensor)
     if folder is None:
@@ -154,13 +182,14 @@ def reference(tensor: TensorProto, folder: Path | None) -> Reference:
             f"tensor '{tensor.name}' is in the external data file '{text}', and only a model loaded from a "
             "path has a folder to look for it in"
         )
-    path = folder
-    for part in PurePosixPath(text).parts:
-        path = path / part
-        if path.is_symlink():
-            raise InputError(
-                f"tensor '{tensor.name}': external data '{text}' goes through a symbolic link; refused"
-            )
+    path = folder.path / text
+    target = Path(os.path.realpath(path))
+    linked = target != Path(os.path.realpath(folder.path)) / PurePosixPath(text)
+    if linked and not folder.holds(target):
+        raise InputError(
+            f"tensor '{tensor.name}': external data '{text}' is a symbolic link to '{target}', outside the "
+            "model's folder; refused"
+        )
     if not path.is_file():
         raise InputError(f"tensor '{tensor.name}': external data file '{path}' is missing or not a file")
     need = byte_size(tensor)
@@ -172,10 +201,10 @@ def reference(tensor: TensorProto, folder: Path | None) -> Reference:
         )
     if path.stat().st_size < offset + length:
         raise InputError(f"tensor '{tensor.name}': external data file '{path}' is too short (truncated?)")
-    return Reference(path, offset, length)
+    return Reference(path, offset, length, linked)
 
 
-def read(tensor: TensorProto, folder: Path | None) -> np.ndarray:
+def read(tensor: TensorProto, folder: DataFolder | None) -> np.ndarray:
     """A tensor's values as a new array; of an external tensor only its own range of the file is read.
 
     Raises:
@@ -268,7 +297,7 @@ def node_tensors(node: NodeProto) -> Iterator[TensorProto]:
                 yield from graph_tensors(graph)
 
 
-def dense(sparse: onnx.SparseTensorProto, folder: Path | None) -> np.ndarray:
+def dense(sparse: onnx.SparseTensorProto, folder: DataFolder | None) -> np.ndarray:
     """A sparse tensor's values as a dense array.
 
     Raises:

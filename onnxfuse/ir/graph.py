@@ -15,6 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto
 
 from onnxfuse.ir import protos, shapes
+from onnxfuse.ir.external_data import DataFolder
 from onnxfuse.ir.nodes import CONSTANT_FORMS, Constant, Node, StoredValues, Tensor, Variable
 from onnxfuse.ir.protos import DEFAULT_DOMAINS
 from onnxfuse.ir.shapes import TensorInfo
@@ -33,7 +34,7 @@ class Graph:
 
     Attributes:
         path: the file it came from, if any.
-        folder: where its external data is looked for.
+        data: where its external data is looked for.
         source: the proto it came from; not to be modified.
         initializers: in the file's order; a dict for its order, the values mean nothing.
         listed: the initializers that the file also lists as inputs, by name.
@@ -43,16 +44,16 @@ class Graph:
             no fixed positions can be told. Kept by `channels.take`.
     """
 
-    def __init__(self, source: ModelProto, path: Path | None, folder: Path | None) -> None:
+    def __init__(self, source: ModelProto, path: Path | None, data: DataFolder | None) -> None:
         """The nodes and tensors of a proto, linked.
 
         Args:
             source: the proto; it is kept, and not to be modified.
             path: the file it came from, None if it came from none.
-            folder: where its external data lies.
+            data: where its external data lies.
         """
         self.path = path
-        self.folder = folder
+        self.data = data
         self.source = source
         self.initializers: dict[Constant, None] = {}
         self.listed: dict[str, Constant] = {}
@@ -77,7 +78,7 @@ class Graph:
         graph = self.source.graph
         for stored in (*graph.initializer, *graph.sparse_initializer):
             name = stored.values.name if isinstance(stored, SparseTensorProto) else stored.name
-            self._tensors[name] = constant = Constant(name, StoredValues(stored, self.folder))
+            self._tensors[name] = constant = Constant(name, StoredValues(stored, self.data))
             self.initializers[constant] = None
         self.declared = {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
         for value in graph.input:
@@ -109,7 +110,7 @@ class Graph:
         return node
 
     def _attribute_tensor(self, proto: TensorProto) -> Constant:
-        return Constant(proto.name, StoredValues(proto, self.folder))
+        return Constant(proto.name, StoredValues(proto, self.data))
 
     def _tensor_named(self, name: str) -> Tensor:
         if not name:
@@ -145,6 +146,11 @@ class Graph:
     def external_dir(self) -> Path | None:
         """The folder of the external data; None if the model as loaded has none."""
         return self.folder if self._external else None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder in which external data is looked for; None for a model that came from none."""
+        return self.data.path if self.data is not None else None
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name.
@@ -286,7 +292,7 @@ class Graph:
             return self._copy()
 
     def _copy(self: G) -> G:
-        other = type(self)(self.source, self.path, self.folder)
+        other = type(self)(self.source, self.path, self.data)
         constants = {t: t.twin() for t in self.initializers}
         twins: dict[Tensor, Tensor] = dict(constants)
 

@@ -14,8 +14,9 @@ from onnx import ModelProto
 from onnxfuse.errors import InputError
 from onnxfuse.ir import export, saving, validation
 from onnxfuse.ir.editing import EditableGraph
+from onnxfuse.ir.external_data import DataFolder
 from onnxfuse.ir.graph import CycleError, without_collector
-from onnxfuse.ir.shape_inference import infer
+from onnxfuse.ir.shape_inference import Inference, infer
 from onnxfuse.ir.shapes import TensorInfo
 
 Feed = dict[str, np.ndarray]
@@ -29,15 +30,15 @@ class Model(EditableGraph):
     """A model under edit; `Model.load` makes one."""
 
     @classmethod
-    def load(cls, source: LoadableModel, folder: Path | None = None) -> "Model":
+    def load(cls, source: LoadableModel, data: DataFolder | None = None) -> "Model":
         """A model from a path, the bytes of a file, or a ModelProto (which is copied).
 
-        External data is only looked at for its place and size; of what is no path, it lies in `folder`. Nodes
+        External data is only looked at for its place and size; of what is no path, it lies in `data`. Nodes
         that are out of order are sorted.
 
         Raises:
             InputError: the file is missing, damaged, no ONNX model, not valid, or too new; or its external
-                data is missing, too short, outside the model's folder or behind a symbolic link.
+                data is missing, too short, or outside the model's folder, also through a symbolic link.
         """
         path, what = None, "the model"
         if isinstance(source, ModelProto):
@@ -52,8 +53,8 @@ class Model(EditableGraph):
         validation.check_names(proto, what)
         validation.check_versions(proto, what)
         validation.check_functions(proto, what)
-        model = cls(proto, path, Path(os.path.abspath(path)).parent if path is not None else folder)
-        model._external = validation.check_tensors(proto, model.folder)
+        model = cls(proto, path, DataFolder.of_model(path) if path is not None else data)
+        model._external = validation.check_tensors(proto, model.data)
         with without_collector():
             model._import()
         try:
@@ -71,7 +72,18 @@ class Model(EditableGraph):
 
         They come from the file's declarations and ONNX shape inference; `runtime.observed_shapes` knows more.
         """
-        return dict(self.cached("shapes", lambda: infer(self)))
+        return dict(self._inference().shapes)
+
+    def unproved(self) -> frozenset[str]:
+        """The tensors of which `shapes` says what the file declares and the operators don't tell."""
+        return self._inference().unproved
+
+    def belied(self) -> frozenset[str]:
+        """The tensors of which the file declares a shape that its operators contradict."""
+        return self._inference().belied
+
+    def _inference(self) -> Inference:
+        return self.cached("shapes", lambda: infer(self))
 
     def observations(self) -> list[tuple[Feed, dict[str, TensorInfo]]]:
         """The latest feeds that were run for shapes, and what they showed; to be added to, and empty again
@@ -119,4 +131,4 @@ class Model(EditableGraph):
                 written.
         """
         source = self.folder / self.path.name if self.folder and self.path else None
-        saving.save(Path(path), export.shell(self, self.shapes), export.weights(self), self.folder, source)
+        saving.save(Path(path), export.shell(self, self.shapes), export.weights(self), self.data, source)

@@ -15,7 +15,6 @@ Three things differ from plain GraphSurgeon, because in a graph under edit ident
 
 import itertools
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from onnx import AttributeProto, GraphProto, NodeProto, SparseTensorProto, Tenso
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxfuse.ir import external_data, protos
+from onnxfuse.ir.external_data import DataFolder
 
 # Where a Constant node keeps its value, and how each form becomes an array.
 CONSTANT_FORMS: dict[str, Callable[[Any], np.ndarray]] = {
@@ -42,7 +42,7 @@ _stamps = itertools.count()
 class StoredValues(LazyValues):
     """Values that still lie in the proto, or the data file, that they came from."""
 
-    def __init__(self, tensor: TensorProto | SparseTensorProto, folder: Path | None) -> None:
+    def __init__(self, tensor: TensorProto | SparseTensorProto, folder: DataFolder | None) -> None:
         self.tensor = tensor
         self.folder = folder
         self.shape = tuple(tensor.dims)
@@ -223,6 +223,10 @@ class Node(gs.Node):
     def key(self) -> tuple[str, str]:
         """Domain ("" for ONNX's own) and name of its operator, the key of rules and of `ops.table`."""
         return protos.operator_key(self.domain, self.op)
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """An attribute; where it is not given, the default in ONNX's precision (`protos.as_default`)."""
+        return self.attrs[name] if name in self.attrs else protos.as_default(default)
 
     @property
     def site_name(self) -> str:

@@ -83,6 +83,11 @@ def attribute_proto(key: str, value: Any, kind: int | None) -> AttributeProto:
     return helper.make_attribute(key, value, attr_type=kind)
 
 
+def as_default(value: Any) -> Any:
+    """The default of an attribute as ONNX means it: numbers of single precision, 1e-5f, whatever the data."""
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
 def schema_kind(op: str, domain: str, opset: int, key: str) -> int | None:
     """The type that an operator's schema gives an attribute; None for unknown operators or attributes.
 

@@ -24,7 +24,7 @@ from onnx import GraphProto, ModelProto, TensorProto, numpy_helper
 
 from onnxfuse.errors import InputError
 from onnxfuse.ir import external_data, protos
-from onnxfuse.ir.external_data import Reference
+from onnxfuse.ir.external_data import DataFolder, Reference
 from onnxfuse.ir.validation import PROTOBUF_LIMIT
 
 INLINE = 1024  # bytes; smaller tensors never leave the model file
@@ -48,7 +48,11 @@ class StoredWeight:
 
 
 def save(
-    path: Path, shell: ModelProto, weights: Sequence[StoredWeight], folder: Path | None, source: Path | None
+    path: Path,
+    shell: ModelProto,
+    weights: Sequence[StoredWeight],
+    folder: DataFolder | None,
+    source: Path | None,
 ) -> None:
     """Writes a model atomically.
 
@@ -118,17 +122,17 @@ class _Move:
 
 
 def _plan(
-    path: Path, shell: ModelProto, weights: Sequence[StoredWeight], folder: Path | None
+    path: Path, shell: ModelProto, weights: Sequence[StoredWeight], folder: DataFolder | None
 ) -> tuple[str, list[_Move], list[TensorProto | StoredWeight]]:
     """The data file's name, the values that move into it, and the initializers in order, moved ones too."""
-    stay = folder is not None and _same(folder, path.parent)
+    stay = folder is not None and _same(folder.path, path.parent)
     used: set[Path] = set()
     ranges: dict[Reference, _Move] = {}
 
     def refer(proto: TensorProto) -> None:
         found = external_data.reference(proto, folder)
         used.add(found.path)
-        if not stay:
+        if not stay or found.linked:
             ranges.setdefault(found, _Move([], found)).protos.append(proto)
 
     for tensor in external_data.model_tensors(shell):

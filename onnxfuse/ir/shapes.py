@@ -74,13 +74,26 @@ def _more_precise(first: AxisSize, second: AxisSize) -> AxisSize:
 
 
 def fill(info: TensorInfo, run: TensorInfo | None) -> TensorInfo:
-    """`info` with what it leaves unknown taken from a run; named dimensions keep their names."""
-    if run is None or info.complete:
+    """`info` with what it leaves unknown taken from a run; named dimensions keep their names. Where the two
+    contradict each other, the run is right."""
+    if run is None:
         return info
-    if info.shape is None or run.shape is None or len(info.shape) != len(run.shape):
+    if info.shape is None or contradicts(info, run):
         return run
+    if info.complete or run.shape is None:
+        return info
     shape = tuple(r if d is None else d for d, r in zip(info.shape, run.shape, strict=True))
     return TensorInfo(info.name, run.dtype, shape)
+
+
+def contradicts(first: TensorInfo, second: TensorInfo | None) -> bool:
+    """Whether two records can't both be true: their ranks differ, or a size that both know."""
+    if second is None or first.shape is None or second.shape is None:
+        return False
+    if len(first.shape) != len(second.shape):
+        return True
+    pairs = zip(first.shape, second.shape, strict=True)
+    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
 
 
 def agrees(declared: TensorInfo, inferred: TensorInfo | None) -> bool:

@@ -15,15 +15,24 @@ import numpy as np
 import onnx
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from onnxfuse.errors import InputError
 from onnxfuse.ir import external_data, protos
+from onnxfuse.ir.external_data import DataFolder
 
 PROTOBUF_LIMIT = 2**31 - 1
 DEEPEST_CALL = 64  # of functions in functions
 MOST_NODES = 10**6  # after the expansion of functions
+OLDEST_IR = 3  # the first that names operator sets
 OLDEST_OPSET = 7  # the oldest whose operators ONNX Runtime guarantees
+# What ONNX Runtime runs in ONNX's own domain and the checker refuses, in these operator sets: an operator
+# that onnx does not list, and one whose first form it has withdrawn.
+_RUNTIMES_OWN = {
+    "SimplifiedLayerNormalization": range(OLDEST_OPSET, 2**31),
+    "GroupNormalization": range(18, 21),
+}
+_UNCHECKED = "onnxfuse.unchecked"  # a domain that the checker does not know, so it leaves what is in it alone
 
 
 def read_file(path: Path) -> bytes:
@@ -78,8 +87,19 @@ def check_versions(proto: ModelProto, what: str) -> None:
             f"to {onnx.IR_VERSION}: upgrade onnx, or export the model for an older version"
         )
     versions = {o.domain: o.version for o in proto.opset_import}
-    if not versions or proto.ir_version < 3:
-        raise InputError(f"{what} does not say which operator set it uses; it is damaged or from before 2017")
+    if not proto.ir_version:
+        raise InputError(
+            f"{what} does not say which version of ONNX's format it has (ir_version is missing); "
+            "it is damaged, or what wrote it has to set ir_version"
+        )
+    if proto.ir_version < OLDEST_IR:
+        raise InputError(
+            f"{what} has ONNX IR version {proto.ir_version}, from before 2017: export the model again"
+        )
+    if not versions:
+        raise InputError(
+            f"{what} does not say which operator set it uses (opset_import is empty); it is damaged"
+        )
     opset = versions.get("", versions.get("ai.onnx"))
     if opset is None:
         return
@@ -96,7 +116,7 @@ def check_versions(proto: ModelProto, what: str) -> None:
         )
 
 
-def check_tensors(proto: ModelProto, folder: Path | None) -> bool:
+def check_tensors(proto: ModelProto, folder: DataFolder | None) -> bool:
     """Checks every stored tensor against its type and shape, and returns whether any is external.
 
     Raises:
@@ -200,7 +220,8 @@ def _check_unique(role: str, names: Sequence[str], what: str) -> None:
 def check_operators(proto: ModelProto, nodes: Sequence[NodeProto], what: str) -> None:
     """Runs the ONNX checker over a weightless copy with the main graph's nodes in topological order.
 
-    Operators of domains that onnx does not know are left alone: whether they can run is the runtime's word.
+    Operators that only ONNX Runtime knows, in domains of its own or in ONNX's, are left alone: whether they
+    can run is its word.
 
     Args:
         proto: the model.
@@ -224,10 +245,31 @@ def check_operators(proto: ModelProto, nodes: Sequence[NodeProto], what: str) ->
             node=(protos.light_node(n, keep_dims=False) for n in nodes),
         )
     )
+    _leave_unchecked(shell, shell.graph.node)
+    for function in shell.functions:
+        _leave_unchecked(function, function.node)
     try:
         onnx.checker.check_model(shell)
     except onnx.checker.ValidationError as error:
         raise InputError(f"{what} is not a valid model: {_one_line(str(error))}") from error
+
+
+def _leave_unchecked(owner: ModelProto | FunctionProto, nodes: Iterable[NodeProto]) -> None:
+    """Moves operators that only ONNX Runtime knows out of the domain that is checked, those of bodies too.
+
+    Args:
+        owner: says which operator sets the nodes are of; is changed, like the nodes.
+        nodes: in it.
+    """
+    opset = next((o.version for o in owner.opset_import if not o.domain), 0)
+    moved = False
+    for node in nodes:
+        if not node.domain and opset in _RUNTIMES_OWN.get(node.op_type, ()):
+            node.domain, moved = _UNCHECKED, True
+        for body in protos.bodies(node):
+            _leave_unchecked(owner, body.node)
+    if moved and all(o.domain != _UNCHECKED for o in owner.opset_import):
+        owner.opset_import.add(domain=_UNCHECKED, version=1)
 
 
 def _any_value(name: str) -> ValueInfoProto:
@@ -242,7 +284,7 @@ def _one_line(text: str) -> str:
     return lines[0] + "".join(f" [{place.removeprefix('Bad node spec for ')}]" for place in places[:1])
 
 
-def find_nonfinite(tensor: TensorProto, folder: Path | None) -> str | None:
+def find_nonfinite(tensor: TensorProto, folder: DataFolder | None) -> str | None:
     """ "NaN" or else "Inf" where a stored tensor has one, None where it has neither; streamed in chunks."""
     dtype = external_data.numpy_dtype(tensor.data_type)
     if dtype is None or not _is_float(dtype):

@@ -164,7 +164,7 @@ def _batch_norm(model: Model, node: Node, channels: int, axis: int, rank: int | 
         values.append(value.astype(np.float64))
     gamma, beta, mean, variance = values
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = gamma / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
+        scale = gamma / np.sqrt(variance + float(node.attribute("epsilon", 1e-5)))
         return ChannelAffine(scale, beta - mean * scale)
 
 

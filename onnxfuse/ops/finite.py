@@ -34,7 +34,7 @@ def check_finite(model: Model) -> None:
     bodies = (graph_tensors(body) for node in model.nodes for body in node.bodies)
     functions = (node_tensors(node) for function in model.source.functions for node in function.node)
     for proto in itertools.chain.from_iterable((*bodies, *functions)):
-        if find_nonfinite(proto, model.folder) == "NaN":
+        if find_nonfinite(proto, model.data) == "NaN":
             raise InputError(f"tensor '{proto.name}' has a NaN value")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from onnx import NodeProto, numpy_helper
 
 from onnxfuse.ir.nodes import Constant, Node, Tensor
-from onnxfuse.ir.protos import attribute_value, operator_key
+from onnxfuse.ir.protos import as_default, attribute_value, operator_key
 from onnxfuse.ops.table import Key
 
 TO_THE_END = 2**31 - 1
@@ -47,8 +47,11 @@ class NodeView:
         return slot < len(self.inputs) and bool(self.inputs[slot])
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """An attribute, a tensor as an array; `default` where it is not given."""
-        value = self.attributes.get(name, default)
+        """An attribute, a tensor as an array; where it is not given, `default` in ONNX's precision
+        (`protos.as_default`)."""
+        if name not in self.attributes:
+            return as_default(default)
+        value = self.attributes[name]
         return value.values if isinstance(value, Constant) else value
 
     def axis(self, name: str, default: int, rank: int) -> int:

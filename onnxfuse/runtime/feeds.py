@@ -11,6 +11,13 @@ import numpy as np
 
 from onnxfuse.errors import InputError
 from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.runtime.narrow import NARROW, stands_for
+
+NO_TENSOR = (
+    "input '{name}' is not a tensor but a sequence, a map or the like, which can't be fed: give the model a "
+    "tensor there (onnx.utils.extract_model cuts it behind that input)"
+)
+"""What an input is refused with that no array can feed."""
 
 
 def check_feed(feed: Mapping[str, np.ndarray], inputs: Sequence[TensorInfo]) -> None:
@@ -28,17 +35,20 @@ def check_feed(feed: Mapping[str, np.ndarray], inputs: Sequence[TensorInfo]) -> 
 
 
 def check_type(info: TensorInfo, dtype: np.dtype, shape: Sequence[int]) -> None:
-    """Raise InputError unless an array can be fed to an input. Nothing is cast.
+    """Raise InputError unless an array can be fed to an input. Nothing is cast but to types that NumPy lacks
+    (`narrow.stands_for`).
 
     Args:
         info: the input.
         dtype, shape: those of the array.
     """
     if info.dtype is None:
-        raise InputError(f"input '{info.name}' is of a type that NumPy arrays cannot feed")
+        raise InputError(NO_TENSOR.format(name=info.name))
     is_text = info.dtype == object and dtype.kind in "US"
-    if dtype != info.dtype and not is_text:
+    if dtype != info.dtype and not is_text and not stands_for(dtype, info.dtype):
         advice = f"convert it with .astype('{info.dtype}')"
+        if info.dtype in NARROW:
+            advice = f"give float32, which is rounded to it, or its bits as uint{8 * info.dtype.itemsize}"
         raise InputError(f"input '{info.name}' wants {info.dtype}, got {dtype}; {advice}")
     if info.shape is None:
         return

@@ -6,7 +6,10 @@ large initializers go apart, as values that the session options carry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -14,12 +17,54 @@ from google.protobuf.message import EncodeError
 from onnx import TensorProto, numpy_helper
 
 from onnxfuse.errors import InputError, NotApplicableError
+from onnxfuse.ir.external_data import DataFolder, is_external, model_tensors, point, reference
 from onnxfuse.runtime.onnx_runtime import ort
+
+if TYPE_CHECKING:
+    from onnxfuse.ir.model import Model
 
 _Message = onnx.ModelProto | onnx.GraphProto
 _PROTOBUF_LIMIT = 2**31 - 1
 # Of a model too large for one protobuf, tensors up to this size stay inside: shapes, axes, scales.
 _KEPT_BYTES = 2**16
+
+
+def runnable(model: Model) -> tuple[onnx.ModelProto, Path | None]:
+    """A model as a proto of its own that ONNX Runtime runs as it is, and the folder of its external data;
+    None without any."""
+    proto = model.to_proto()
+    if proto.graph.value_info:
+        _drop_shapes(proto, model.belied())
+    if model.external_dir is None or model.data is None:
+        return proto, None
+    return proto, _data_folder(proto, model.data)
+
+
+def _data_folder(proto: onnx.ModelProto, data: DataFolder) -> Path:
+    """The folder in which ONNX Runtime finds the external data of a model.
+
+    It refuses links that leave that folder, so where `data` allows some, the files behind them are named.
+
+    Args:
+        proto: the model; locations in it are changed where there are links.
+        data: where the files lie.
+    """
+    external = [tensor for tensor in model_tensors(proto) if is_external(tensor)]
+    found = [(tensor, reference(tensor, data)) for tensor in external]
+    if not any(place.linked for _, place in found):
+        return data.path
+    targets = [os.path.realpath(place.path) for _, place in found]
+    folder = os.path.commonpath([os.path.dirname(target) for target in targets])
+    for (tensor, place), target in zip(found, targets, strict=True):
+        point(tensor, Path(os.path.relpath(target, folder)).as_posix(), place.offset, place.length)
+    return Path(folder)
+
+
+def _drop_shapes(proto: onnx.ModelProto, names: Collection[str]) -> None:
+    """Forget the declared shapes of inner tensors: ONNX Runtime plans its memory by stale ones, and fails."""
+    for value in proto.graph.value_info:
+        if value.name in names:
+            value.type.tensor_type.ClearField("shape")
 
 
 def set_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:

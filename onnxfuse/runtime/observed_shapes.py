@@ -13,6 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.protos import DEFAULT_DOMAINS
 from onnxfuse.ir.shapes import TensorInfo, fill
+from onnxfuse.runtime.handover import runnable
 from onnxfuse.runtime.session import Runtime
 
 TAPS_AT_ONCE = 64
@@ -34,7 +35,7 @@ def shapes_on(model: Model, feed: Feed | None, runtime: Runtime) -> dict[str, Te
         NotApplicableError: ONNX Runtime can't run the model.
     """
     found = model.shapes()
-    if feed is None or all(info.complete for info in found.values()):
+    if feed is None or (all(info.complete for info in found.values()) and not model.unproved()):
         return found
     runs = model.observations()
     run = next((result for known, result in runs if _same_arrays(known, feed)), None)
@@ -47,7 +48,7 @@ def shapes_on(model: Model, feed: Feed | None, runtime: Runtime) -> dict[str, Te
 def observed(
     model: Model, found: dict[str, TensorInfo], feed: Feed, runtime: Runtime
 ) -> dict[str, TensorInfo]:
-    """Types and shapes on this feed, of the inputs and of what `found` leaves unknown.
+    """Types and shapes on this feed, of the inputs and of what `found` leaves unknown or only the file says.
 
     The tensors are fetched a few at a time, so memory stays near that of a plain run.
 
@@ -57,7 +58,8 @@ def observed(
         feed: what is run.
         runtime: where it is run.
     """
-    unknown = (name for name, info in found.items() if not info.complete and name not in feed)
+    unproved = model.unproved()
+    unknown = (n for n, info in found.items() if (not info.complete or n in unproved) and n not in feed)
     wanted = [name for name in unknown if not model.is_weight(model.tensor(name))]
     result = {name: TensorInfo(name, array.dtype, array.shape) for name, array in feed.items()}
     session = runtime.session(model, taps=wanted, optimize=False)
@@ -100,8 +102,9 @@ def _computed(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInf
     found = {name: declared[name] for name in weights}
     found.update({name: TensorInfo(name, array.dtype, array.shape) for name, array in feed.items()})
     if typed:
-        proto, taps = _with_shapes(model, typed)
-        session = runtime.session(proto, folder=model.external_dir, optimize=False)
+        proto, folder = runnable(model)
+        taps = _with_shapes(proto, typed)
+        session = runtime.session(proto, folder=folder, optimize=False)
         for name, lengths in zip(typed, session.run(feed, taps).values(), strict=True):
             found[name] = TensorInfo(name, declared[name].dtype, tuple(lengths.tolist()))
     if untyped:
@@ -109,9 +112,8 @@ def _computed(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInf
     return {name: found.get(name, TensorInfo(name, None, None)) for name in declared}
 
 
-def _with_shapes(model: Model, tensors: list[str]) -> tuple[ModelProto, list[str]]:
-    """The model with the shapes of these tensors in place of its outputs, and the shapes' names."""
-    proto = model.to_proto()
+def _with_shapes(proto: ModelProto, tensors: list[str]) -> list[str]:
+    """Puts the shapes of these tensors in place of a model's outputs: the shapes' names."""
     graph = proto.graph
     used = {name for node in graph.node for name in node.output}
     base = "shape of "
@@ -124,7 +126,7 @@ def _with_shapes(model: Model, tensors: list[str]) -> tuple[ModelProto, list[str
     for tensor, name in zip(tensors, names, strict=True):
         graph.node.append(NodeProto(op_type="Shape", input=[tensor], output=[name]))
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.INT64, None))
-    return proto, names
+    return names
 
 
 def _same_arrays(a: Feed, b: Feed) -> bool:

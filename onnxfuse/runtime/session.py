@@ -8,6 +8,7 @@ Three promises hold for every session made here.
 - *Nothing is printed.* ONNX Runtime's warnings and errors reach the user as one-line exceptions, never logs.
 - *A feed is checked before it runs.* Names, types, ranks and fixed sizes are compared with the model's
   declaration and nothing is cast, so samples of float64 or of raw bytes are named as such, not converted.
+  Only for types that NumPy lacks other arrays may stand (`narrow.stands_for`).
 
 Inner tensors are read through *taps*: extra graph outputs appended to a copy of the model. ONNX Runtime
 infers their types, and fuses nothing across a tapped tensor, so tap only what is needed.
@@ -16,7 +17,7 @@ infers their types, and fuses nothing across a tapped tensor, so tap only what i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.shapes import info_of
 from onnxfuse.runtime.failures import failing_clearly, one_line
 from onnxfuse.runtime.feeds import check_feed
-from onnxfuse.runtime.handover import handed_over, set_outputs
+from onnxfuse.runtime.handover import handed_over, runnable, set_outputs
+from onnxfuse.runtime.narrow import NARROW, array_of, as_fed, is_narrow, ort_value
 from onnxfuse.runtime.onnx_runtime import ort
 from onnxfuse.runtime.providers import (
     CPU_PROVIDER,
@@ -121,7 +123,7 @@ class Runtime:
         if isinstance(model, onnx.ModelProto):
             proto = model
         else:
-            proto, folder = model.to_proto(), model.external_dir
+            proto, folder = runnable(model)
         if folder is not None:
             options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
         declared = [output.name for output in proto.graph.output]
@@ -168,6 +170,7 @@ class Session:
         fed = {arg.name for arg in session.get_inputs()}  # without the initializers that are listed as inputs
         self.inputs = [info_of(value) for value in declared if value.name in fed]
         self.output_names: list[str] = [arg.name for arg in session.get_outputs()]
+        self._narrow = {arg.name for arg in session.get_outputs() if is_narrow(arg.type)}
         self.providers: list[str] = session.get_providers()
 
     def run(self, feed: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> Feed:
@@ -190,13 +193,21 @@ class Session:
             raise InputError(f"'{unknown[0]}' is not among this session's outputs")
         if not names:
             return {}
+        arrays = self._as_fed(feed)
         with failing_clearly():
-            return dict(zip(names, self._session.run(names, dict(feed)), strict=True))
+            if self._narrow.isdisjoint(names) and NARROW.keys().isdisjoint(a.dtype for a in arrays.values()):
+                return dict(zip(names, self._session.run(names, arrays), strict=True))
+            values = {name: ort_value(array) for name, array in arrays.items()}
+            found = self._session.run_with_ort_values(names, values)
+            return dict(zip(names, map(array_of, found), strict=True))
+
+    def _as_fed(self, feed: Mapping[str, np.ndarray]) -> Feed:
+        return {info.name: as_fed(feed[info.name], info.dtype) for info in self.inputs}
 
     def bind(self, feed: Mapping[str, np.ndarray]) -> Bound:
         """Put `feed` where the model runs, for repeated runs without copies. Raises as `run` does."""
         check_feed(feed, self.inputs)
-        return Bound(self._session, feed, self.output_names, self._device_id)
+        return Bound(self._session, self._as_fed(feed), self.output_names, self._narrow, self._device_id)
 
 
 class Bound:
@@ -211,6 +222,7 @@ class Bound:
         session: ort.InferenceSession,
         feed: Mapping[str, np.ndarray],
         outputs: Sequence[str],
+        narrow: Collection[str],
         device_id: int,
     ) -> None:
         """Copies `feed` to where the model runs.
@@ -219,6 +231,7 @@ class Bound:
             session: runs the model.
             feed: one array for each input.
             outputs: names of the outputs that are computed.
+            narrow: those of types that NumPy lacks, which are read in the memory of the CPU.
             device_id: which GPU.
         """
         device = "cuda" if session.get_providers()[0] in GPU_PROVIDERS else "cpu"
@@ -228,11 +241,11 @@ class Bound:
         self._inputs: list[ort.OrtValue] = []  # on the CPU they are the caller's arrays, to be kept alive
         with failing_clearly():
             for name, array in feed.items():
-                value = ort.OrtValue.ortvalue_from_numpy(array, device, device_id)
+                value = ort_value(array, device, device_id)
                 self._inputs.append(value)
                 self._binding.bind_ortvalue_input(name, value)
             for name in outputs:
-                self._binding.bind_output(name, device, device_id)
+                self._binding.bind_output(name, "cpu" if name in narrow else device, device_id)
 
     def run(self, times: int = 1) -> None:
         """Run, once or several times, and wait for the outputs. Raises NotApplicableError where ONNX Runtime
@@ -243,4 +256,4 @@ class Bound:
 
     def fetch(self) -> Feed:
         """The outputs of the last run by name, on the host."""
-        return dict(zip(self._outputs, self._binding.copy_outputs_to_cpu(), strict=True))
+        return dict(zip(self._outputs, map(array_of, self._binding.get_outputs()), strict=True))

@@ -22,7 +22,7 @@ from onnxfuse.data.calibration import Batch, Calibration
 from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.runtime.session import Runtime
+from onnxfuse.runtime.session import Runtime, Session
 
 
 def model(inputs: str, body: str = "y = Relu(x)", output: str = "float[K] y", weights: str = "") -> Model:
@@ -792,8 +792,55 @@ def test_shapes_that_cannot_be_made_up() -> None:
 
 
 def test_types_that_cannot_be_made_up() -> None:
-    with pytest.raises(InputError, match="samples for input 'x' cannot be made up"):
+    with pytest.raises(InputError, match="samples of text for input 'x' cannot be made up; give real ones"):
         Calibration.open(None, model("string[batch] x", "y = Identity(x)", "string[batch] y"))
+    sequence = model("seq(float[N]) s", "y = ConcatFromSequence<axis=0>(s)", "float[M] y")
+    with pytest.raises(InputError, match="input 's' is not a tensor but a sequence") as error:
+        Calibration.open(None, sequence)
+    assert "--calib" not in str(error.value)
+
+
+def test_made_up_bfloat16() -> None:
+    found = Calibration.open(None, model("bfloat16[batch,3] x", "y = Cast<to=1>(x)", "float[batch,3] y"))
+    values = first(found).feed["x"]
+    assert values.dtype.name == "bfloat16"
+    assert 0.5 < values.astype(np.float32).std() < 1.5
+
+
+def test_no_made_up_sample_is_huge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many dimensions are open: a batch that is tried after the first holds 32 MB at most."""
+    picky = model(
+        "float[A,B,C,D] x", "y = Reshape(x, s)", "float[K,7919] y", weights="<int64[2] s = {-1, 7919}>"
+    )
+    sizes = []
+    run = Session.run
+
+    def watched(self: Session, feed: dict[str, np.ndarray], *rest: Any) -> Any:
+        sizes.append(feed["x"].nbytes)
+        return run(self, feed, *rest)
+
+    monkeypatch.setattr(Session, "run", watched)
+    with pytest.raises(InputError, match="give real ones with --calib"):
+        Calibration.open(None, picky)
+    assert len(sizes) > 6
+    assert max(sizes) <= 2**25
+
+
+def test_sizes_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    picky = model("float[A,B] x", "y = Reshape(x, s)", "float[K,7919] y", weights="<int64[2] s = {-1, 7919}>")
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr("onnxfuse.data.synthetic.time.monotonic", lambda: next(clock))
+    tried = []
+    run = Session.run
+
+    def watched(self: Session, *arguments: Any) -> Any:
+        tried.append(1)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Session, "run", watched)
+    with pytest.raises(InputError, match="give real ones with --calib"):
+        Calibration.open(None, picky)
+    assert len(tried) == 3
 
 
 # --- memory ------------------------------------------------------------------------------------------

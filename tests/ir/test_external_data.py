@@ -11,6 +11,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnxfuse.errors import InputError
 from onnxfuse.ir import external_data
+from onnxfuse.ir.external_data import DataFolder
 from onnxfuse.ir.model import Model
 from onnxfuse.ops.finite import check_finite
 
@@ -103,7 +104,7 @@ def test_every_type_from_a_file(name: str, tmp_path: Path) -> None:
     inline = numpy_helper.from_array(values, "k")
     (tmp_path / "k.bin").write_bytes(inline.raw_data)
     external_data.point(inline, "k.bin", 0, len(inline.raw_data))
-    found = external_data.read(inline, tmp_path)
+    found = external_data.read(inline, DataFolder.of_model(tmp_path / "m.onnx"))
     assert found.dtype == values.dtype
     assert found.tobytes() == values.tobytes()
     assert found.shape == values.shape
@@ -114,7 +115,9 @@ def test_an_offset_and_length_are_optional(tmp_path: Path) -> None:
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="k.bin")
     (tmp_path / "k.bin").write_bytes(W.tobytes())
-    np.testing.assert_array_equal(external_data.read(tensor, tmp_path), [[0, 1], [2, 3]])
+    np.testing.assert_array_equal(
+        external_data.read(tensor, DataFolder.of_model(tmp_path / "m.onnx")), [[0, 1], [2, 3]]
+    )
 
 
 # What is refused
@@ -159,6 +162,56 @@ def test_a_symbolic_link_on_the_way_to_the_data(tmp_path: Path) -> None:
     (tmp_path / "model" / "sub").rename(tmp_path / "elsewhere")
     (tmp_path / "model" / "sub").symlink_to(tmp_path / "elsewhere")
     refused(path, "symbolic link")
+
+
+def cached(tmp_path: Path, location: str = "weights.bin") -> Path:
+    """A model in a cache as Hugging Face has it: names in a snapshot are links into one folder."""
+    made = make(tmp_path / "made", location)
+    blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "1a2b"
+    blobs.mkdir(parents=True)
+    (snapshot / location).parent.mkdir(parents=True)
+    for file, blob in ((made, "aa"), (made.parent / location, "bb")):
+        place = snapshot / file.relative_to(made.parent)
+        file.rename(blobs / blob)
+        place.symlink_to(os.path.relpath(blobs / blob, place.parent))
+    return snapshot / "m.onnx"
+
+
+@pytest.mark.parametrize("location", ["weights.bin", "sub/weights.bin"])
+def test_links_in_a_cache_are_followed_beside_what_the_model_s_own_leads_to(
+    tmp_path: Path, location: str
+) -> None:
+    path = cached(tmp_path, location)
+    model = Model.load(path)
+    np.testing.assert_array_equal(model.weight(model.tensor("w")), W)
+    model.save(path.parent / "out.onnx")  # is no link, so it has data of its own
+    assert not (path.parent / "out.onnx.data").is_symlink()
+    again = Model.load(path.parent / "out.onnx")
+    np.testing.assert_array_equal(again.weight(again.tensor("w")), W)
+
+
+@pytest.mark.parametrize("target", ["secret.bin", "repo/blobs/link", "repo/blobs/sub/secret.bin"])
+def test_a_link_in_a_cache_that_leads_elsewhere_is_refused(tmp_path: Path, target: str) -> None:
+    """Also where it leads to a link beside the model that leads on."""
+    path = cached(tmp_path)
+    (tmp_path / "repo" / "blobs" / "sub").mkdir()
+    for name in ("secret.bin", "repo/blobs/sub/secret.bin"):
+        (tmp_path / name).write_bytes(b"\0" * 1000)
+    (tmp_path / "repo" / "blobs" / "link").symlink_to(tmp_path / "secret.bin")
+    (path.parent / "weights.bin").unlink()
+    (path.parent / "weights.bin").symlink_to(tmp_path / target)
+    refused(path, "'w'", "symbolic link", "outside", "refused")
+
+
+def test_a_link_that_stays_in_the_model_s_folder(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    (tmp_path / "weights.bin").rename(tmp_path / "real.bin")
+    (tmp_path / "weights.bin").symlink_to("real.bin")
+    model = Model.load(path)
+    np.testing.assert_array_equal(model.weight(model.tensor("w")), W)
+    (tmp_path / "weights.bin").unlink()
+    (tmp_path / "weights.bin").symlink_to("weights.bin")  # to itself
+    refused(path, "'w'")
 
 
 def test_a_missing_or_short_data_file(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnxfuse.errors import InputError
 from onnxfuse.ir import external_data, saving
+from onnxfuse.ir.external_data import DataFolder
 from onnxfuse.ir.model import Model
 
 WEIGHTS = {
@@ -218,7 +219,9 @@ def test_references_in_bodies_and_attributes_are_copied_too(tmp_path: Path) -> N
     assert references(tmp_path / "o.onnx")["inside"]["location"] == "o.onnx.data"
     again = Model.load(tmp_path / "o.onnx")
     body = again.nodes[0].attrs["then_branch"]
-    np.testing.assert_array_equal(external_data.read(body.initializer[0], tmp_path), [3, 4])
+    np.testing.assert_array_equal(
+        external_data.read(body.initializer[0], DataFolder.of_model(tmp_path / "m.onnx")), [3, 4]
+    )
     assert loaded.to_proto().SerializeToString() == path.read_bytes()
 
 

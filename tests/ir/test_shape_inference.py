@@ -146,6 +146,65 @@ def test_a_contradiction_does_not_crash() -> None:
     assert set(found) == {"x", "h", "y"}
 
 
+def test_operators_that_onnx_does_not_know_keep_types_and_shapes() -> None:
+    model = Model.load(
+        parse(
+            """g (float[N,4] x, float[4] s) => (float y, float z) {
+                a = SimplifiedLayerNormalization(x, s)
+                b, b1, b2, c = com.microsoft.SkipSimplifiedLayerNormalization(a, x, s)
+                d = com.microsoft.FastGelu(b)
+                e, e1, e2, y = com.microsoft.SkipLayerNormalization(d, c, s)
+                z = Relu(e)
+            }""",
+            'ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]',
+        )
+    )
+    for name in "abcdeyz":
+        assert model.shapes()[name] == TensorInfo(name, FLOAT, ("N", 4))
+    nodes = "n = GroupNormalization<num_groups=2>(x, s, s) y = Neg(n)"
+    text = f"g (float[N,4] x, float[2] s) => (float y) {{ {nodes} }}"
+    model = Model.load(parse(text, 'ir_version: 8, opset_import: ["" : 18]'))
+    assert model.shapes()["y"] == TensorInfo("y", FLOAT, ("N", 4))
+
+
+def test_a_batch_axis_made_dynamic_leaves_no_fixed_sizes_behind() -> None:
+    model = Model.load(parse("g (float[N,4] x) => (float[1,4] y) <float[1,4] h> { h = Relu(x) y = Neg(h) }"))
+    assert {model.shapes()[name].shape for name in "xhy"} == {("N", 4)}
+
+
+def test_a_stale_declaration_gives_way_to_what_follows_from_the_operators() -> None:
+    """Of an output and an inner tensor, in size and in rank; names of dimensions stay."""
+    model = Model.load(
+        parse(
+            """g (float[N,4] x) => (float[M,9] y) <float[N,7] h, float[N] r, float[4,5] w = {1}> {
+                h = MatMul(x, w) r = Relu(h) y = Neg(r)
+            }""".replace("{1}", "{" + ",".join("1" * 20) + "}")
+        )
+    )
+    found = model.shapes()
+    assert [found[name].shape for name in "hr"] == [("N", 5), ("N", 5)]
+    assert found["y"].shape == ("N", 5)
+    assert not model.unproved()
+
+
+STALE = parse(
+    """g (float[N,4] x) => (float[N,9] y)
+    <float[N,4] a, float[N,7] h, float[4,4] w = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}> {
+        a = com.microsoft.FusedMatMul(x, w) h = Neg(a) y = com.microsoft.FusedMatMul(h, w)
+    }""",
+    'ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]',
+)
+
+
+def test_a_stale_declaration_gives_way_to_a_run_where_inference_is_blind() -> None:
+    model = Model.load(STALE)
+    assert model.shapes()["y"].shape == ("N", 9)
+    assert model.unproved() >= {"a", "y"}
+    found = shapes_on(model, {"x": np.ones((2, 4), np.float32)}, RUNTIME)
+    assert [found[name].shape for name in "xay"] == [("N", 4), ("N", 4), (2, 4)]
+    assert found["h"].shape[1] == 4
+
+
 # Running
 
 

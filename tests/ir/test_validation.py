@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -119,8 +120,8 @@ def test_every_truncation_is_an_input_error_or_a_smaller_model() -> None:
         (onnx.defs.onnx_opset_version() + 1, 8, ("opset", "upgrade onnx")),
         (17, onnx.IR_VERSION + 1, ("IR version", "upgrade onnx")),
         (6, 8, ("opset 6", "version_converter")),
-        (17, 2, ("operator set",)),
-        (17, 0, ("operator set",)),
+        (17, 2, ("IR version 2", "export the model again")),
+        (17, 0, ("ir_version is missing",)),
     ],
 )
 def test_versions_outside_the_supported(opset: int, ir: int, words: tuple[str, ...]) -> None:
@@ -134,6 +135,12 @@ def test_no_opset_import_at_all() -> None:
     model = parse("g (float[N] x) => (float[N] y) { y = Relu(x) }")
     del model.opset_import[:]
     refused(model, "operator set")
+
+
+def test_a_missing_ir_version_is_not_taken_for_missing_operator_sets() -> None:
+    model = parse("g (float[N] x) => (float[N] y) { y = Relu(x) }")
+    model.ClearField("ir_version")
+    assert "operator set" not in refused(model, "ir_version is missing")
 
 
 # Wiring
@@ -243,6 +250,53 @@ def test_a_custom_operator_in_an_imported_domain_is_left_to_the_runtime() -> Non
     loaded = Model.load(model)
     assert loaded.nodes[0].domain == "my.own"
     assert loaded.shapes()["y"].shape == ("N",)
+
+
+@pytest.mark.parametrize(
+    ("text", "opset", "runs"),
+    [
+        ("y = SimplifiedLayerNormalization<epsilon = 0.001>(x, s)", 17, True),
+        ("y = SimplifiedLayerNormalization(x, s)", 8, True),
+        ("y = GroupNormalization<num_groups = 2>(x, s2, s2)", 18, True),
+        ("y = GroupNormalization<num_groups = 2>(x, s2, s2)", 20, True),
+        ("y = GroupNormalization<num_groups = 2>(x, s2, s2)", 17, False),
+        ("y = ScaledTanh<alpha = 2.0, beta = 0.5>(x)", 9, True),
+        ("y = Affine<alpha = 2.0, beta = 0.5>(x)", 7, True),
+        ("y = Softmaxx(x)", 17, False),
+    ],
+)
+def test_operators_that_only_onnx_runtime_has_in_onnx_s_domain(text: str, opset: int, runs: bool) -> None:
+    """What loads is what ONNX Runtime runs, and it is written as it was read."""
+    header = f'ir_version: 8, opset_import: ["" : {opset}]'
+    weights = "<float[4] s = {1, 2, 3, 4}, float[2] s2 = {1, 2}>"
+    model = parse(f"g (float[N,4] x) => (float[N,M] y) {weights} {{ {text} }}", header)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session.run(None, {"x": np.ones((2, 4), np.float32)})
+    except Exception:
+        assert not runs
+        refused(model, "not a valid model")
+    else:
+        assert runs
+        assert Model.load(model).to_proto() == model
+
+
+def test_operators_that_only_onnx_runtime_has_in_bodies_and_functions() -> None:
+    model = parse(
+        """g (float[N,4] x, bool flag) => (float[N,4] y) <float[4] s = {1, 2, 3, 4}> {
+            a = local.norm(x, s)
+            y = If(flag) <then_branch = yes () => (float[N,4] t) { t = SimplifiedLayerNormalization(a, s) },
+                          else_branch = no () => (float[N,4] e) { e = Neg(a) }>
+        }
+        <domain: "local", opset_import: ["" : 17]>
+        norm (u, s) => (v) { v = SimplifiedLayerNormalization(u, s) }""",
+        'ir_version: 8, opset_import: ["" : 17, "local" : 1]',
+    )
+    assert Model.load(model).to_proto() == model
+    model.graph.node[1].attribute[0].g.node[0].op_type = "ComplicatedLayerNormalization"
+    refused(model, "ComplicatedLayerNormalization")
 
 
 # Tensors

@@ -407,3 +407,10 @@ def test_the_pass_leaves_its_input_alone() -> None:
     outcome = PassManager([Widen()]).run(model, case_context(case, model))
     assert outcome.steps[0].committed
     assert model.to_proto().SerializeToString(deterministic=True) == before
+
+
+def test_a_layer_without_channels_is_left_alone() -> None:
+    weights = {"w": np.zeros((6, 0), np.float32), "w2": np.zeros((0, 5), np.float32)}
+    model = net("h = MatMul(x, w) r = Relu(h) y = MatMul(r, w2)", weights)
+    with pytest.raises(NotApplicableError, match="no channels that new ones could be copies of"):
+        widened(model, context(model, {"x": normal(8, 6)}), sites={"h": 2})

@@ -19,7 +19,7 @@ from onnxfuse.runtime.feeds import check_type
 from onnxfuse.runtime.handover import _serialized
 from onnxfuse.runtime.onnx_runtime import captured_output, ort
 from onnxfuse.runtime.providers import _load_failure, available_cores
-from onnxfuse.runtime.session import Runtime
+from onnxfuse.runtime.session import Runtime, Session
 
 CPU = "CPUExecutionProvider"
 X = np.array([[1, -2, 3], [-4, 5, -6]], np.float32)
@@ -269,6 +269,57 @@ def two_weights() -> onnx.ModelProto:
     return model
 
 
+def narrow(kind: str) -> onnx.ModelProto:
+    """y = -2 x in a type that NumPy lacks, and z = x as it comes out of that."""
+    number = TensorProto.DataType.Value(kind.upper())
+    return parse(
+        f"""g ({kind}[N,3] x) => ({kind}[N,3] y, float[N,3] z) <float f = {{-2}}> {{
+            z = Cast<to = 1>(x) p = Mul(z, f) y = Cast<to = {number}>(p)
+        }}""",
+        'ir_version: 9, opset_import: ["" : 19]',
+    )
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float8e4m3fn", "float8e5m2"])
+@pytest.mark.parametrize("rows", [2, 0])
+def test_types_that_numpy_lacks(kind: str, rows: int) -> None:
+    """In their own type, as their bits or the raw bytes of np.save, and as float32, which is rounded."""
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(TensorProto.DataType.Value(kind.upper())))
+    given = np.array([[1.1, -2, 0], [-4, 0.3, 6]], np.float32)[:rows]
+    held = given.astype(dtype)
+    assert not rows or (held.astype(np.float32) != given).any()
+    session = Runtime("cpu").session(narrow(kind))
+    for array in (
+        held,
+        held.view(f"u{dtype.itemsize}"),
+        held.view(f"V{dtype.itemsize}"),
+        given,
+        given.T.copy().T,
+    ):
+        for outputs in (session.run({"x": array}), _bound(session, {"x": array})):
+            np.testing.assert_array_equal(outputs["z"], held.astype(np.float32))
+            assert outputs["y"].dtype == dtype
+            np.testing.assert_array_equal(outputs["y"].astype(np.float32), -2 * held.astype(np.float32))
+    assert session.run({"x": held}, ["z"])["z"].shape == (rows, 3)
+    with pytest.raises(
+        InputError, match=rf"wants {dtype}, got float64; give float32, which is rounded to it, or"
+    ):
+        session.run({"x": given.astype(np.float64)})
+
+
+def _bound(session: Session, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    bound = session.bind(feed)
+    bound.run()
+    return bound.fetch()
+
+
+def test_a_sequence_is_refused_for_what_it_is() -> None:
+    model = parse("g (seq(float[N]) s) => (float[M] y) { y = ConcatFromSequence<axis = 0>(s) }")
+    with pytest.raises(InputError, match="input 's' is not a tensor but a sequence") as error:
+        Runtime("cpu").session(model).run({"s": X})
+    assert "--calib" not in str(error.value)
+
+
 def test_external_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = two_weights()
     expected = Runtime("cpu").session(model).run({"x": X})["y"]
@@ -279,6 +330,46 @@ def test_external_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
     loaded = Model.load(path)
     assert loaded.external_dir == tmp_path
     np.testing.assert_array_equal(Runtime("cpu").session(loaded).run({"x": X})["y"], expected)
+
+
+def test_a_stale_shape_inside_does_not_reach_the_plan_of_memory() -> None:
+    model = parse(
+        """g (float[N,3] x) => (float[N,3] y) <float[3,3] h> { h = Neg(x) y = Abs(h) }""",
+    )
+    loaded = Model.load(model)
+    bound = Runtime("cpu").session(loaded).bind({"x": X})
+    bound.run()
+    np.testing.assert_array_equal(bound.fetch()["y"], abs(X))
+    assert loaded.to_proto() == model
+
+
+@pytest.mark.parametrize("linked", ["both", "data", "one"])
+def test_external_data_behind_links(tmp_path: Path, linked: str) -> None:
+    """As in a cache, where names are links into another folder; ONNX Runtime itself refuses most of them."""
+    model = two_weights()
+    expected = Runtime("cpu").session(model).run({"x": X})["y"]
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    onnx.save_model(
+        model, tmp_path / "blobs" / "a", save_as_external_data=True, location="w.bin", size_threshold=100
+    )
+    (tmp_path / "blobs" / "w.bin").rename(tmp_path / "blobs" / "b")
+    path = tmp_path / "snapshot" / "model.onnx"
+    path.symlink_to("../blobs/a")
+    (tmp_path / "snapshot" / "w.bin").symlink_to("../blobs/b")
+    if linked == "one":
+        (tmp_path / "snapshot" / "w.bin").unlink()
+        (tmp_path / "blobs" / "b").rename(tmp_path / "snapshot" / "w.bin")
+    if linked == "data":
+        path.unlink()
+        (tmp_path / "blobs" / "a").rename(path)
+        (tmp_path / "blobs" / "b").rename(tmp_path / "snapshot" / "b")
+        (tmp_path / "snapshot" / "w.bin").unlink()
+        (tmp_path / "snapshot" / "w.bin").symlink_to("b")
+    loaded = Model.load(path)
+    before = loaded.to_proto().SerializeToString()
+    np.testing.assert_array_equal(Runtime("cpu").session(loaded).run({"x": X})["y"], expected)
+    assert loaded.to_proto().SerializeToString() == before
 
 
 @pytest.mark.parametrize("optimize", [True, False])

@@ -124,9 +124,7 @@ def _flatten(site: ChannelNode) -> list[Axes | None]:
 def _squeeze(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     listed = site.integers(1, "axes")
-    gone = (
-        {i for i, d in enumerate(axes) if d.size == 1} if listed is None else {a % len(axes) for a in listed}
-    )
+    gone = {a % len(axes) for a in listed} if listed else {i for i, d in enumerate(axes) if d.size == 1}
     return [tuple(dim for i, dim in enumerate(axes) if i not in gone)]
 
 

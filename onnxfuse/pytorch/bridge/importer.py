@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx.inliner
 from torch import fx, nn
 
+from onnxfuse.ir.functions import without_functions
 from onnxfuse.ir.model import LoadableModel, Model
 from onnxfuse.pytorch.bridge.keys import CALLED, put
 from onnxfuse.pytorch.bridge.operator import of_node
@@ -42,7 +42,8 @@ def to_torch(
     It takes the model's inputs by position, as tensors of the declared types, and returns a tensor if the
     model has one output, else a tuple. Every initializer is a Parameter or buffer under its own name
     (`weights.stored` lists the few that need another). BatchNorm and Dropout follow `train()` and `eval()`.
-    `module.meta["inputs"]` and `module.meta["outputs"]` list the names.
+    `module.meta["inputs"]` and `module.meta["outputs"]` list the names, `module.meta["types"]` the types of
+    the inputs (NumPy).
 
     Args:
         model: is left as it is.
@@ -62,23 +63,16 @@ def to_torch(
     loaded = model if isinstance(model, Model) else Model.load(model)
     weights = stored(loaded)
     check_ties(weights)
-    flat = _without_functions(loaded)
+    flat = without_functions(loaded)
     names = list(outputs) if outputs is not None else [info.name for info in loaded.outputs]
     opsets = {o.domain: o.version for o in flat.source.opset_import}
     store = Store(weights, trainable or is_trainable, opsets, shared_gradients)
     module = fx.GraphModule(store.modules, _graph(flat, names, store), class_name="OnnxModule")
     _complete(module, store.modules)
     module.meta["inputs"] = [info.name for info in flat.inputs]
+    module.meta["types"] = [info.dtype for info in flat.inputs]
     module.meta["outputs"] = names
     return module.eval()
-
-
-def _without_functions(model: Model) -> Model:
-    """The model with its local functions inlined."""
-    if not model.source.functions:
-        return model
-    flat = onnx.inliner.inline_local_functions(model.to_proto())
-    return Model.load(flat, folder=model.folder)
 
 
 def _graph(model: Model, outputs: Sequence[str], store: Store) -> fx.Graph:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from onnx import TensorProto, helper
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
@@ -20,6 +21,13 @@ def to_array(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.int16)
     return tensor.numpy().view(dtype)
+
+
+def any_array(tensor: torch.Tensor) -> np.ndarray:
+    """The array with the tensor's bytes, of the type that stands for its elements in NumPy."""
+    if tensor.dtype == torch.bfloat16:
+        return to_array(tensor, np.dtype(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)))
+    return tensor.detach().cpu().numpy()
 
 
 def torch_type(dtype: np.dtype | None) -> torch.dtype | None:

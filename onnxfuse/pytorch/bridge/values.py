@@ -24,6 +24,7 @@ import torch
 from torch import fx, nn
 
 from onnxfuse.errors import NotApplicableError
+from onnxfuse.ir.protos import as_default
 from onnxfuse.pytorch.bridge.operator import Operator
 
 Host = np.ndarray
@@ -130,7 +131,9 @@ class Call:
         return found
 
     def attr(self, name: str, default: Any = None) -> Any:
-        return self.operator.attributes.get(name, default)
+        """An attribute; where it is not given, the default in ONNX's precision (`protos.as_default`)."""
+        attributes = self.operator.attributes
+        return attributes[name] if name in attributes else as_default(default)
 
     @property
     def outputs(self) -> int:
@@ -154,6 +157,13 @@ class Call:
 
     def dtype(self, index: int) -> torch.dtype | None:
         return self.value(index).dtype
+
+    def type_name(self, index: int) -> str:
+        """The element type of an input in messages, also where torch lacks it."""
+        found = self.value(index)
+        if found.dtype is not None:
+            return str(found.dtype).removeprefix("torch.")
+        return str(found.load().dtype) if found.load is not None else "an unknown type"
 
     # inputs in the form that a rule wants
 

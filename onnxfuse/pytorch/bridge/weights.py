@@ -19,6 +19,8 @@ import numpy as np
 from onnx import GraphProto, numpy_helper
 
 from onnxfuse.errors import ModelWarning
+from onnxfuse.ir import protos
+from onnxfuse.ir.functions import without_functions
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant
 from onnxfuse.ops.table import OPS, Key, Kind, Trait, parse_key
@@ -141,17 +143,24 @@ def _is_slot(key: Key, slot: int) -> bool:
 
 
 class _Finder:
-    """One walk over a model and its bodies: every stored tensor, and where it goes."""
+    """One walk over a model and its bodies: every stored tensor, and where it goes, into functions too.
+
+    What lies in a function belongs to all its calls, and is none of the module's.
+    """
 
     def __init__(self) -> None:
         self.found: list[Weight] = []
         self._keys = Keys()
+        self._own: set[str] = set()
 
     def main(self, model: Model) -> None:
+        self._own = {tensor.name for tensor in model.tensors()}
+        for node in model.nodes:
+            self._own.update(name for body in node.bodies for name in protos.inner_names(body))
         env: dict[str, list[Weight]] = {}
         for tensor in model.initializers:
             self._add_constant(env, tensor.name, tensor, True)
-        for node in model.nodes:
+        for node in without_functions(model).nodes:
             if node.constant_form:
                 name = node.outputs[0].name
                 value = node.attrs[node.constant_form]
@@ -205,6 +214,9 @@ class _Finder:
         initializer: bool,
         load: Callable[[], np.ndarray],
     ) -> None:
+        if name not in self._own:
+            env.pop(name, None)
+            return
         weight = Weight(name, self._keys.claim(name), shape, dtype, scope, initializer, load)
         self.found.append(weight)
         env[name] = [weight]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from torch import fx, nn
 from onnxfuse.data.calibration import Batch, Calibration, Data
 from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.ir.model import LoadableModel, Model
-from onnxfuse.pytorch.bridge.tensors import to_array, to_tensor, torch_type
+from onnxfuse.pytorch.bridge.tensors import any_array, to_array, to_tensor, torch_type
 from onnxfuse.pytorch.bridge.weights import Weight, stored
+from onnxfuse.runtime.narrow import as_fed
 from onnxfuse.runtime.session import Runtime
 from onnxfuse.verification.compare import compare_run
 
@@ -189,8 +191,8 @@ def _outputs(module: nn.Module) -> list[str] | None:
 
 def run_module(
     module: nn.Module, model: Model, names: Sequence[str], feed: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The module's outputs on one feed, by name.
+) -> dict[str, Any]:
+    """The module's outputs on one feed, by name; a sequence is a list of arrays.
 
     Args:
         module: imported from `model`, wrapped or not.
@@ -200,8 +202,13 @@ def run_module(
     """
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     device = tensor.device if tensor is not None else torch.device("cpu")
-    inputs = [to_tensor(feed[info.name]).to(device) for info in model.inputs]
+    inputs = [to_tensor(as_fed(feed[info.name], info.dtype)).to(device) for info in model.inputs]
     with torch.no_grad():
         results = module(*inputs)
-    found = [results] if isinstance(results, torch.Tensor) else list(results)
-    return {name: result.cpu().numpy() for name, result in zip(names, found, strict=True)}
+    found = results if isinstance(results, tuple) else [results]
+    return {name: _any_arrays(result) for name, result in zip(names, found, strict=True)}
+
+
+def _any_arrays(result: Any) -> Any:
+    """A tensor as an array, a sequence of them as a list."""
+    return any_array(result) if isinstance(result, torch.Tensor) else [any_array(tensor) for tensor in result]

@@ -23,6 +23,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from onnxfuse.pytorch.training.losses import (
 from onnxfuse.pytorch.training.sampling import Pool, Shuffled
 from onnxfuse.pytorch.training.scores import find_scores, is_activated, softmax_of
 from onnxfuse.runtime.feeds import format_shape
+from onnxfuse.runtime.narrow import NARROW
 from onnxfuse.runtime.session import Runtime, Session
 from onnxfuse.verification.interface import interface_problems
 
@@ -239,7 +241,7 @@ class _Known:
         batch = self._sample[0]
         self.labels = Labels(name, batch.labels, pools)
         self.ours = _run(model, runtime, batch)
-        self.outputs = [info.name for info in model.outputs if self.ours[info.name].dtype.kind == "f"]
+        self.outputs = [info.name for info in model.outputs if _is_floating(self.ours[info.name])]
         if not self.outputs:
             raise NotApplicableError("no output of the model is floating-point: there is nothing to train")
         self.theirs: Feed = {}
@@ -320,7 +322,7 @@ class _Known:
         for name, other in pairs:
             self.ours[name] = ours[name]
             self._check_alike(name, other, theirs[other])
-            if ours[name].dtype.kind != "f":
+            if not _is_floating(ours[name]):
                 raise InputError(f"--match {name}: the tensor is {ours[name].dtype}, not floating-point")
             yield self.relative(name, other, "tensor")
 
@@ -331,6 +333,11 @@ class _Known:
                 f"'{ours}' has shape {format_shape(mine.shape)} in the model and '{theirs}' "
                 f"{format_shape(other.shape)} in the teacher"
             )
+
+
+def _is_floating(value: Any) -> bool:
+    """Whether an output can be trained: floats in a tensor, no sequence."""
+    return isinstance(value, np.ndarray) and (value.dtype.kind == "f" or value.dtype in NARROW)
 
 
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:

@@ -37,6 +37,7 @@ from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.pytorch.bridge.tensors import to_tensor
 from onnxfuse.pytorch.training.processes import processes
 from onnxfuse.pytorch.training.records import Epoch
+from onnxfuse.runtime.narrow import as_fed
 from onnxfuse.verification.metrics import Metric
 
 CLIP = 1.0
@@ -198,11 +199,12 @@ class _Named(nn.Module):
         self.module = module
         meta: Any = module.meta
         self.inputs: list[str] = meta["inputs"]
+        self.types: list[np.dtype | None] = meta["types"]
         self.outputs: list[str] = meta["outputs"]
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
         found = self.module(*inputs)
-        results = [found] if isinstance(found, Tensor) else found
+        results = found if isinstance(found, tuple) else [found]
         named = zip(self.outputs, results, strict=True)
         return {name: result for name, result in named if name in wanted}
 
@@ -324,7 +326,11 @@ class _Loop:
         return float(loss.detach())
 
     def _inputs(self, batch: Batch) -> list[Tensor]:
-        return [to_tensor(batch.feed[name]).to(self.device) for name in self.named.inputs]
+        named = self.named
+        arrays = (
+            as_fed(batch.feed[name], dtype) for name, dtype in zip(named.inputs, named.types, strict=True)
+        )
+        return [to_tensor(array).to(self.device) for array in arrays]
 
     # the held-out batches
 

@@ -305,6 +305,41 @@ def test_local_functions_are_inlined() -> None:
     agrees(model, {"x": normal(3, 6)})
 
 
+def with_functions(calls: str, functions: str) -> Model:
+    header = '<ir_version: 9, opset_import: ["" : 17, "f" : 1]>'
+    text = f"{header} g (float[N,6] x) => (float[N,6] y) {{ {calls} }} {functions}"
+    return Model.load(onnx.parser.parse_model(text))
+
+
+@pytest.mark.parametrize(
+    ("calls", "own"),
+    [
+        ("y = f.leak(x)", "<slope>"),
+        ("y = f.leak<slope=0.5>(x)", "<slope>"),
+        ("y = f.outer(x)", "<slope: float = 0.5>"),
+        ("y = f.outer(x)", "<slope>"),
+        ("h = f.outer<slope=0.125>(x) y = f.leak(h)", "<slope: float = 0.5>"),
+    ],
+)
+def test_attributes_of_functions_have_their_defaults(calls: str, own: str) -> None:
+    """Also of a function that another one calls, with an attribute that is handed on or not."""
+    functions = f"""<domain: "f", opset_import: ["" : 17, "f" : 1]> outer {own} (a) => (b) {{
+        b = f.leak<slope: float = @slope>(a)
+    }}
+    <domain: "f", opset_import: ["" : 17]> leak <slope: float = 0.25> (a) => (b) {{
+        b = LeakyRelu<alpha: float = @slope>(a)
+    }}"""
+    agrees(with_functions(calls, functions), {"x": normal(3, 6)})
+
+
+def test_functions_of_older_operator_sets_and_with_domains_of_their_own() -> None:
+    """Sets whose operators mean the same, and a domain that the model itself does not import."""
+    old = """<domain: "f", opset_import: ["" : 16, "com.microsoft" : 1]> old (a) => (b) {
+        c = Relu(a) b = com.microsoft.Gelu(c)
+    }"""
+    agrees(with_functions("y = f.old(x)", old), {"x": normal(3, 6)})
+
+
 def test_inner_tensors_can_be_returned() -> None:
     model = net("h = MatMul(x, w) r = Relu(h) y = Softmax(r)", {"w": (6, 4)})
     module = to_torch(model, outputs=["y", "h"])

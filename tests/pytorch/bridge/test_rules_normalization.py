@@ -216,6 +216,54 @@ def test_group_norm() -> None:
     compiles_and_exports(module, (6, 4, 5))
 
 
+@pytest.mark.parametrize("opset", [18, 20])
+def test_group_norm_by_weights_of_the_groups(opset: int) -> None:
+    """The first form of the operator, which ONNX has withdrawn and ONNX Runtime runs."""
+    body = "y = GroupNormalization<num_groups=3>(x, s, b)"
+    agrees_on(body, {"s": positive(3), "b": normal(3)}, (6, 4, 5), opset)
+
+
+def test_batch_norm_by_place() -> None:
+    """spatial=0 of the oldest operator sets; trained, it updates the statistics of each place."""
+    weights = {name: positive(3, 4, 5) for name in "sbmv"}
+    module = agrees_on("y = BatchNormalization<spatial=0>(x, s, b, m, v)", weights, (3, 4, 5), 7)
+    x = torch.randn(8, 3, 4, 5)
+    y = module.train()(x)
+    torch.testing.assert_close(y.mean(0), module.b, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module.m, 0.9 * torch.from_numpy(weights["m"]) + 0.1 * x.mean(0))
+
+
+def test_batch_norm_by_the_batch_of_a_single_value() -> None:
+    model = net(
+        "y, m2, v2 = BatchNormalization<training_mode=1>(x, s, b, m, v)",
+        {name: positive(3) for name in "sbmv"},
+        "float[1,3,1,1] x",
+        "float y",
+    )
+    agrees(model, {"x": normal(1, 3, 1, 1)}, 1e-4)
+
+
+def test_hardmax_over_nothing() -> None:
+    agrees(net("y = Hardmax(x)", {}, "float[2,0] x", "float[2,0] y"), {"x": np.zeros((2, 0), np.float32)})
+
+
+def test_norms_over_a_single_element() -> None:
+    """Its deviation is 0, and the bias is left."""
+    weights = {"s": positive(3), "b": normal(3), "one": positive(1)}
+    agrees_on("y = InstanceNormalization(x, s, b)", weights, (3, 1, 1), tolerance=1e-4)
+    agrees_on("y = LayerNormalization(x, one)", weights, (3, 1))
+    model = net("y = GroupNormalization<num_groups=3>(x, s, b)", weights, "float[1,3,1] x", "float y", 21)
+    agrees(model, {"x": normal(1, 3, 1)})
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_rms_norm_under_its_old_name(axis: int) -> None:
+    scale = positive(*(3, 4, 5)[axis if axis < 0 else 0 :])
+    agrees_on(f"y = SimplifiedLayerNormalization<axis={axis}>(x, s)", {"s": scale}, (3, 4, 5))
+    body = f"n, y = SimplifiedLayerNormalization<axis={axis}, epsilon=0.01>(x, s)"
+    agrees_on(body, {"s": scale}, (3, 4, 5))
+
+
 @pytest.mark.parametrize(("axis", "scale"), [(-1, (5,)), (2, (4, 5)), (-2, (5,)), (1, (1, 4, 5))])
 def test_rms_norm(axis: int, scale: tuple[int, ...]) -> None:
     body = f"y = RMSNormalization<axis={axis}, epsilon=0.01>(x, s)"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from nets import net, normal
+from onnx import TensorProto, helper
 from rule_checks import agrees, agrees_on
 
 from onnxfuse.errors import NotApplicableError
@@ -49,6 +50,18 @@ def test_without_a_zero_point() -> None:
     agrees(net("q = QuantizeLinear(x, s)", {"s": SCALE}, "float[N,20] x", "uint8 q"), {"x": HALVES})
     model = net("y = DequantizeLinear(x, s)", {"s": SCALE}, "int32[N,3] x", "float y")
     agrees(model, {"x": np.array([[1, -2, 70000]], np.int32)})
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(TensorProto.INT4, "int4"), (TensorProto.FLOAT8E4M3FN, "float8_e4m3fn")]
+)
+def test_a_type_that_torch_lacks_is_named(number: int, name: str) -> None:
+    weights = {"s": np.float32(0.1), "w": np.zeros((6, 2), np.int8)}
+    proto = net("d = DequantizeLinear(w, s) y = MatMul(x, d)", weights, opset=21).to_proto()
+    proto.ir_version = 10
+    proto.graph.initializer[1].CopyFrom(helper.make_tensor("w", number, [6, 2], list(range(-6, 6))))
+    with pytest.raises(NotApplicableError, match=rf"floats from {name} are not supported, only from uint8"):
+        to_torch(proto)
 
 
 def test_what_stands_for_no_number_is_refused() -> None:

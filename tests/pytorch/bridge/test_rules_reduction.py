@@ -75,6 +75,21 @@ def test_the_extremes_of_nothing() -> None:
     assert to_torch(model)(x.int()).unique().tolist() == [-(2**31)]
 
 
+def test_the_mean_of_nothing_is_0_as_in_onnx_runtime() -> None:
+    model = net("y = ReduceMean(x, d)", {"d": np.array([1])}, "float[2,0] x", "float[2,1] y", 18)
+    agrees(model, {"x": np.zeros((2, 0), np.float32)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axes", ["", ", none"])
+def test_a_reduction_over_no_axes_is_one_of_each_element(kind: str, axes: str) -> None:
+    """So the norm is the absolute value; keepdims has nothing to keep or drop."""
+    x = np.array([[-2, 3, 0.5]], np.float32)
+    body = f"y = Reduce{kind}<noop_with_empty_axes=1, keepdims=0>(x{axes})"
+    model = net(body, {"none": np.zeros(0, np.int64)}, "float[N,3] x", "float[N,3] y", 18)
+    agrees(model, {"x": np.abs(x) if kind == "LogSum" else x})
+
+
 def test_the_gradient_of_a_norm_at_zero() -> None:
     module = to_torch(
         net("y = ReduceL2<keepdims=0>(x, d)", {"d": np.array([1])}, "float[N,3] x", "float[N] y", 18)

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nets import net, normal
+from nets import compute, net, normal
 from rule_checks import agrees, agrees_on, compiles_and_exports, is_plain
 
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.pytorch.bridge.importer import to_torch
+from onnxfuse.pytorch.bridge.writeback import from_torch
 
 FAR, BACK = 2**63 - 1, -(2**63)
 
@@ -358,6 +359,29 @@ def test_what_torch_does_not_fold() -> None:
     weights = {"s": ints(4), "k": ints(2)}
     with pytest.raises(NotApplicableError, match="blocks of two axes"):
         to_torch(net("y = Col2Im(x, s, k)", weights, "float[1,2,3] x", "float[1,1,4] y", 18))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 3)])
+def test_an_empty_list_of_axes_squeezes_all(shape: tuple[int, ...]) -> None:
+    """As no list does, in ONNX Runtime."""
+    body = "y = Squeeze(x, none)"
+    model = net(body, {"none": np.zeros(0, np.int64)}, f"float[{shape[0]},{shape[1]}] x", "float y")
+    agrees(model, {"x": normal(*shape)})
+
+
+def test_a_sequence_as_an_output() -> None:
+    proto = net(
+        "s = SplitToSequence<axis=1>(x, sizes)",
+        {"sizes": np.array([1, 3])},
+        "float[N,4] x",
+        "seq(float[N,A]) s",
+    )
+    wanted = compute(proto, {"x": normal(2, 4)})[0]
+    found = to_torch(proto)(torch.from_numpy(normal(2, 4)))
+    assert isinstance(found, list)
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    from_torch(to_torch(proto), proto)
 
 
 def test_sequences() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx.parser
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import net
-from onnx import TensorProto, helper
+from nets import net, normal
+from onnx import TensorProto, helper, numpy_helper
 from test_importer import with_if
 from torch import nn
 
@@ -53,6 +54,24 @@ def test_a_weight_knows_where_it_is_used_through_what_hands_it_on() -> None:
     assert {(use.op, use.slot) for use in found["w"].uses} == {("MatMul", 1), ("Gather", 0)}
     assert is_trainable(found["w"])
     assert not is_trainable(found["i"])
+
+
+def test_weights_that_only_functions_read_are_weights() -> None:
+    """What lies in a function itself is not: it is none of the module's."""
+    text = """<ir_version: 9, opset_import: ["" : 17, "f" : 1]>
+    g (float[N,6] x) => (float[N,6] y) { h = f.outer(x, w) y = f.linear(h, i) }
+    <domain: "f", opset_import: ["" : 17, "f" : 1]> outer (a, w) => (c) { c = f.linear(a, w) }
+    <domain: "f", opset_import: ["" : 17]> linear (a, w) => (c) {
+        k = Constant<value = float[2] {1, 2}>() s = ReduceSum(k) m = MatMul(a, w) c = Mul(m, s)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(numpy_helper.from_array(normal(6, 6), name) for name in "wi")
+    found = stored(Model.load(proto))
+    assert [(weight.name, [(use.op, use.slot) for use in weight.uses]) for weight in found] == [
+        ("w", [("MatMul", 1)]),
+        ("i", [("MatMul", 1)]),
+    ]
+    assert all(is_trainable(weight) for weight in found)
 
 
 def test_a_class_token_in_a_concat_is_a_weight_and_a_mask_is_not() -> None:

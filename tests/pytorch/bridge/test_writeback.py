@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from nets import compute, net, normal
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from test_importer import with_if
 
 from onnxfuse.errors import InputError, VerificationError
@@ -89,6 +89,32 @@ def test_a_weight_in_a_constant_node_comes_back() -> None:
         module.k.mul_(2)
     result = from_torch(module, model)
     np.testing.assert_array_equal(result.weight(result.tensor("k")), 2 * numpy_helper.to_array(value))
+
+
+@pytest.mark.parametrize("body", ["y = MatMul(x, w)", "y = MatMul(x, w) copy = Identity(w)"])
+def test_a_model_that_returns_a_weight(body: str) -> None:
+    proto = net(body, {"w": (6, 4)}).to_proto()
+    name = "copy" if "copy" in body else "w"
+    proto.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [6, 4]))
+    module = to_torch(proto)
+    with torch.no_grad():
+        module.w[0, 0] += 1
+    result = from_torch(module, proto)
+    assert stored(result)["w"] == module.w.detach().numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n = BatchNormalization(x, s, b, m, v) y = LeakyRelu(n)",
+        "y = LayerNormalization(x, w)",
+    ],
+)
+def test_attributes_left_out_are_single_precision_in_double_models(body: str) -> None:
+    """ONNX's defaults are 1e-5f and 0.01f, which the noise of doubles tells from 1e-5 and 0.01."""
+    weights = {name: np.abs(normal(6, seed=k).astype(np.float64)) / 99 for k, name in enumerate("sbmv")}
+    model = net(body, weights | {"w": np.ones(2)}, "double[3,6,2] x", "double[3,6,2] y")
+    from_torch(to_torch(model), model, calib={"x": np.random.default_rng(0).standard_normal((3, 6, 2)) / 99})
 
 
 def test_wrapped_modules_and_others_of_the_same_names_are_taken() -> None:

@@ -23,7 +23,7 @@ def _activation(kind: str, function: Callable[..., Any], **defaults: float) -> N
 
     @rule(kind)
     def convert(call: Call) -> Value:
-        values = [call.attr(name, default) for name, default in defaults.items()]
+        values = [call.attr(name, float(default)) for name, default in defaults.items()]
         return like(call, call.emit(function, call.tensor(0), *values))
 
 
@@ -132,7 +132,8 @@ def _over_an_axis(kind: str, function: Callable[..., Any]) -> None:
 
 def hardmax(x: Tensor, axis: int) -> Tensor:
     """1 where the first largest element along the axis is, else 0."""
-    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1)
+    zeros = torch.zeros_like(x)
+    return zeros.scatter(axis, x.argmax(axis, keepdim=True), 1) if x.numel() else zeros
 
 
 _over_an_axis("Softmax", torch.softmax)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from onnxfuse.ir.protos import as_default
 from onnxfuse.pytorch.bridge.registry import rule
 from onnxfuse.pytorch.bridge.rules.linear import conv, gemm
 from onnxfuse.pytorch.bridge.rules.windows import known_shape
@@ -100,7 +101,7 @@ def _activated(call: Call, y: fx.Node, numbers: list[float]) -> fx.Node:
     if activation in plain:
         return call.emit(plain[activation], y)
     if activation == "LeakyRelu":
-        return call.emit(F.leaky_relu, y, numbers[0] if numbers else 0.01)
+        return call.emit(F.leaky_relu, y, numbers[0] if numbers else as_default(0.01))
     if activation == "Clip" and len(numbers) == 2:
         return call.emit(torch.clamp, y, *numbers)
     if activation:

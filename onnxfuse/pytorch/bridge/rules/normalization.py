@@ -41,8 +41,11 @@ class BatchNorm(nn.Module):
     ) -> torch.Tensor:
         if self.training and self.running:
             return F.batch_norm(x, mean, var, scale, bias, True, self.momentum, self.epsilon)
-        if self.training or self.batch:
+        if self.training:
             return F.batch_norm(x, None, None, scale, bias, True, self.momentum, self.epsilon)
+        if self.batch:  # unlike F.batch_norm this takes a single value, too
+            cudnn = torch.backends.cudnn.enabled
+            return torch.batch_norm(x, scale, bias, None, None, True, self.momentum, self.epsilon, cudnn)
         return F.batch_norm(x, mean, var, scale, bias, False, self.momentum, self.epsilon)
 
     def extra_repr(self) -> str:
@@ -59,6 +62,8 @@ def batch_normalization(call: Call) -> Any:
     x, scale, bias, mean, var = (call.tensor(index) for index in range(5))
     if call.dtype(1) != call.dtype(3):
         scale, bias = call.method("type_as", scale, mean), call.method("type_as", bias, mean)
+    if call.opset < 9 and not call.attr("spatial", 1):
+        return _batch_normalization_by_place(call, module, x, [scale, bias, mean, var])
     if not call.wants(1):
         return call.module(module, x, scale, bias, mean, var)
     if call.outputs > 3:
@@ -66,6 +71,14 @@ def batch_normalization(call: Call) -> Any:
     # What the statistics become has to be read before the module updates them.
     after = call.emit(updated_statistics, x, mean, var, momentum)
     return call.module(module, x, scale, bias, mean, var), call.item(after, 0), call.item(after, 1)
+
+
+def _batch_normalization_by_place(call: Call, module: BatchNorm, x: fx.Node, rest: list[fx.Node]) -> fx.Node:
+    """The form of old operator sets with weights and statistics for each place: all places are channels."""
+    if call.wants(1):
+        call.refuse("statistics by place (spatial=0) are not supported as outputs")
+    flat = [call.emit(torch.flatten, tensor) for tensor in rest]
+    return call.method("view_as", call.module(module, call.emit(torch.flatten, x, 1), *flat), x)
 
 
 def updated_statistics(
@@ -80,7 +93,12 @@ def updated_statistics(
 @rule("InstanceNormalization")
 def instance_normalization(call: Call) -> fx.Node:
     epsilon = call.attr("epsilon", 1e-5)
-    return call.emit(F.instance_norm, call.tensor(0), weight=call.tensor(1), bias=call.tensor(2), eps=epsilon)
+    return call.emit(instance_norm, call.tensor(0), call.tensor(1), call.tensor(2), epsilon)
+
+
+def instance_norm(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """InstanceNorm, also of a single place, which F.instance_norm refuses."""
+    return torch.instance_norm(x, scale, bias, None, None, True, 0.0, epsilon, torch.backends.cudnn.enabled)
 
 
 @rule("LayerNormalization")
@@ -132,9 +150,19 @@ def layer_statistics(
 
 @rule("GroupNormalization")
 def group_normalization(call: Call) -> fx.Node:
-    # The form of operator sets 18 to 20, with weights by group, is one that onnx has withdrawn.
     groups, epsilon = call.attr("num_groups"), call.attr("epsilon", 1e-5)
-    return call.emit(F.group_norm, call.tensor(0), groups, call.tensor(1), call.tensor(2), epsilon)
+    # Up to operator set 20 its weights are by group, a form that onnx has withdrawn and ONNX Runtime runs.
+    function = torch.group_norm if call.opset >= 21 else group_norm
+    return call.emit(function, call.tensor(0), groups, call.tensor(1), call.tensor(2), epsilon)
+
+
+def group_norm(
+    x: torch.Tensor, groups: int, scale: torch.Tensor, bias: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    """GroupNorm by a scale and a bias of each group."""
+    channels = x.shape[1] // groups
+    weights = scale.repeat_interleave(channels), bias.repeat_interleave(channels)
+    return torch.group_norm(x, groups, *weights, epsilon)
 
 
 @rule("RMSNormalization")
@@ -144,6 +172,25 @@ def rms_normalization(call: Call) -> fx.Node:
     if shape is not None:
         return call.emit(F.rms_norm, call.tensor(0), shape, call.tensor(1), epsilon)
     return call.emit(rms_norm, call.tensor(0), axis, call.tensor(1), epsilon)
+
+
+@rule("SimplifiedLayerNormalization")
+def simplified_layer_normalization(call: Call) -> Any:
+    """RMSNorm under the name that ONNX Runtime gave it, before ONNX had one."""
+    if call.dtype(0) not in (None, call.dtype(1)):
+        call.refuse("its input and its weight are of different types")
+    y = rms_normalization(call)
+    if call.outputs == 1:
+        return y
+    if call.dtype(0) in _NARROW:
+        call.refuse("the inverse deviation is not supported as an output in half precision")
+    return y, call.emit(inverse_rms, call.tensor(0), call.attr("axis", -1), call.attr("epsilon", 1e-5))
+
+
+def inverse_rms(x: torch.Tensor, axis: int, epsilon: float) -> torch.Tensor:
+    """The inverse root mean square over all axes from `axis`, which stay as ones."""
+    axes = list(range(axis % x.dim(), x.dim()))
+    return torch.rsqrt(x.square().mean(axes, keepdim=True) + epsilon)
 
 
 def rms_norm(x: torch.Tensor, axis: int, scale: torch.Tensor, epsilon: float) -> torch.Tensor:

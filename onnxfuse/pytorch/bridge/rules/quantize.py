@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto
 from torch import Tensor, fx
 
 from onnxfuse.pytorch.bridge.registry import rule
@@ -18,6 +19,7 @@ from onnxfuse.pytorch.bridge.values import Call
 
 _TYPES = {2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: torch.int32}
 """ONNX's numbers of the types that may stand for numbers."""
+_LISTED = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES.values())
 
 
 def _layout(call: Call) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def _layout(call: Call) -> dict[str, Any]:
 @rule("DequantizeLinear")
 def dequantize_rule(call: Call) -> fx.Node:
     if call.dtype(0) not in _TYPES.values():
-        call.refuse(f"numbers of type {call.dtype(0)} are not supported")
+        call.refuse(f"floats from {call.type_name(0)} are not supported, only from {_LISTED}")
     return call.emit(dequantize, call.tensor(0), call.tensor(1), call.optional(2), **_layout(call))
 
 
@@ -37,7 +39,12 @@ def dequantize_rule(call: Call) -> fx.Node:
 def quantize_rule(call: Call) -> fx.Node:
     dtype = call.dtype(2) if call.has(2) else _TYPES.get(call.attr("output_dtype", 0) or 2)
     if dtype not in _TYPES.values():
-        call.refuse(f"numbers of type {dtype} are not supported")
+        name = (
+            call.type_name(2)
+            if call.has(2)
+            else TensorProto.DataType.Name(call.attr("output_dtype", 0)).lower()
+        )
+        call.refuse(f"{name} from floats is not supported, only {_LISTED}")
     return call.emit(quantize, call.tensor(0), call.tensor(1), call.optional(2), dtype=dtype, **_layout(call))
 
 

@@ -34,8 +34,21 @@ def _axes(call: Call) -> list[int] | None:
 
 
 def _reducing(
-    kind: str, function: Reduction, before: Elements | None = None, after: Elements | None = None
+    kind: str,
+    function: Reduction,
+    before: Elements | None = None,
+    after: Elements | None = None,
+    alone: Elements | None = None,
 ) -> None:
+    """A rule for a reduction.
+
+    Args:
+        kind: the operator.
+        function: emits it.
+        before, after: what goes before and after.
+        alone: what it makes of a single element, where that is another one: so much is left without axes.
+    """
+
     @rule(kind, host=_HOST.get(kind))
     def convert(call: Call) -> Value:
         refuse_wide_unsigned(call)
@@ -47,6 +60,8 @@ def _reducing(
             node = function(call, node, axes, keep)
             if not keep:
                 rank = None if rank is None or axes is None else rank - len(axes)
+        elif alone is not None:
+            node = alone(call, node)
         node = node if after is None else after(call, node)
         return Value("", call.dtype(0), rank, node)
 
@@ -103,6 +118,8 @@ def summed(x: Tensor, axes: list[int] | None, keep: bool) -> Tensor:
 
 
 def _mean(call: Call, x: fx.Node, axes: list[int] | None, keep: bool) -> fx.Node:
+    if 0 in (call.known_sizes(0) or ()):
+        return call.emit(summed, x, axes, keep)  # of no elements it is 0 in ONNX Runtime, NaN in torch
     function = torch.mean if call.dtype(0) is not None and not _integer(call) else averaged
     return call.emit(function, x, axes, keep)
 
@@ -191,7 +208,7 @@ _reducing("ReduceProd", _product)
 _reducing("ReduceMax", _largest)
 _reducing("ReduceMin", _smallest)
 _reducing("ReduceL1", _sum, before=_absolute)
-_reducing("ReduceL2", _norm)
+_reducing("ReduceL2", _norm, alone=_absolute)
 _reducing("ReduceLogSum", _sum, after=_log)
 _reducing("ReduceLogSumExp", _log_sum_exp)
 _reducing("ReduceSumSquare", _sum, before=_square)

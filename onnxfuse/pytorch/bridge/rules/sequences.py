@@ -17,12 +17,13 @@ from onnxfuse.pytorch.bridge.values import Call, Value, object_array
 def split_to_sequence(call: Call) -> fx.Node:
     x, axis = call.tensor(0), call.attr("axis", 0)
     if not call.has(1):
-        return (
-            call.method("split", x, 1, axis) if call.attr("keepdims", 1) else call.method("unbind", x, axis)
-        )
+        keep = call.attr("keepdims", 1)
+        return call.emit(list, call.method("split", x, 1, axis) if keep else call.method("unbind", x, axis))
     if call.rank(1) is None:
         call.refuse("whether its parts are listed or have one size is unknown")
-    return call.method("split", x, call.sizes(1) if call.rank(1) else _position(call, 1), axis)
+    return call.emit(
+        list, call.method("split", x, call.sizes(1) if call.rank(1) else _position(call, 1), axis)
+    )
 
 
 def _position(call: Call, index: int) -> Any:

@@ -128,13 +128,13 @@ def reversed_axes(x: Tensor) -> Tensor:
 
 def _squeeze_host(call: Call, array: Host) -> Value | None:
     axes = call.axes()
-    return _on_host(call, np.squeeze(array, None if axes is None else tuple(axes)))
+    return _on_host(call, np.squeeze(array, tuple(axes) if axes else None))
 
 
 @rule("Squeeze", host=lambda call, array, *_: _squeeze_host(call, array))
 def squeeze(call: Call) -> Value:
     axes, rank = call.axes(), call.rank(0)
-    if axes is None:
+    if not axes:  # ONNX Runtime takes an empty list of them for none
         return moved(call, call.method("squeeze", call.tensor(0)), None)
     node = call.method("squeeze", call.tensor(0), axes[0] if len(axes) == 1 else tuple(axes))
     return moved(call, node, None if rank is None else rank - len(axes))
