@@ -20,12 +20,12 @@ from onnxfuse.channels.lengths import Numbers, Tag, of_constant, worth_reading
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.ops.linear import weight_type
+from onnxfuse.ops.layouts import weight_type
 from onnxfuse.ops.view import ModelNodeView
 
 Axes = tuple[Axis, ...]
 ChannelRule = Callable[["ChannelNode"], "list[Axes | None]"]
-SinkKind = Literal["sum", "mean", "norm", "rms norm"]
+SinkKind = Literal["sum", "mean", "norm", "rms norm", "max", "min"]
 Role = Literal["producer", "consumer", "along"]
 SINGLE = "a single index"
 UNKNOWN_SIZE = 1_000_003  # stands for a size that nothing is known of; no size of a real axis
@@ -45,7 +45,8 @@ class Sink:
         dim: the axis.
         part: what of it is summed up, where that is but one of its factors: the channels of a group, the
             dimensions of a head.
-        kind: "sum"; or "mean", "norm", "rms norm", where the number of channels counts too.
+        kind: "sum"; or "mean", "norm", "rms norm", where the number of channels counts too; or "max", "min",
+            where a removed channel must not be the one that is found.
     """
 
     node: str

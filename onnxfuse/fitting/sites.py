@@ -200,10 +200,10 @@ def _target(
     axis = channel_axis(op)
     found = _sum_with(model, op, shapes)
     if found is not None and last_site.get(found[1], -1) < number:
-        channels = _comparable(model, found[0], axis, shapes, known)
+        channels = comparable_channels(model, found[0], axis, shapes, known)
         if not isinstance(channels, str):
             return *found, channels
-    channels = _comparable(model, op.y, axis, shapes, known)
+    channels = comparable_channels(model, op.y, axis, shapes, known)
     return channels if isinstance(channels, str) else (op.y, None, channels)
 
 
@@ -289,7 +289,7 @@ def _cut_info(model: Model, info: TensorInfo | None) -> TensorInfo | None:
     return replace(info, shape=tuple(sizes))
 
 
-def _comparable(
+def comparable_channels(
     model: Model,
     name: str,
     axis: int,

@@ -24,7 +24,8 @@ from onnxfuse.ops.channel_affine import (
     channel_affine,
     training_mode,
 )
-from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op, output_axis, weight_type
+from onnxfuse.ops.layouts import weight_type
+from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op, output_axis
 from onnxfuse.ops.linear_weights import overflow
 
 MAX_CARRIERS = 6

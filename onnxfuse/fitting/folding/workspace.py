@@ -15,7 +15,8 @@ from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.ops.linear import LinearOp, is_shared, linear_op
+from onnxfuse.ops.layouts import is_shared
+from onnxfuse.ops.linear import LinearOp, linear_op
 from onnxfuse.ops.linear_weights import write_weights
 
 
@@ -128,7 +129,7 @@ class Workspace:
 
     def copy_cost(self, op: LinearOp) -> int:
         """Bytes that new weights for `op` take besides the old ones: all, where those have other users."""
-        shared = is_shared(self.model, op.weight_tensor, op.node)
+        shared = is_shared(self.model, op.weight_input, op.node)
         return op.out_features * op.columns * op.dtype.itemsize if shared else 0
 
     def beyond_budget(self, cost: int) -> str | None:
