@@ -6,14 +6,15 @@ what its axes evaluate to, a number becomes the length of its axis. A shared wei
 
 Numbers that belong to a node alone are changed in place; a list of lengths that others use too (exporters
 merge equal constants) gets a private copy for this node. Where the list is a Concat of constants and computed
-lengths, perhaps cast, the node gets a Concat of its own, with the constants replaced.
+lengths, perhaps cast, the node gets a Concat of its own, with the constants replaced; where it is computed in
+another way, one of its elements and of constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, groupby
 
 import numpy as np
 
@@ -210,6 +211,8 @@ def _with_entries(
         made = model.add_node("Concat", pieces, [tensor.name], {"axis": 0}, by=by)
         return made.outputs[0]
     value = _value(model, system, tensor).copy()
+    if computed and value.size > len(entries):
+        return _patched(model, tensor, value, entries, by)
     for entry, number in entries.items():
         value.reshape(-1)[entry] = number
     alone = user is not None and model.consumers(tensor) == [user] and user.inputs.count(tensor) == 1
@@ -217,6 +220,22 @@ def _with_entries(
         model.set_weight(tensor, value)
         return tensor
     return model.add_weight(tensor.name, value)
+
+
+def _patched(model: Model, tensor: Tensor, value: np.ndarray, entries: Mapping[int, int], by: str) -> Tensor:
+    """A computed list with some elements replaced: runs of its own elements, and constants between them."""
+    pieces: list[Tensor] = []
+    for replaced, run in groupby(range(value.size), entries.__contains__):
+        places = np.array(list(run))
+        if replaced:
+            own = np.array([entries[entry] for entry in places.tolist()], value.dtype)
+            pieces.append(model.add_weight(f"{tensor.name}_sizes", own))
+        else:
+            where = model.add_weight(f"{tensor.name}_places", places)
+            pieces.append(
+                model.add_node("Gather", [tensor, where], [f"{tensor.name}_part"], by=by).outputs[0]
+            )
+    return model.add_node("Concat", pieces, [tensor.name], {"axis": 0}, by=by).outputs[0]
 
 
 def _value(model: Model, system: System, tensor: Tensor) -> np.ndarray:

@@ -269,23 +269,11 @@ def _writable(system: System, number: Number) -> bool:
         return True
     producer = system.model.producer(system.model.tensor(place.node))
     assert producer is not None
-    return _replaceable(system, producer.inputs[place.slot], place.entry)
+    return _replaceable(system, producer.inputs[place.slot])
 
 
-def _replaceable(system: System, tensor: Tensor, entry: int) -> bool:
-    """Whether `edits` can replace one element of a list of numbers: the list is the same in every run, or has
-    no other element, or is put together by a Concat from lists of which that is true."""
-    producer = system.model.producer(tensor)
+def _replaceable(system: System, tensor: Tensor) -> bool:
+    """Whether `edits` can replace one element of a list of numbers: the list is the same in every run, or is
+    put together anew from its other elements."""
     known = system.numbers_of(tensor)
-    if known is None or known.fixed:
-        return known is not None
-    if producer is not None and producer.key in lengths.COPYING:
-        return _replaceable(system, producer.inputs[0], entry)
-    if producer is not None and producer.op == "Concat" and known.value.ndim == 1:
-        for piece in producer.inputs:
-            own = system.numbers_of(piece)
-            assert own is not None
-            if entry < own.value.size:
-                return _replaceable(system, piece, entry)
-            entry -= own.value.size
-    return known.value.size == 1
+    return known is not None and (known.fixed or known.value.ndim == 1 or known.value.size == 1)

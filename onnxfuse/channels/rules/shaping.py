@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from onnxfuse.channels.dims import (
     Axis,
+    AxisKind,
     ClashError,
     factor,
     find,
     is_dynamic,
     is_position,
+    kind,
     leaves,
     product_of,
     segment,
@@ -85,16 +87,32 @@ def arranged(site: ChannelNode, dims: Sequence[Axis], sizes: Sequence[Axis]) -> 
 
 def _refactored(site: ChannelNode, have: Sequence[Axis], want: Sequence[Axis]) -> Sequence[Axis]:
     if all(map(_settled, have)):
-        return [_like(site, dim.size, have) for dim in want]
+        return _alike(site, have, want)
     try:
-        return factor(product_of(have), [dim.size for dim in want])
+        made = factor(product_of(have), [dim.size for dim in want])
     except ClashError as clash:
         site.freeze(have, str(clash))
-        return [_like(site, dim.size, have) for dim in want]
+        return _alike(site, have, want)
+    for dim, size in zip(made, want, strict=True):
+        if kind(dim) is AxisKind.LEAF and not size.dynamic:
+            find(dim).dynamic = False  # rows of a dynamic axis, of a size that is written down
+    return made
+
+
+def _alike(site: ChannelNode, have: Sequence[Axis], want: Sequence[Axis]) -> list[Axis]:
+    """Frozen axes of these sizes, made from frozen ones; those of sizes that are written down are static."""
+    made = [_like(site, dim.size, have) for dim in want]
+    for dim, size in zip(made, want, strict=True):
+        dim.dynamic = dim.dynamic and size.dynamic
+    return made
 
 
 def _reshape(site: ChannelNode) -> list[Axes | None]:
     axes, sizes = site.axes(0), site.sizes()
+    asked = site.numbers(1)
+    if asked is not None and asked.value.size == len(sizes):
+        for dim, size, tag in zip(sizes, asked.value.flat, asked.tags.flat, strict=True):
+            dim.dynamic = dim.dynamic and not (size > 0 and tag is None)
     result = arranged(site, axes, sizes)
     if "shape" in site.node.attrs:
         for entry, (size, dim) in enumerate(zip(site.attribute("shape"), result, strict=True)):
