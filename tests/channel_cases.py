@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.checker
+import onnx.shape_inference
 from nets import RUNTIME, Feed, compute, net, normal, weight
 from onnx import helper
 
@@ -94,6 +95,11 @@ def listed_as_inputs(proto: onnx.ModelProto) -> None:
     """All initializers listed among the inputs, as old exporters do."""
     for tensor in proto.graph.initializer:
         proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+
+
+def declared(proto: onnx.ModelProto) -> None:
+    """All inferred shapes declared."""
+    proto.CopyFrom(onnx.shape_inference.infer_shapes(proto, data_prop=True))
 
 
 POOLED = "gap = GlobalAveragePool(last) flat = Flatten(gap) y = Gemm(flat, wy, by)"
@@ -482,6 +488,50 @@ CASES = {
         (6, 4),
         2,
         x="float[N,T,5] x",
+    ),
+    "as_strided behind a gate": Case(
+        """a = Conv(x, w0, b0) p, q = Split<axis=1>(a) m = Mul(p, q) g = ReduceMean<axes=[2,3]>(m)
+        flat = Reshape(g, i_1) n = Shape<start=0, end=1>(x) count = Squeeze(n) range = Range(i0, count, i1)
+        far = Mul(range, i6) up = Unsqueeze(far, last) near = Add(up, table) places = Add(near, zeros)
+        s = Gather(flat, places) e = Conv(s, w1, b1) d = Mul(m, e) y = Conv(d, w2)""",
+        sized("w0:12,3,1,1 b0:12 w1:6,6,1,1 b1:6 w2:4,6,1,1")
+        | {
+            "i_1": ints(-1),
+            "i0": np.array(0),
+            "i1": np.array(1),
+            "i6": np.array(6),
+            "last": ints(1, 2, 3),
+            "table": np.arange(6).reshape(1, 6, 1, 1),
+            "zeros": np.zeros((1, 1, 1, 1), np.int64),
+        },
+        (6,),
+        2,
+        y="float[A,B,C,D] y",
+    ),
+    "padded by computed numbers, but for the channels": Case(
+        """a = Conv(x, w0, b0) s = Shape(a) h = Slice(s, i2, i4) odd = Mod(h, i3) more = Sub(i3, odd)
+        pads = Concat<axis=0>(zeros, zeros, zeros, more) p = Pad(a, pads) r = Relu(p) b = Conv(r, w1)
+        y = Conv(b, w2)""",
+        sized("w0:6,3,1,1 b0:6 w1:5,6,3,3 w2:4,5,1,1")
+        | {
+            "i2": ints(2),
+            "i3": ints(3),
+            "i4": ints(4),
+            "zeros": ints(0, 0),
+        },
+        (6, 5),
+        2,
+        x="float[N,3,H,W] x",
+        y="float[A,B,C,D] y",
+    ),
+    "one list of sizes for two": Case(
+        """q = MatMul(x, wq) k = MatMul(x, wk) r = Reshape(q, rows) s = Reshape(k, rows) u = Expand(s, wide)
+        t = Expand(r, wide) m = Add(u, t) f = Reshape(m, back) y = MatMul(f, wo)""",
+        sized("wq:6,8 wk:6,8 wo:24,5") | {"rows": ints(0, 1, 8), "wide": ints(1, 3, 1), "back": ints(0, -1)},
+        (8, 3),
+        2,
+        x="float[N,6] x",
+        edit=declared,
     ),
     "pixel unshuffle of dynamic size": Case(
         """a = Conv(x, w0, b0) u = Unsqueeze(a, i3) r = Reshape(u, halves) s = Reshape(r, quarters)

@@ -22,7 +22,7 @@ from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Axis, Kept
 from onnxfuse.channels.groups import Choice
 from onnxfuse.channels.lengths import COPYING, dims_of
-from onnxfuse.channels.site import EvenSplit, Number, Pin, System
+from onnxfuse.channels.site import EvenSplit, FlatView, Number, Pin, System
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ops.view import TO_THE_END
@@ -155,6 +155,8 @@ def _rewrite(model: Model, system: System, kept: Kept, by: str) -> list[tuple[st
     for pin in system.pins:
         if any(algebra.length(dim, kept) != dim.size for dim in pin.dims):
             _keep_value(model, system, pin)
+    for view in system.views:
+        done.extend(_write_view(model, view, kept))
     for split in system.splits:
         done.extend(_write_split(model, split, kept))
     return done
@@ -241,6 +243,21 @@ def _patched(model: Model, tensor: Tensor, value: np.ndarray, entries: Mapping[i
 def _value(model: Model, system: System, tensor: Tensor) -> np.ndarray:
     value = model.weight(tensor)
     return system.numbers[tensor.name].value if value is None else value
+
+
+def _write_view(model: Model, view: FlatView, kept: Kept) -> list[tuple[str, str, int, int]]:
+    """A Gather at places that are counted through becomes the Reshape that it is."""
+    old = [dim.size for dim in view.dims]
+    sizes = [algebra.length(dim, kept) for dim in view.dims]
+    if sizes == old:
+        return []
+    node = _node(model, view.node)
+    asked = [-1 if algebra.is_dynamic(dim) else size for dim, size in zip(view.dims, sizes, strict=True)]
+    node.op = "Reshape"
+    node.attrs.clear()
+    node.inputs[1] = model.add_weight(f"{view.node}_shape", np.array(asked, np.int64))
+    pairs = enumerate(zip(old, sizes, strict=True))
+    return [(node.site_name, f"shape[{place}]", a, b) for place, (a, b) in pairs if a != b]
 
 
 def _write_split(model: Model, split: EvenSplit, kept: Kept) -> list[tuple[str, str, int, int]]:

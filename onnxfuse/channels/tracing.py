@@ -15,6 +15,7 @@ import numpy as np
 from onnxfuse.analysis.constant_folding import proven_shapes
 from onnxfuse.channels import lengths
 from onnxfuse.channels.dims import Axis, crossed, equal, freeze_leaves, is_dynamic, leaves
+from onnxfuse.channels.grids import GRID_OPERATORS, evaluate_grid
 from onnxfuse.channels.rules import RULES
 from onnxfuse.channels.site import SINGLE, Axes, ChannelNode, Number, Pin, StopRuleError, System
 from onnxfuse.ir.model import Feed, Model
@@ -136,6 +137,10 @@ def _evaluated(site: ChannelNode) -> list[lengths.Numbers]:
     computed = _numbers_of(site) if is_main_domain(site.node) and not site.node.bodies else None
     for tensor, own in zip(site.node.outputs, computed or (), strict=False):
         site.system.numbers[tensor.name] = own
+    if is_main_domain(site.node) and site.node.op in GRID_OPERATORS:
+        inputs = [t for t in site.node.inputs if t.name]
+        grids, known = map(site.system.grid_of, inputs), map(site.system.numbers_of, inputs)
+        site.system.grids[site.output] = evaluate_grid(site.node, list(grids), list(known))
     return computed or []
 
 
