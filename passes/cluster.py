@@ -29,19 +29,17 @@ from onnxfuse.fitting.rewriting import (
     first_feed,
     named,
     nothing,
-    rewrite_change,
-    settled,
-    stored_weights,
-    walked,
     within_bound,
 )
 from onnxfuse.fitting.search import SearchResult
 from onnxfuse.fitting.sites import check_mask
+from onnxfuse.fitting.stored_values import made_up_for, value_weights
+from onnxfuse.ir.editing import PASS_KEY
 from onnxfuse.ir.marks import VALUES, ZEROS, keep, promises
 from onnxfuse.ir.model import Model
 from onnxfuse.numerics.kmeans import kmeans, nearest
-from onnxfuse.ops.linear import LINEAR_OPERATORS
-from onnxfuse.ops.shared_weights import SharedWeight
+from onnxfuse.ops.layouts import source
+from onnxfuse.ops.shared_weights import AnyWeight
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.runtime.observed_shapes import shapes_on
 
@@ -82,7 +80,7 @@ class _Clustered:
         error: squared error of the weight, relative to that of zeros.
     """
 
-    weight: SharedWeight
+    weight: AnyWeight
     value: npt.NDArray[Any]
     count: int
     error: float
@@ -102,7 +100,7 @@ class Cluster(Pass):
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for bad samples, NotApplicableError for activations that are not finite."""
         check_mask(model, self.options.mask)
-        weights, skipped = stored_weights(model, self.options.only, context)
+        weights, skipped = value_weights(model, self.options.only, context)
         done, coded = _coded(model, self.options.only, context)
         skipped = [skip for skip in skipped if skip.nodes[0] not in coded]
         if not weights and not coded:
@@ -123,7 +121,7 @@ class Cluster(Pass):
         return finished(model, found, skipped, "as much is clustered already")
 
     def _clustered(
-        self, model: Model, weights: Sequence[SharedWeight], done: int, values: int, context: Context
+        self, model: Model, weights: Sequence[AnyWeight], done: int, values: int, context: Context
     ) -> PassResult:
         """The model with so many values in each weight, as far as `amount` goes.
 
@@ -154,19 +152,17 @@ class Cluster(Pass):
             for node in item.weight.nodes(made):
                 keep(node, VALUES)
         nodes = [node for item in chosen for node in item.weight.nodes(made)]
-        solved, skipped = walked(
-            model, made, context, mask=self.options.mask, refit=self.options.refit, fixed=nodes
-        )
+        after = made_up_for(model, made, nodes, context, mask=self.options.mask, refit=self.options.refit)
         changes = []
         for item in chosen:
             weight = item.weight
             detail: dict[str, Json] = {"weight": weight.tensor.name, "size": weight.size}
             detail |= {"values": item.count, "weight_error": item.error}
             what = f"{item.count} values for {weight.size} weights"
-            changes.append(rewrite_change(weight.names, what, weight.nodes(made), solved, **detail))
-        return settled(made, changes, solved, skipped, own=nodes)
+            changes.append(after.change(weight, what, **detail))
+        return after.result(changes)
 
-    def _stored(self, made: Model, weights: Sequence[SharedWeight]) -> str:
+    def _stored(self, made: Model, weights: Sequence[AnyWeight]) -> str:
         """Put clustered weights into codebooks, if asked for; a note on what shrinks."""
         if not self.options.codebook:
             return "neither latency nor the plain file shrinks, the packed one does"
@@ -177,14 +173,14 @@ class Cluster(Pass):
         return "weights are stored as tables and indices: the file shrinks, latency does not"
 
 
-def _is_done(model: Model, weight: SharedWeight, values: int) -> bool:
+def _is_done(model: Model, weight: AnyWeight, values: int) -> bool:
     """Whether an earlier run has left a weight with no more values than that."""
     if not any(VALUES in promises(node) for node in weight.nodes(model)):
         return False
     return len(np.unique(weight.read(model))) <= values
 
 
-def _by_kmeans(model: Model, weight: SharedWeight, values: int) -> _Clustered:
+def _by_kmeans(model: Model, weight: AnyWeight, values: int) -> _Clustered:
     """A weight with at most so many values; zeros of a pruned one are one of them."""
     value = weight.read(model)
     flat = value.reshape(-1).astype(np.float64)
@@ -206,25 +202,25 @@ def _coded(model: Model, only: str, context: Context) -> tuple[int, set[str]]:
     sizes: dict[str, int] = {}
     names: set[str] = set()
     for node in model.nodes:
-        if (
-            node.op not in LINEAR_OPERATORS
-            or VALUES not in promises(node)
-            or not fnmatchcase(node.site_name, only)
-        ):
+        if VALUES not in promises(node) or not fnmatchcase(node.site_name, only):
             continue
-        shape = shapes[node.inputs[1].name].shape
-        if not model.is_weight(node.inputs[1]) and shape is not None:
-            names.add(node.site_name)
-            sizes[node.inputs[1].name] = math.prod(size for size in shape if isinstance(size, int))
+        for tensor in (source(model, tensor) for tensor in node.inputs):
+            codebook = model.producer(tensor)
+            if codebook is None or codebook.op != "Gather" or codebook.metadata.get(PASS_KEY) != Cluster.name:
+                continue
+            shape = shapes[tensor.name].shape
+            if shape is not None:
+                names.add(node.site_name)
+                sizes[tensor.name] = math.prod(size for size in shape if isinstance(size, int))
     return sum(sizes.values()), names
 
 
-def _code(model: Model, weight: SharedWeight) -> None:
+def _code(model: Model, weight: AnyWeight) -> None:
     """Put a table and indices in a weight's place."""
     value = weight.read(model)
     table, index = np.unique(value.reshape(-1).astype(np.float64), return_inverse=True)
     small = np.uint8 if len(table) <= 256 else np.uint16
-    nodes = weight.nodes(model)
+    nodes, old = weight.nodes(model), model.tensor(weight.tensor.name)
     made: dict[str, Any] = {"by": Cluster.name, "replaces": [node.site_name for node in nodes]}
     stored = model.add_weight(f"{weight.tensor.name}_index", index.astype(small).reshape(value.shape))
     names = [f"{weight.tensor.name}_{what}" for what in ("index_cast", "values")]
@@ -232,5 +228,5 @@ def _code(model: Model, weight: SharedWeight) -> None:
     wide = model.add_node("Cast", [stored], names[:1], {"to": TensorProto.INT32}, names[0], **made)
     entries = [model.add_weight(f"{weight.tensor.name}_table", table.astype(value.dtype)), wide.outputs[0]]
     values = model.add_node("Gather", entries, names[1:], {"axis": 0}, names[1], **made)
-    for node in nodes:
-        node.inputs[1] = values.outputs[0]
+    for user in model.consumers(old):
+        user.inputs = [values.outputs[0] if tensor is old else tensor for tensor in user.inputs]

@@ -50,7 +50,7 @@ from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.numerics.affine import Affine
-from onnxfuse.ops.linear import weight_type
+from onnxfuse.ops.layouts import weight_type
 from onnxfuse.ops.linear_building import add_linear
 from onnxfuse.ops.shared_weights import own_weights
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult

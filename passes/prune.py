@@ -23,17 +23,14 @@ from onnxfuse.fitting.rewriting import (
     finished,
     named,
     nothing,
-    rewrite_change,
-    settled,
-    stored_weights,
-    walked,
     within_bound,
 )
 from onnxfuse.fitting.search import SearchResult
 from onnxfuse.fitting.sites import check_mask
+from onnxfuse.fitting.stored_values import made_up_for, value_weights
 from onnxfuse.ir.marks import ZEROS, keep
 from onnxfuse.ir.model import Model
-from onnxfuse.ops.shared_weights import SharedWeight
+from onnxfuse.ops.shared_weights import AnyWeight
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.pipeline.goals import Share, gone_of_all
 
@@ -68,7 +65,7 @@ class Prune(Pass):
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for bad samples, NotApplicableError for activations that are not finite."""
         check_mask(model, self.options.mask)
-        weights, skipped = stored_weights(model, self.options.only, context)
+        weights, skipped = value_weights(model, self.options.only, context)
         if not weights:
             where = named(self.options.only)
             return nothing(model, skipped, f"no weight of this model{where} can be pruned")
@@ -85,7 +82,7 @@ class Prune(Pass):
         return finished(model, found, skipped, "as many weights are zero already")
 
     def _pruned(
-        self, model: Model, weights: Sequence[SharedWeight], amount: float, context: Context
+        self, model: Model, weights: Sequence[AnyWeight], amount: float, context: Context
     ) -> PassResult:
         """The model with this share of the weights zero."""
         made = model.copy()
@@ -107,17 +104,15 @@ class Prune(Pass):
         nodes = [
             n for weight, own in zip(weights, zero, strict=True) if own.any() for n in weight.nodes(made)
         ]
-        solved, skipped = walked(
-            model, made, context, mask=self.options.mask, refit=self.options.refit, fixed=nodes
-        )
+        after = made_up_for(model, made, nodes, context, mask=self.options.mask, refit=self.options.refit)
         changes = []
         for weight, own, old in zip(weights, zero, sizes, strict=True):
             if old[own].any():
                 zeros = int(np.count_nonzero(own))
                 what = f"{zeros / weight.size:.3g} of {weight.size} weights zero"
                 detail: dict[str, Json] = {"weight": weight.tensor.name, "zeros": zeros, "size": weight.size}
-                changes.append(rewrite_change(weight.names, what, weight.nodes(made), solved, **detail))
-        result = settled(made, changes, solved, skipped, own=nodes)
+                changes.append(after.change(weight, what, **detail))
+        result = after.result(changes)
         count = sum(int(np.count_nonzero(weight.read(made) == 0)) for weight in weights)
         total = sum(weight.size for weight in weights)
         packed = "neither latency nor the plain file shrinks, the packed one does"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.checker
+import onnx.shape_inference
 from nets import RUNTIME, Feed, compute, net, normal, weight
 from onnx import helper
 
@@ -94,6 +95,11 @@ def listed_as_inputs(proto: onnx.ModelProto) -> None:
     """All initializers listed among the inputs, as old exporters do."""
     for tensor in proto.graph.initializer:
         proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+
+
+def declared(proto: onnx.ModelProto) -> None:
+    """All inferred shapes declared."""
+    proto.CopyFrom(onnx.shape_inference.infer_shapes(proto, data_prop=True))
 
 
 POOLED = "gap = GlobalAveragePool(last) flat = Flatten(gap) y = Gemm(flat, wy, by)"
@@ -371,6 +377,47 @@ CASES = {
         x="float[N,T,6] x",
         exact=False,
     ),
+    "key-value heads repeated by a computed list": Case(
+        """n = Shape<start=0, end=1>(x) t = Shape<start=1, end=2>(x) q0 = MatMul(x, wq) q1 = Reshape(q0, four)
+        q = Transpose<perm=[0,2,1,3]>(q1) k0 = MatMul(x, wk) k1 = Reshape(k0, two)
+        k2 = Transpose<perm=[0,2,1,3]>(k1) k3 = Unsqueeze(k2, i2) v0 = MatMul(x, wv) v1 = Reshape(v0, two)
+        v2 = Transpose<perm=[0,2,1,3]>(v1) v3 = Unsqueeze(v2, i2) list = Concat<axis=0>(n, i2, i2, t, i4)
+        sh = Shape(list) ones = ConstantOfShape<value = int64[1] {1}>(sh) minus = Mul(ones, m1)
+        any = Equal(list, minus) to = Where(any, ones, list) k4 = Expand(k3, to) v4 = Expand(v3, to)
+        many = Concat<axis=0>(n, i4, t, i4) k5 = Reshape(k4, many) v = Reshape(v4, many)
+        k = Transpose<perm=[0,1,3,2]>(k5) s = MatMul(q, k) p = Softmax(s) o = MatMul(p, v)
+        o1 = Transpose<perm=[0,2,1,3]>(o) back = Concat<axis=0>(n, t, m1) o2 = Reshape(o1, back)
+        y = MatMul(o2, wo)""",
+        sized("wq:6,16 wk:6,8 wv:6,8 wo:16,5")
+        | {"two": ints(0, 0, 2, 4), "four": ints(0, 0, 4, 4), "i2": ints(2), "i4": ints(4), "m1": ints(-1)},
+        (2, 2, 4, 4),  # key heads, query heads to a key head, dimensions of queries and keys, of values
+        2,
+        x="float[N,T,6] x",
+        y="float[A,B,C] y",
+        exact=False,
+    ),
+    "key-value heads repeated by Tile and by Concat": Case(
+        """q0 = MatMul(x, wq) q1 = Reshape(q0, four) q = Transpose<perm=[0,2,1,3]>(q1) k0 = MatMul(x, wk)
+        k1 = Reshape(k0, two) k2 = Transpose<perm=[0,2,1,3]>(k1) k3 = Unsqueeze(k2, i2) v0 = MatMul(x, wv)
+        v1 = Reshape(v0, two) v2 = Transpose<perm=[0,2,1,3]>(v1) v3 = Unsqueeze(v2, i2)
+        k4 = Tile(k3, repeats) v4 = Concat<axis=2>(v3, v3) k5 = Reshape(k4, many) v = Reshape(v4, many)
+        k = Transpose<perm=[0,1,3,2]>(k5) s = MatMul(q, k) p = Softmax(s) o = MatMul(p, v)
+        o1 = Transpose<perm=[0,2,1,3]>(o) o2 = Reshape(o1, back) y = MatMul(o2, wo)""",
+        sized("wq:6,16 wk:6,8 wv:6,8 wo:16,5")
+        | {
+            "two": ints(0, 0, 2, 4),
+            "four": ints(0, 0, 4, 4),
+            "i2": ints(2),
+            "repeats": ints(1, 1, 2, 1, 1),
+            "many": ints(0, 4, -1, 4),
+            "back": ints(0, 0, -1),
+        },
+        (2, 4, 4),  # key heads with their two query heads each, dimensions of queries and keys, of values
+        2,
+        x="float[N,T,6] x",
+        y="float[A,B,C] y",
+        exact=False,
+    ),
     "fused query, key and value, rotary": Case(
         """h = MatMul(x, w) r = Reshape(h, three) t = Transpose<perm=[2,0,3,1,4]>(r) q = Gather(t, i0)
         k = Gather(t, i1)
@@ -441,6 +488,92 @@ CASES = {
         (6, 4),
         2,
         x="float[N,T,5] x",
+    ),
+    "as_strided behind a gate": Case(
+        """a = Conv(x, w0, b0) p, q = Split<axis=1>(a) m = Mul(p, q) g = ReduceMean<axes=[2,3]>(m)
+        flat = Reshape(g, i_1) n = Shape<start=0, end=1>(x) count = Squeeze(n) range = Range(i0, count, i1)
+        far = Mul(range, i6) up = Unsqueeze(far, last) near = Add(up, table) places = Add(near, zeros)
+        s = Gather(flat, places) e = Conv(s, w1, b1) d = Mul(m, e) y = Conv(d, w2)""",
+        sized("w0:12,3,1,1 b0:12 w1:6,6,1,1 b1:6 w2:4,6,1,1")
+        | {
+            "i_1": ints(-1),
+            "i0": np.array(0),
+            "i1": np.array(1),
+            "i6": np.array(6),
+            "last": ints(1, 2, 3),
+            "table": np.arange(6).reshape(1, 6, 1, 1),
+            "zeros": np.zeros((1, 1, 1, 1), np.int64),
+        },
+        (6,),
+        2,
+        y="float[A,B,C,D] y",
+    ),
+    "padded by computed numbers, but for the channels": Case(
+        """a = Conv(x, w0, b0) s = Shape(a) h = Slice(s, i2, i4) odd = Mod(h, i3) more = Sub(i3, odd)
+        pads = Concat<axis=0>(zeros, zeros, zeros, more) p = Pad(a, pads) r = Relu(p) b = Conv(r, w1)
+        y = Conv(b, w2)""",
+        sized("w0:6,3,1,1 b0:6 w1:5,6,3,3 w2:4,5,1,1")
+        | {
+            "i2": ints(2),
+            "i3": ints(3),
+            "i4": ints(4),
+            "zeros": ints(0, 0),
+        },
+        (6, 5),
+        2,
+        x="float[N,3,H,W] x",
+        y="float[A,B,C,D] y",
+    ),
+    "one list of sizes for two": Case(
+        """q = MatMul(x, wq) k = MatMul(x, wk) r = Reshape(q, rows) s = Reshape(k, rows) u = Expand(s, wide)
+        t = Expand(r, wide) m = Add(u, t) f = Reshape(m, back) y = MatMul(f, wo)""",
+        sized("wq:6,8 wk:6,8 wo:24,5") | {"rows": ints(0, 1, 8), "wide": ints(1, 3, 1), "back": ints(0, -1)},
+        (8, 3),
+        2,
+        x="float[N,6] x",
+        edit=declared,
+    ),
+    "pixel unshuffle of dynamic size": Case(
+        """a = Conv(x, w0, b0) u = Unsqueeze(a, i3) r = Reshape(u, halves) s = Reshape(r, quarters)
+        t = Transpose<perm=[0,1,3,5,2,4]>(s) m = Reshape(t, merged) q = Squeeze(m, i23)
+        c = Conv(q, w1, b1) cr = Relu(c) y = Conv(cr, w2)""",
+        sized("w0:6,3,1,1 b0:6 w1:8,24,1,1 b1:8 w2:4,8,1,1")
+        | {
+            "i3": ints(3),
+            "halves": ints(0, 0, -1, 2, 0),
+            "quarters": ints(0, 0, 0, 0, -1, 2),
+            "merged": ints(0, -1, 1, 1, 0, 0),
+            "i23": ints(2, 3),
+        },
+        (6, 8),
+        2,
+        x="float[N,3,H,W] x",
+        y="float[A,B,C,D] y",
+    ),
+    "pixel unshuffle and shuffle by computed lists": Case(
+        """a = Conv(x, w0, b0) n = Shape<start=0, end=1>(a) k = Shape<start=1, end=2>(a)
+        h = Shape<start=2, end=3>(a) w = Shape<start=3, end=4>(a) h2 = Div(h, two) v2 = Div(w, two)
+        apart = Concat<axis=0>(n, k, h2, two, v2, two) r = Reshape(a, apart)
+        t = Transpose<perm=[0,3,5,1,2,4]>(r) k4 = Mul(k, four) back = Concat<axis=0>(n, k4, h2, v2)
+        q = Reshape(t, back) c = Conv(q, w1, b1) d = Concat<axis=0>(n, two, two, minus, h2, v2)
+        e = Reshape(c, d) f = Transpose<perm=[0,3,4,1,5,2]>(e) g = Concat<axis=0>(n, minus, h, w)
+        o = Reshape(f, g) y = Conv(o, w2)""",
+        sized("w0:6,3,1,1 b0:6 w1:12,24,1,1 b1:12 w2:4,3,1,1")
+        | {"two": ints(2), "four": ints(4), "minus": ints(-1)},
+        (6, 3),
+        4,
+        x="float[N,3,H,W] x",
+        y="float[A,B,C,D] y",
+    ),
+    "spatial gate": Case(
+        f"""a = Conv<pads=[1,1,1,1]>(x, w0, b0) b = Conv<pads=[1,1,1,1]>(a, w1, b1)
+        m = ReduceMax<axes=[1]>(b) n = ReduceMean<axes=[1]>(b) c = Concat<axis=1>(m, n)
+        l = ReduceMin<axes=[1]>(b) g = Conv<pads=[1,1,1,1]>(c, w2) s = Sigmoid(g) d = Mul(b, s)
+        last = Sub(d, l) {POOLED}""",
+        sized("w0:6,3,3,3 b0:6 w1:8,6,3,3 b1:8 w2:1,2,3,3 wy:8,4 by:4"),
+        (6, 8),
+        2,
+        exact=False,
     ),
     "depth to space": Case(
         """a = Conv(x, w0, b0) d = DepthToSpace<blocksize=2, mode="CRD">(a) e = Relu(d) f = Conv(e, w1, b1)

@@ -25,7 +25,8 @@ from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.shape_inference import weightless
 from onnxfuse.ir.shapes import Shapes, TensorInfo, info_of
-from onnxfuse.ops.linear import is_main_domain, optional_input, weight_type
+from onnxfuse.ops.layouts import weight_type
+from onnxfuse.ops.linear import is_main_domain, optional_input
 from onnxfuse.ops.table import OPS, Kind, Trait
 from onnxfuse.runtime.session import Runtime
 

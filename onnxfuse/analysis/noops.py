@@ -15,7 +15,8 @@ from onnxfuse.ir.external_data import numpy_dtype
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import Shapes
-from onnxfuse.ops.linear import is_main_domain, optional_input, weight_type
+from onnxfuse.ops.layouts import weight_type
+from onnxfuse.ops.linear import is_main_domain, optional_input
 
 NoOpRule = Callable[[Model, Node, Shapes], Tensor | None]
 

@@ -19,7 +19,8 @@ from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import Shapes
 from onnxfuse.ops.channel_affine import training_mode
-from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op, weight_type
+from onnxfuse.ops.layouts import weight_type
+from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op
 from onnxfuse.ops.table import OPS, Trait
 
 _ENTRIES = CURVED | NORMALIZATIONS

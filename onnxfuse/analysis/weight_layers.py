@@ -18,8 +18,11 @@ from onnxfuse.analysis.attention_roles import ROLES, find_roles, heads_before, h
 from onnxfuse.findings import Skip
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
-from onnxfuse.ops.linear import WEIGHTED, LinearOp, is_main_domain, linear_op, weight_type
-from onnxfuse.ops.shared_weights import SharedWeight, shared_weights
+from onnxfuse.ops.layouts import Step, is_stored
+from onnxfuse.ops.linear import WEIGHTED, LinearOp, linear_op
+from onnxfuse.ops.shared_weights import SharedWeight, multiplied, shared_weights
+
+_WEIGHTED = {("", op) for op in WEIGHTED}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +47,8 @@ def find_weight_layers(model: Model) -> tuple[list[WeightLayer], list[Skip]]:
         found = linear_op(model, node, shapes, transposed=True)
         if isinstance(found, LinearOp):
             ops[node] = found
-        elif is_main_domain(node) and node.op in WEIGHTED and any(map(model.is_weight, node.inputs[:2])):
-            first = model.is_weight(node.inputs[0]) and not model.is_weight(node.inputs[1])
+        elif multiplied(model, node) or (node.key in _WEIGHTED and any(_stored(model, node))):
+            first = node.key in _WEIGHTED and _stored(model, node) == [True, False]
             skips.append(Skip((node.site_name,), f"{node.op} has its weight first" if first else found))
     roles = find_roles(model, ops, shapes)
     layers: list[WeightLayer] = []
@@ -87,14 +90,18 @@ def heads(model: Model, layer: WeightLayer) -> int | None:
 def _traits(layer: WeightLayer) -> tuple[Any, ...]:
     """Traits that must agree where layers share a weight; how a kernel is moved over inputs need not."""
     op = layer.ops[0]
-    shape = weight_type(op.model, layer.tensor)[1]
-    return layer.role, op.node.op, *_layout(op), op.dtype.name, op.groups, op.kernel, shape
+    return layer.role, op.node.op, *_layout(op), op.dtype.name, op.groups, op.kernel, op.stored.shape
 
 
-def _layout(op: LinearOp) -> tuple[int, float]:
-    """The attributes `transB` and `alpha`, which say how the matrix is stored."""
+def _layout(op: LinearOp) -> tuple[int, float, tuple[Step, ...]]:
+    """What says how the matrix is stored: the attributes `transB` and `alpha`, and what comes before."""
     attrs = op.node.attrs
-    return int(attrs.get("transB", 0)), float(attrs.get("alpha", 1.0))
+    return int(attrs.get("transB", 0)), float(attrs.get("alpha", 1.0)), op.stored.steps
+
+
+def _stored(model: Model, node: Node) -> list[bool]:
+    """For each of the first two inputs of a node whether it is a stored weight."""
+    return [is_stored(model, tensor) for tensor in node.inputs[:2]]
 
 
 def _obstacle(weight: SharedWeight) -> str | None:

@@ -26,7 +26,7 @@ from onnxfuse.errors import NotApplicableError
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.ops.linear import weight_type
+from onnxfuse.ops.layouts import weight_type
 
 Widths = dict[Group, int]
 Lengths = Mapping[Axis, range]

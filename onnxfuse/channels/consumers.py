@@ -25,7 +25,8 @@ from onnxfuse.ir.marks import promises
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.ops.linear import LinearOp, is_shared, linear_op, weight_type
+from onnxfuse.ops.layouts import is_shared, weight_type
+from onnxfuse.ops.linear import LinearOp, linear_op
 from onnxfuse.ops.linear_weights import write_weights
 from onnxfuse.ops.table import OPS, Kind
 
@@ -94,6 +95,7 @@ class Consumer:
         return (
             self.stored is not None
             and node is not None
+            and not promises(node)
             and not is_shared(model, model.tensor(self.stored[0]), node)
         )
 
@@ -183,7 +185,8 @@ def _consumer(model: Model, group: Group, sink: Sink, shapes: Mapping[str, Tenso
         if total <= MOST_CORRELATED_COLUMNS:
             return Consumer(_patches(op, total), columns, sink.node, op)
         rows = RowView(sink.tensor, 1, op.in_features, correlated=False)
-        return Consumer(rows, places, sink.node, None, None if op.groups > 1 else (op.weight_tensor.name, 1))
+        direct = op.groups == 1 and op.weight_input is op.weight_tensor
+        return Consumer(rows, places, sink.node, None, (op.weight_tensor.name, 1) if direct else None)
     if isinstance(op, LinearOp) and op.kind != "conv":
         last = len(_shape(shapes, sink.tensor)) - 1
         wide = op.in_features > MOST_CORRELATED_COLUMNS

@@ -6,14 +6,15 @@ what its axes evaluate to, a number becomes the length of its axis. A shared wei
 
 Numbers that belong to a node alone are changed in place; a list of lengths that others use too (exporters
 merge equal constants) gets a private copy for this node. Where the list is a Concat of constants and computed
-lengths, perhaps cast, the node gets a Concat of its own, with the constants replaced.
+lengths, perhaps cast, the node gets a Concat of its own, with the constants replaced; where it is computed in
+another way, one of its elements and of constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, groupby
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from onnxfuse.channels import dims as algebra
 from onnxfuse.channels.dims import Axis, Kept
 from onnxfuse.channels.groups import Choice
 from onnxfuse.channels.lengths import COPYING, dims_of
-from onnxfuse.channels.site import EvenSplit, Number, Pin, System
+from onnxfuse.channels.site import EvenSplit, FlatView, Number, Pin, System
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ops.view import TO_THE_END
@@ -154,6 +155,8 @@ def _rewrite(model: Model, system: System, kept: Kept, by: str) -> list[tuple[st
     for pin in system.pins:
         if any(algebra.length(dim, kept) != dim.size for dim in pin.dims):
             _keep_value(model, system, pin)
+    for view in system.views:
+        done.extend(_write_view(model, view, kept))
     for split in system.splits:
         done.extend(_write_split(model, split, kept))
     return done
@@ -210,6 +213,8 @@ def _with_entries(
         made = model.add_node("Concat", pieces, [tensor.name], {"axis": 0}, by=by)
         return made.outputs[0]
     value = _value(model, system, tensor).copy()
+    if computed and value.size > len(entries):
+        return _patched(model, tensor, value, entries, by)
     for entry, number in entries.items():
         value.reshape(-1)[entry] = number
     alone = user is not None and model.consumers(tensor) == [user] and user.inputs.count(tensor) == 1
@@ -219,9 +224,40 @@ def _with_entries(
     return model.add_weight(tensor.name, value)
 
 
+def _patched(model: Model, tensor: Tensor, value: np.ndarray, entries: Mapping[int, int], by: str) -> Tensor:
+    """A computed list with some elements replaced: runs of its own elements, and constants between them."""
+    pieces: list[Tensor] = []
+    for replaced, run in groupby(range(value.size), entries.__contains__):
+        places = np.array(list(run))
+        if replaced:
+            own = np.array([entries[entry] for entry in places.tolist()], value.dtype)
+            pieces.append(model.add_weight(f"{tensor.name}_sizes", own))
+        else:
+            where = model.add_weight(f"{tensor.name}_places", places)
+            pieces.append(
+                model.add_node("Gather", [tensor, where], [f"{tensor.name}_part"], by=by).outputs[0]
+            )
+    return model.add_node("Concat", pieces, [tensor.name], {"axis": 0}, by=by).outputs[0]
+
+
 def _value(model: Model, system: System, tensor: Tensor) -> np.ndarray:
     value = model.weight(tensor)
     return system.numbers[tensor.name].value if value is None else value
+
+
+def _write_view(model: Model, view: FlatView, kept: Kept) -> list[tuple[str, str, int, int]]:
+    """A Gather at places that are counted through becomes the Reshape that it is."""
+    old = [dim.size for dim in view.dims]
+    sizes = [algebra.length(dim, kept) for dim in view.dims]
+    if sizes == old:
+        return []
+    node = _node(model, view.node)
+    asked = [-1 if algebra.is_dynamic(dim) else size for dim, size in zip(view.dims, sizes, strict=True)]
+    node.op = "Reshape"
+    node.attrs.clear()
+    node.inputs[1] = model.add_weight(f"{view.node}_shape", np.array(asked, np.int64))
+    pairs = enumerate(zip(old, sizes, strict=True))
+    return [(node.site_name, f"shape[{place}]", a, b) for place, (a, b) in pairs if a != b]
 
 
 def _write_split(model: Model, split: EvenSplit, kept: Kept) -> list[tuple[str, str, int, int]]:

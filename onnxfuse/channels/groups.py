@@ -61,8 +61,8 @@ class Group:
         touches: what a cut edits of stored tensors.
         numbers: the attributes and lists of lengths that hold a size and are rewritten.
         sinks: the inputs of operators that sum up over the channels: where a removed one counts as zero.
-        statistics: names of the nodes that take means over the channels, so that those which stay see the
-            statistics of those which stay. A duplicated channel counts twice there.
+        statistics: names of the nodes that take means or extremes over the channels, so that those which stay
+            see the statistics of those which stay. A duplicated channel counts twice in a mean.
         frozen: why it can't be cut, or None.
     """
 

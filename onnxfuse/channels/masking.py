@@ -16,8 +16,9 @@ the outputs, which have no removed indices, are equal.
 
 **Statistics.** A mean over the channels also divides by their number, and so do the normalizations built on
 means. There the removed channels are not only zero but not counted: the mean is the sum, with zeros, divided
-by the number of those that stay. A group says so (`Group.statistics`): it is a cut all the same, but what
-stays is scaled and shifted by what is gone.
+by the number of those that stay. A maximum is that of the channels that stay: removed ones are lower than
+anything there, and higher than anything for a minimum. A group says so (`Group.statistics`): it is a cut all
+the same, but what stays is changed by what is gone.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ def mask(model: Model, choice: Choice) -> Model:
     for output, own in by_node.items():
         node = masked.producer(masked.tensor(output))
         assert node is not None
-        if own[0].kind in ("sum", "mean"):
+        if own[0].kind in ("sum", "mean", "max", "min"):
             for sink in own:
-                sites.multiply(node, sink)
+                sites.leave_out(node, sink)
         if own[0].kind == "mean":
             sites.rescale(node, own)
-        elif own[0].kind != "sum":
+        elif own[0].kind in ("norm", "rms norm"):
             sites.normalize(node, [sink for sink in system.sinks if sink.node == output])
     masked.prune()
     return masked
@@ -80,15 +81,19 @@ class _Sites:
         self.model = model
         self.system = system
         self.kept = kept
-        self._masked: dict[tuple[Tensor, int], Tensor] = {}
+        self._masked: dict[tuple[Tensor, int, str], Tensor] = {}
 
-    def multiply(self, node: Node, sink: Sink) -> None:
-        """The node reads its input with the removed channels zero."""
+    def leave_out(self, node: Node, sink: Sink) -> None:
+        """The node reads its input with the removed channels zero, or beyond what an extreme could find."""
         tensor = node.inputs[sink.slot]
-        key = tensor, sink.axis
+        op = {"max": "Min", "min": "Max"}.get(sink.kind, "Mul")
+        key = tensor, sink.axis, op
         if key not in self._masked:
-            mask = self.constant(sink, self.ones(sink), f"{sink.tensor}_mask")
-            self._masked[key] = self.add("Mul", [tensor, mask], f"{sink.tensor}_masked")
+            values = self.ones(sink)
+            if op != "Mul":
+                values = np.where(values, np.inf, -np.inf) * (1 if op == "Min" else -1)
+            mask = self.constant(sink, values, f"{sink.tensor}_mask")
+            self._masked[key] = self.add(op, [tensor, mask], f"{sink.tensor}_masked")
         node.inputs[sink.slot] = self._masked[key]
 
     def rescale(self, node: Node, sinks: Sequence[Sink]) -> None:

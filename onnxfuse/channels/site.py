@@ -11,21 +11,23 @@ What is recorded here refers to tensors and nodes by name, so it holds for every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from onnxfuse.channels.dims import Axis, ClashError, freeze_leaves, is_dynamic, leaves, mark_channel, unify
+from onnxfuse.channels.grids import LARGEST_TABLE, Grid, of_table
 from onnxfuse.channels.lengths import Numbers, Tag, of_constant, worth_reading
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.ops.linear import weight_type
+from onnxfuse.ops.layouts import weight_type
 from onnxfuse.ops.view import ModelNodeView
 
 Axes = tuple[Axis, ...]
 ChannelRule = Callable[["ChannelNode"], "list[Axes | None]"]
-SinkKind = Literal["sum", "mean", "norm", "rms norm"]
+SinkKind = Literal["sum", "mean", "norm", "rms norm", "max", "min"]
 Role = Literal["producer", "consumer", "along"]
 SINGLE = "a single index"
 UNKNOWN_SIZE = 1_000_003  # stands for a size that nothing is known of; no size of a real axis
@@ -45,7 +47,8 @@ class Sink:
         dim: the axis.
         part: what of it is summed up, where that is but one of its factors: the channels of a group, the
             dimensions of a head.
-        kind: "sum"; or "mean", "norm", "rms norm", where the number of channels counts too.
+        kind: "sum"; or "mean", "norm", "rms norm", where the number of channels counts too; or "max", "min",
+            where a removed channel must not be the one that is found.
     """
 
     node: str
@@ -103,6 +106,14 @@ class EvenSplit:
 
 
 @dataclass(frozen=True)
+class FlatView:
+    """A Gather that does nothing but reshape a flat tensor: its node's first output, the axes."""
+
+    node: str
+    dims: Axes
+
+
+@dataclass(frozen=True)
 class Pin:
     """Something that the lengths of `dims` go into and that must not follow them: an input of a node that is
     used as a number, or an attribute whose default is computed from a length."""
@@ -146,7 +157,8 @@ class System:
         sequences: of each tensor that is a sequence of known length, its elements' axes.
         numbers: of small integer tensors, by name, their values (see the module `lengths`).
         roots: of tensors that depend on constants alone, the stored ones they come from.
-        sinks, written, splits, pins, uses: see the classes.
+        grids: of integer tensors that grow by even steps, by name, those steps (see the module `grids`).
+        sinks, written, splits, views, pins, uses: see the classes.
     """
 
     model: Model
@@ -159,6 +171,8 @@ class System:
     sinks: list[Sink] = field(default_factory=list)
     written: list[Number] = field(default_factory=list)
     splits: list[EvenSplit] = field(default_factory=list)
+    views: list[FlatView] = field(default_factory=list)
+    grids: dict[str, Grid | None] = field(default_factory=dict)
     pins: list[Pin] = field(default_factory=list)
     uses: list[AxisUse] = field(default_factory=list)
 
@@ -189,6 +203,15 @@ class System:
             assert value is not None
             self.numbers[tensor.name] = of_constant(value)
         return self.numbers.get(tensor.name)
+
+    def grid_of(self, tensor: Tensor) -> Grid | None:
+        """The steps of an integer tensor; None where they are not even, or it is not known."""
+        if tensor.name not in self.grids and self.model.is_weight(tensor):
+            dtype, shape = weight_type(self.model, tensor)
+            readable = dtype.kind in "iu" and math.prod(shape) <= LARGEST_TABLE
+            value = self.model.weight(tensor) if readable else None
+            self.grids[tensor.name] = None if value is None else of_table(value)
+        return self.grids.get(tensor.name)
 
     def positions(self, tensor: Tensor, frozen: str, *, position: bool = True) -> Axes | None:
         """New axes of a tensor's sizes, of which nothing can be taken; None where the rank is not known.

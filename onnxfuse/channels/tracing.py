@@ -15,6 +15,7 @@ import numpy as np
 from onnxfuse.analysis.constant_folding import proven_shapes
 from onnxfuse.channels import lengths
 from onnxfuse.channels.dims import Axis, crossed, equal, freeze_leaves, is_dynamic, leaves
+from onnxfuse.channels.grids import GRID_OPERATORS, evaluate_grid
 from onnxfuse.channels.rules import RULES
 from onnxfuse.channels.site import SINGLE, Axes, ChannelNode, Number, Pin, StopRuleError, System
 from onnxfuse.ir.model import Feed, Model
@@ -138,6 +139,10 @@ def _evaluated(site: ChannelNode) -> list[lengths.Numbers]:
     computed = _numbers_of(site) if is_main_domain(site.node) and not site.node.bodies else None
     for tensor, own in zip(site.node.outputs, computed or (), strict=False):
         site.system.numbers[tensor.name] = own
+    if is_main_domain(site.node) and site.node.op in GRID_OPERATORS:
+        inputs = [t for t in site.node.inputs if t.name]
+        grids, known = map(site.system.grid_of, inputs), map(site.system.numbers_of, inputs)
+        site.system.grids[site.output] = evaluate_grid(site.node, list(grids), list(known))
     return computed or []
 
 
@@ -271,23 +276,11 @@ def _writable(system: System, number: Number) -> bool:
         return True
     producer = system.model.producer(system.model.tensor(place.node))
     assert producer is not None
-    return _replaceable(system, producer.inputs[place.slot], place.entry)
+    return _replaceable(system, producer.inputs[place.slot])
 
 
-def _replaceable(system: System, tensor: Tensor, entry: int) -> bool:
-    """Whether `edits` can replace one element of a list of numbers: the list is the same in every run, or has
-    no other element, or is put together by a Concat from lists of which that is true."""
-    producer = system.model.producer(tensor)
+def _replaceable(system: System, tensor: Tensor) -> bool:
+    """Whether `edits` can replace one element of a list of numbers: the list is the same in every run, or is
+    put together anew from its other elements."""
     known = system.numbers_of(tensor)
-    if known is None or known.fixed:
-        return known is not None
-    if producer is not None and producer.key in lengths.COPYING:
-        return _replaceable(system, producer.inputs[0], entry)
-    if producer is not None and producer.op == "Concat" and known.value.ndim == 1:
-        for piece in producer.inputs:
-            own = system.numbers_of(piece)
-            assert own is not None
-            if entry < own.value.size:
-                return _replaceable(system, piece, entry)
-            entry -= own.value.size
-    return known.value.size == 1
+    return known is not None and (known.fixed or known.value.ndim == 1 or known.value.size == 1)

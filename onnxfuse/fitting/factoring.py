@@ -19,7 +19,8 @@ from onnxfuse.ir.marks import KEPT_KEY
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.numerics.affine import Array
-from onnxfuse.ops.linear import LinearOp, is_shared, optional_input
+from onnxfuse.ops.layouts import is_shared
+from onnxfuse.ops.linear import LinearOp, optional_input
 from onnxfuse.ops.linear_building import add_linear, laid_out
 from onnxfuse.ops.shared_weights import producer
 from onnxfuse.pipeline.base import Context
@@ -88,7 +89,7 @@ class Product:
         for op in dict.fromkeys((self.first, self.last)):
             if op.groups > 1:
                 return f"it has {op.groups} groups"
-            if is_shared(model, op.weight_tensor, op.node):
+            if is_shared(model, op.weight_input, op.node):
                 return "its weight has other users"
         if self.most < 1:
             return f"{self.size} weights: even rank 1 would not make it smaller"

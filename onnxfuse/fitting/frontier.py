@@ -11,8 +11,11 @@ from onnxfuse.data.calibration import BatchStream
 from onnxfuse.fitting.sites import tensors_read
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node
+from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.runtime.session import Runtime, Session
 from onnxfuse.runtime.spool import Spool
+
+_DRAWING = OPS.of_kind(Kind.RANDOM)
 
 
 class ReadOnce:
@@ -37,7 +40,8 @@ class ReadOnce:
 class Frontier:
     """One of the two networks, run as far as the walk has come.
 
-    The graph's inputs are handed over at the first step, and stored where later ones read them.
+    The graph's inputs are handed over at the first step, and stored where later ones read them. What depends
+    on stored tensors alone is computed anew at each step that reads it: the walk changes them on its way.
 
     Attributes:
         given: by step, the shared tensors that it has to be handed.
@@ -72,26 +76,29 @@ class Frontier:
         self._last: dict[str, int] = {}  # last step at which it is read
         self._reads: list[set[str]] = []  # what a step's nodes read from outside the step
         self.given: list[set[str]] = []
+        self._prepared = _prepared(model, set().union(*needs))
+        shared = shared - {tensor.name for node in self._prepared for tensor in node.outputs}
         done: set[Node] = set()
         for step, names in enumerate(needs):
             self._plan(step, names, shared, done)
 
     def _plan(self, step: int, names: set[str], shared: set[str], done: set[Node]) -> None:
         model = self._model
-        nodes: list[Node] = []
+        nodes: dict[Node, None] = {}
         stack = [model.tensor(name) for name in names if name not in shared]
         while stack:
             node = model.producer(stack.pop())
-            if node is not None and node not in done:
-                done.add(node)
-                nodes.append(node)
+            if node is not None and node not in done and node not in nodes:
+                nodes[node] = None
                 stack.extend(tensor for tensor in tensors_read(model, node) if tensor.name not in shared)
-        made = {tensor.name for node in nodes for tensor in node.outputs if tensor.name}
+        done.update(node for node in nodes if node not in self._prepared)
+        inner = {tensor.name for node in nodes for tensor in node.outputs if tensor.name}
+        made = {tensor.name for node in nodes if node in done for tensor in node.outputs if tensor.name}
         read = {
             tensor.name
             for node in nodes
             for tensor in tensors_read(model, node)
-            if tensor.name not in made and not model.is_weight(tensor)
+            if tensor.name not in inner and not model.is_weight(tensor)
         }
         self._made.update(dict.fromkeys(made, step))
         self._reads.append(read)
@@ -133,6 +140,18 @@ class Frontier:
             array: its value.
         """
         self._spool.put(f"{self._prefix}:{name}", batch, array)
+
+
+def _prepared(model: Model, needed: set[str]) -> set[Node]:
+    """The nodes whose outputs depend on stored tensors alone, but for those that are needed themselves."""
+    found: set[Node] = set()
+    for node in model.nodes:
+        if node.bodies or not node.inputs or node.key in _DRAWING:
+            continue
+        stored = all(model.is_weight(t) or model.producer(t) in found for t in node.inputs if t.name)
+        if stored and needed.isdisjoint(tensor.name for tensor in node.outputs):
+            found.add(node)
+    return found
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Annotated, TypeVar
 
-import numpy as np
 from pydantic import Field
 
 from onnxfuse.channels.consumers import RowView
@@ -26,8 +25,8 @@ from onnxfuse.fitting.walk import Solved, refit_change, walk
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, linear_op
-from onnxfuse.ops.shared_weights import SharedWeight, shared_weights
+from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, is_main_domain, linear_op
+from onnxfuse.ops.shared_weights import multiplied
 from onnxfuse.pipeline.base import Context, PassResult
 from onnxfuse.pipeline.goals import Goals
 from onnxfuse.runtime.observed_shapes import shapes_on
@@ -74,7 +73,8 @@ def named(only: str, how: str = "with a name") -> str:
 def linear_ops(
     model: Model, only: str, shapes: Mapping[str, TensorInfo]
 ) -> tuple[list[LinearOp], list[Skip]]:
-    """The operators with stored weights, and those of their kind that have none.
+    """The linear operators with stored weights; and those of their kind that have none, and whatever else
+    has weights, with the reason that it isn't one.
 
     Args:
         model: is left as it is.
@@ -84,7 +84,8 @@ def linear_ops(
     found: list[LinearOp] = []
     skipped: list[Skip] = []
     for node in model.nodes:
-        if node.op not in LINEAR_OPERATORS or not fnmatchcase(node.site_name, only):
+        linear = is_main_domain(node) and node.op in LINEAR_OPERATORS
+        if not (linear or multiplied(model, node)) or not fnmatchcase(node.site_name, only):
             continue
         op = linear_op(model, node, shapes)
         if isinstance(op, str):
@@ -92,36 +93,6 @@ def linear_ops(
         else:
             found.append(op)
     return found, skipped
-
-
-def stored_weights(model: Model, only: str, context: Context) -> tuple[list[SharedWeight], list[Skip]]:
-    """The weights that can be replaced by others of the same shape, in the order of their first operators,
-    and the operators that have none.
-
-    Args:
-        model: is left as it is.
-        only: pattern that the operators' names match.
-        context: of the pass.
-    """
-    ops, skipped = linear_ops(model, only, shapes_on(model, first_feed(context), context.runtime))
-    weights: list[SharedWeight] = []
-    for weight in shared_weights(ops):
-        if reason := weight.other_use():
-            skipped += [Skip((name,), f"its weight is also {reason}") for name in weight.names]
-        else:
-            weights.append(weight)
-    trial = model.copy()
-    for weight in weights:
-        trial.set_weight(trial.tensor(weight.tensor.name), np.zeros_like(weight.read(model)))
-    refused = unmeasurable(model, trial, [n for w in weights for n in w.nodes(trial)], context)
-    usable = []
-    for weight in weights:
-        nodes = zip(weight.names, weight.nodes(trial), strict=True)
-        reasons = [Skip((name,), refused[node]) for name, node in nodes if node in refused]
-        skipped += reasons
-        if not reasons:
-            usable.append(weight)
-    return usable, skipped
 
 
 def unmeasurable(model: Model, trial: Model, nodes: Collection[Node], context: Context) -> dict[Node, str]:
@@ -239,7 +210,12 @@ def _alone(sites: Sequence[RefitSite], fixed: Collection[Node]) -> list[RefitSit
 
 
 def rewrite_change(
-    names: Sequence[str], what: str, nodes: Collection[Node], solved: Sequence[Solved], **detail: Json
+    names: Sequence[str],
+    what: str,
+    nodes: Collection[Node],
+    solved: Sequence[Solved],
+    others: Mapping[Node, float] | None = None,
+    **detail: Json,
 ) -> Change:
     """The report's line for one rewritten weight.
 
@@ -248,9 +224,11 @@ def rewrite_change(
         what: the rewrite in words.
         nodes: its operators' nodes; the line gives the worst of their relative errors.
         solved: sites of the walk.
+        others: relative errors of nodes that are no sites.
         detail: figures.
     """
-    relative = max(item.relative for item in solved if item.site.op.node in nodes)
+    errors = {item.site.op.node: item.relative for item in solved} | dict(others or {})
+    relative = max(errors[node] for node in nodes)
     return Change(
         tuple(names), f"{what}, relative error {relative:.3g}", {**detail, "relative_error": relative}
     )

@@ -15,7 +15,7 @@ from onnxfuse.ir.marks import promises
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
 from onnxfuse.ir.protos import DEFAULT_DOMAINS
-from onnxfuse.ir.shapes import TensorInfo, fill
+from onnxfuse.ir.shapes import Shapes, TensorInfo, contradicts, fill
 from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, linear_op
 
 MOST_UNKNOWNS = 6144
@@ -130,9 +130,7 @@ def refit_sites(
     """
     same = unchanged(before or original, rewritten)
     known = original.shapes() if known is None else known
-    shapes = {
-        name: fill(info, _cut_info(rewritten, known.get(name))) for name, info in rewritten.shapes().items()
-    }
+    shapes = _completed(rewritten, known)
     new = dict(fresh)
     asked = set(fixed)
     stay = asked | {node for node in rewritten.nodes if promises(node)}
@@ -200,10 +198,10 @@ def _target(
     axis = channel_axis(op)
     found = _sum_with(model, op, shapes)
     if found is not None and last_site.get(found[1], -1) < number:
-        channels = _comparable(model, found[0], axis, shapes, known)
+        channels = comparable_channels(model, found[0], axis, shapes, known)
         if not isinstance(channels, str):
             return *found, channels
-    channels = _comparable(model, op.y, axis, shapes, known)
+    channels = comparable_channels(model, op.y, axis, shapes, known)
     return channels if isinstance(channels, str) else (op.y, None, channels)
 
 
@@ -280,6 +278,17 @@ def kept_channels(model: Model, name: str, axis: int) -> tuple[int, ...] | str |
     return tuple(changed[axis % len(maps)].tolist())
 
 
+def _completed(model: Model, known: Shapes) -> dict[str, TensorInfo]:
+    """Types and shapes of the model's tensors, with what those of the original tell of their namesakes. Where
+    the two contradict each other, what the model's own operators show is right, what its file says is not."""
+    unproved, found = model.unproved(), model.shapes()
+    theirs = {name: _cut_info(model, known.get(name)) for name in found}
+    return {
+        name: info if name not in unproved and contradicts(info, theirs[name]) else fill(info, theirs[name])
+        for name, info in found.items()
+    }
+
+
 def _cut_info(model: Model, info: TensorInfo | None) -> TensorInfo | None:
     """Type and shape of the original's tensor, with the sizes of the model's cut one of the same name."""
     maps = None if info is None else model.index_maps.get(info.name, ())
@@ -289,7 +298,7 @@ def _cut_info(model: Model, info: TensorInfo | None) -> TensorInfo | None:
     return replace(info, shape=tuple(sizes))
 
 
-def _comparable(
+def comparable_channels(
     model: Model,
     name: str,
     axis: int,

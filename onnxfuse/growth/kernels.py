@@ -10,7 +10,8 @@ from onnxfuse.analysis.normalization import CONVOLUTIONS
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import Shapes
-from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op, weight_type
+from onnxfuse.ops.layouts import weight_type
+from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op
 
 
 def find_kernels(model: Model) -> dict[Tensor, list[str]]:

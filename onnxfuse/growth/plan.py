@@ -11,7 +11,7 @@ from onnxfuse.growth import widening
 from onnxfuse.growth.depth import DepthScheme, find_sites
 from onnxfuse.growth.kernels import find_kernels, kernel_obstacle
 from onnxfuse.ir.model import Model
-from onnxfuse.ops.linear import weight_type
+from onnxfuse.ops.layouts import weight_type
 from onnxfuse.pipeline.base import Pass
 from onnxfuse.pipeline.recipe import make_pass
 

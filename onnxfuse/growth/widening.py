@@ -43,7 +43,7 @@ from onnxfuse.channels.site import System
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.numerics.random_weights import deviation_of, uniform
-from onnxfuse.ops.linear import weight_type
+from onnxfuse.ops.layouts import weight_type
 
 WidthScheme = Literal["r2r", "net2net", "netmorph"]
 New = Mapping[Axis, int]

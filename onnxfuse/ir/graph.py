@@ -327,8 +327,15 @@ class Graph:
         return name
 
     def stale_names(self) -> set[str]:
-        """Names of the tensors downstream of an edit, whose declared shapes may hold no longer."""
-        stale = {tensor.name for tensor in self.initializers if tensor.retyped}
+        """Names of the tensors downstream of an edit, whose declared shapes may hold no longer.
+
+        Integers may be sizes, so other values of them count as an edit.
+        """
+        stale = {
+            tensor.name
+            for tensor in self.initializers
+            if tensor.retyped or (tensor.stored is None and tensor.dtype.kind in "iu")
+        }
         for node in self.nodes:
             if (
                 node.edited

@@ -19,7 +19,8 @@ import numpy as np
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import Shapes
-from onnxfuse.ops.linear import LinearOp, channel_vector, is_main_domain, weight_type
+from onnxfuse.ops.layouts import weight_type
+from onnxfuse.ops.linear import LinearOp, channel_vector, is_main_domain
 from onnxfuse.ops.table import OPS, Kind, Trait
 
 _POOLS = OPS.of_kind(Kind.POOL)

@@ -11,8 +11,9 @@ row-major order). ONNX stores the same thing in four layouts. This module is the
     Gemm            (in, out), or (out, in)         alpha * transpose to (out, in)           beta * C
     MatMul          (in, out)                       transpose                                0
 
-to which the constant of a following Add is added where that Add is nothing but a bias. Reading gives float64;
-writing goes back to the operator's own layout, dtype and initializer names.
+to which the constant of a following Add is added where that Add is nothing but a bias. What is stored may be
+laid out anew before the operator reads it (`ops.layouts`). Reading gives float64; writing goes back to the
+stored layout, dtype and initializer names.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from typing import Any, Literal
 import numpy as np
 
 from onnxfuse.ir.model import Model
-from onnxfuse.ir.nodes import Constant, Node, Tensor
+from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import Shapes
+from onnxfuse.ops.layouts import StoredWeight, is_shared, is_stored, stored_weight
 
 LinearKind = Literal["conv", "conv_transpose", "dense", "token"]
 
-_FLOATING = ("float16", "float32", "float64", "bfloat16")
+FLOATING = ("float16", "float32", "float64", "bfloat16")
+"""Names of the types that weights have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +81,19 @@ class LinearOp:
         return str(self.nodes[-1].outputs[0].name)
 
     @property
-    def weight_tensor(self) -> Tensor:
-        """The stored weight, in the operator's own layout."""
+    def weight_input(self) -> Tensor:
+        """The weight as the operator reads it, in its own layout."""
         return self.node.inputs[1]
+
+    @property
+    def stored(self) -> StoredWeight:
+        """The stored weight, and how it is laid out for the operator."""
+        return _known(self.model, self.weight_input)
+
+    @property
+    def weight_tensor(self) -> Tensor:
+        """The stored weight."""
+        return self.stored.tensor
 
     @property
     def own_bias(self) -> Tensor | None:
@@ -89,7 +102,7 @@ class LinearOp:
 
     @property
     def added_bias(self) -> Tensor | None:
-        """The constant of the bias Add, if there is one."""
+        """The constant of the bias Add, as that reads it, if there is one."""
         return None if self.bias_node is None else constant_operand(self.model, self.bias_node)
 
     @property
@@ -100,12 +113,12 @@ class LinearOp:
     @property
     def dtype(self) -> np.dtype[Any]:
         """dtype of the stored weight."""
-        return weight_type(self.model, self.weight_tensor)[0]
+        return self.stored.dtype
 
     @property
     def weight(self) -> np.ndarray:
         """The weight as a float64 matrix (out, in / groups * prod(kernel))."""
-        return _from_layout(self, stored_value(self.model, self.weight_tensor).astype(np.float64))
+        return _from_layout(self, read_value(self.model, self.weight_input).astype(np.float64))
 
     @property
     def has_bias(self) -> bool:
@@ -136,11 +149,14 @@ def linear_op(
         transposed: whether ConvTranspose is admitted, as kind "conv_transpose".
     """
     describe = _OPERATORS.get(node.op) if is_main_domain(node) else None
-    if describe is None or (node.op == "ConvTranspose" and not transposed):
-        return f"{node.op} is not a linear operator with weights"
-    if len(node.inputs) < 2 or not model.is_weight(node.inputs[1]):
+    if describe is None:
+        return f"{node.op} is not a linear operator"
+    if node.op == "ConvTranspose" and not transposed:
+        return "ConvTranspose is not a linear operator that can be solved for"
+    stored = stored_weight(model, node.inputs[1]) if len(node.inputs) > 1 else None
+    if stored is None:
         return f"the weight of {node.op} is computed, not constant"
-    info = _weight_shape(model, node.inputs[1])
+    info = _weight_shape(stored)
     if isinstance(info, str):
         return info
     op = describe(model, node, info, shapes or {})
@@ -148,9 +164,10 @@ def linear_op(
         return op
     own = op.own_bias
     if own is not None:
-        if not model.is_weight(own):
+        bias = stored_weight(model, own)
+        if bias is None:
             return f"the bias of {node.op} is computed, not constant"
-        size = math.prod(weight_type(model, own)[1])
+        size = math.prod(bias.shape)
         if size not in (1, op.out_features):
             return f"the bias of {node.op} has {size} values for {op.out_features} outputs"
     return _with_bias_add(model, op, shapes or {})
@@ -166,31 +183,6 @@ def optional_input(node: Node, index: int) -> Tensor | None:
     if index >= len(node.inputs) or node.inputs[index].is_empty():
         return None
     return node.inputs[index]
-
-
-def weight_type(model: Model, tensor: Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """dtype and shape of a weight, without reading its values. ValueError if the tensor is no weight."""
-    stored = tensor
-    producer = model.producer(tensor)
-    if producer is not None and isinstance(producer.attrs.get("value"), Constant):
-        stored = producer.attrs["value"]
-    if isinstance(stored, Constant):
-        return stored.dtype, tuple(stored.shape)
-    value = stored_value(model, tensor)
-    return value.dtype, value.shape
-
-
-def is_shared(model: Model, tensor: Tensor, node: Node) -> bool:
-    """Whether a weight has any user but one input of a node.
-
-    Args:
-        model: has both.
-        tensor: the weight.
-        node: the node that reads it.
-    """
-    uses = sum(1 for t in node.inputs if t is tensor)
-    others = any(user is not node for user in tensor.outputs)
-    return others or uses > 1 or model.captured(tensor) or model.is_output(tensor)
 
 
 def channel_vector(shape: Sequence[int], channels: int, axis: int, rank: int | None) -> bool:
@@ -220,13 +212,12 @@ def channel_vector(shape: Sequence[int], channels: int, axis: int, rank: int | N
 # ---- recognizing -----------------------------------------------------------------------------------------
 
 
-def _weight_shape(model: Model, tensor: Tensor) -> tuple[int, ...] | str:
-    dtype, shape = weight_type(model, tensor)
-    if dtype.name not in _FLOATING:
-        return f"weights {tensor.name} are {dtype}, not floating point"
-    if 0 in shape:
-        return f"weights {tensor.name} are empty"
-    return shape
+def _weight_shape(stored: StoredWeight) -> tuple[int, ...] | str:
+    if stored.dtype.name not in FLOATING:
+        return f"weights {stored.tensor.name} are {stored.dtype}, not floating point"
+    if 0 in stored.shape:
+        return f"weights {stored.tensor.name} are empty"
+    return stored.shape
 
 
 def _conv(model: Model, node: Node, shape: tuple[int, ...], shapes: Shapes) -> LinearOp | str:
@@ -316,7 +307,7 @@ def _with_bias_add(model: Model, op: LinearOp, shapes: Shapes) -> LinearOp:
     """Take a following Add along where it is a bias and nothing else sees the sum without it."""
     add = _bias_add(model, op, shapes)
     found = replace(op, bias_node=add)
-    constants = [(op.node, t) for t in (op.weight_tensor, op.own_bias) if t is not None]
+    constants = [(op.node, t) for t in (op.weight_input, op.own_bias) if t is not None]
     if add is not None:
         constants.append((add, constant_operand(model, add)))
     return replace(found, shared=any(is_shared(model, tensor, node) for node, tensor in constants))
@@ -328,12 +319,11 @@ def _bias_add(model: Model, op: LinearOp, shapes: Shapes) -> Node | None:
     if len(users) != 1 or users[0].op != "Add" or model.is_output(y) or model.captured(y):
         return None
     add = users[0]
-    weights = [t for t in add.inputs if t is not y and model.is_weight(t)]
+    weights = [found for t in add.inputs if t is not y and (found := stored_weight(model, t)) is not None]
     if not is_main_domain(add) or len(weights) != 1:
         return None
-    shape = weight_type(model, weights[0])[1]
     axis, rank = output_axis(op, shapes)
-    return add if channel_vector(shape, op.out_features, axis, rank) else None
+    return add if channel_vector(weights[0].shape, op.out_features, axis, rank) else None
 
 
 def output_axis(op: LinearOp, shapes: Shapes) -> tuple[int, int | None]:
@@ -363,25 +353,33 @@ def _text(value: Any) -> str:
 
 
 def constant_operand(model: Model, add: Node) -> Tensor:
-    """The stored operand of an Add."""
-    return next(t for t in add.inputs if model.is_weight(t))
+    """The stored operand of an Add, as it reads it."""
+    return next(t for t in add.inputs if is_stored(model, t))
 
 
-def stored_value(model: Model, tensor: Tensor) -> np.ndarray:
-    """The value of a weight, as it is stored.
+def read_value(model: Model, tensor: Tensor) -> np.ndarray:
+    """The value of a weight, as a node reads it.
 
     Raises:
-        ValueError: the tensor is no weight.
+        ValueError: it is computed.
     """
-    value = model.weight(tensor)
-    if value is None:
-        raise ValueError(f"{tensor.name} is not a weight")
-    return value
+    stored = _known(model, tensor)
+    value = model.weight(stored.tensor)
+    assert value is not None
+    return stored.laid_out(value)
 
 
 def flat_value(model: Model, tensor: Tensor) -> np.ndarray:
     """The value of a weight as a float64 vector."""
-    return stored_value(model, tensor).astype(np.float64).reshape(-1)
+    return read_value(model, tensor).astype(np.float64).reshape(-1)
+
+
+def _known(model: Model, tensor: Tensor) -> StoredWeight:
+    """The stored tensor of a weight. ValueError: it is computed."""
+    stored = stored_weight(model, tensor)
+    if stored is None:
+        raise ValueError(f"{tensor.name} is not a weight")
+    return stored
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import numpy as np
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor, Variable
-from onnxfuse.ops.linear import LinearOp, constant_operand, is_shared, stored_value, to_layout, weight_type
+from onnxfuse.ops.layouts import StoredWeight, is_shared, stored_weight
+from onnxfuse.ops.linear import LinearOp, constant_operand, read_value, to_layout
 
 
 def write_weights(
@@ -21,7 +22,7 @@ def write_weights(
     *,
     by: str = "linear",
 ) -> None:
-    """Store a weight and a bias in the operator's own layout and names.
+    """Store a weight and a bias in the layout and under the names that they have.
 
     The whole bias goes to the last place that holds one (the bias Add, else the node's bias input); where
     there is none and `bias` isn't all zero, Conv and Gemm get a bias input and MatMul gets an Add behind it
@@ -75,13 +76,13 @@ def share_weights(
         raise NotApplicableError(reason)
     alpha = float(first.node.attrs.get("alpha", 1.0))
     stored = np.ascontiguousarray(to_layout(first, weight / alpha)).astype(first.dtype)
-    _hand_out(model, [op.node for op in ops], [op.weight_tensor for op in ops], stored)
+    _hand_out(model, [op.node for op in ops], [op.weight_input for op in ops], stored)
     if bias is None:
         return
     holders = [_bias_holder(op) for op in ops]
-    shape = weight_type(model, holders[0][1])[1]
     beta = float(first.node.attrs.get("beta", 1.0)) if first.bias_node is None else 1.0
-    stored = (bias / beta).reshape(shape).astype(weight_type(model, holders[0][1])[0])
+    form = _stored(model, holders[0][1])
+    stored = (bias / beta).reshape(form.shape).astype(form.dtype)
     _hand_out(model, [node for node, _ in holders], [tensor for _, tensor in holders], stored)
 
 
@@ -91,9 +92,9 @@ def can_share_bias(model: Model, ops: Sequence[LinearOp]) -> bool:
     for op in ops:
         if op.has_bias and (op.own_bias is None or op.bias_node is None):
             node, tensor = _bias_holder(op)
-            dtype, shape = weight_type(model, tensor)
-            whole = math.prod(shape) == op.out_features
-            form = (dtype, shape, op.bias_node is None, float(op.node.attrs.get("beta", 1.0)))
+            stored = _stored(model, tensor)
+            whole = math.prod(stored.shape) == op.out_features
+            form = (stored.dtype, stored.shape, op.bias_node is None, float(op.node.attrs.get("beta", 1.0)))
             forms.add(form if whole and not is_shared(model, tensor, node) else None)
         else:
             forms.add(None)
@@ -110,7 +111,7 @@ def _bias_holder(op: LinearOp) -> tuple[Node, Tensor]:
 
 def _hand_out(model: Model, nodes: Sequence[Node], old: Sequence[Tensor], value: np.ndarray) -> None:
     """Every node reads the first of the old tensors, with this value, in place of its own."""
-    model.set_weight(old[0], value)
+    _set(model, old[0], value)
     for node, tensor in zip(nodes, old, strict=True):
         place = next(i for i, t in enumerate(node.inputs) if t is tensor)
         node.inputs[place] = old[0]
@@ -132,26 +133,42 @@ def overflow(op: LinearOp, weight: np.ndarray | None, bias: np.ndarray | None) -
 
 
 def _replace_input(model: Model, node: Node, index: int, value: np.ndarray) -> None:
-    """Give input `index` of `node` this value, in place where nobody else uses the tensor."""
+    """Give input `index` of `node` this value, in place where nobody else uses what is stored."""
     tensor = node.inputs[index]
     if is_shared(model, tensor, node):
-        node.inputs[index] = model.add_weight(tensor.name, value)
+        node.inputs[index] = model.add_weight(_stored(model, tensor).tensor.name, value)
+    elif value.shape == _stored(model, tensor).shape:
+        _set(model, tensor, value)
     else:
-        model.set_weight(tensor, value)
+        stored = _stored(model, tensor).tensor
+        model.set_weight(stored, value)
+        node.inputs[index] = stored
+
+
+def _set(model: Model, tensor: Tensor, value: np.ndarray) -> None:
+    """Store what makes a weight, as it is read, this value."""
+    stored = _stored(model, tensor)
+    model.set_weight(stored.tensor, np.ascontiguousarray(stored.stored(value)))
+
+
+def _stored(model: Model, tensor: Tensor) -> StoredWeight:
+    found = stored_weight(model, tensor)
+    assert found is not None
+    return found
 
 
 def _write_bias(model: Model, op: LinearOp, bias: np.ndarray, by: str) -> None:
     own, add = op.own_bias, op.bias_node
     if add is not None:
         tensor = constant_operand(model, add)
-        shape = _bias_shape(weight_type(model, tensor)[1], op)
+        shape = _bias_shape(_stored(model, tensor).shape, op)
         _replace_input(
             model, add, next(i for i, t in enumerate(add.inputs) if t is tensor), bias.reshape(shape)
         )
         if own is not None:
-            _replace_input(model, op.node, 2, np.zeros_like(stored_value(model, own)))
+            _replace_input(model, op.node, 2, np.zeros_like(read_value(model, own)))
     elif own is not None:
-        old = stored_value(model, own)
+        old = read_value(model, own)
         _replace_input(model, op.node, 2, bias.reshape(old.shape if old.size == bias.size else -1))
     elif np.any(bias):
         _add_bias(model, op, bias, by)

@@ -119,7 +119,8 @@ def test_other_readers() -> None:
         x="int64[N,5] i",
         y="float[A,B,C] z",
     )
-    assert roles(tied) == {"w": "token"}
+    assert reasons(tied) == [(("z",), "its weight table is also used by 'e' (Gather)")]
+    assert [layer.tensor.name for layer in find_weight_layers(tied)[0]] == ["w"]
     untransposed = net(
         "e = Gather(table, i) y = MatMul(e, table)",
         {"table": (6, 6)},
@@ -143,6 +144,17 @@ def test_not_linear() -> None:
     assert reasons(model) == [
         (("a",), "MatMul has its weight first"),
         (("b",), "the weight of MatMul has rank 3"),
+    ]
+    model = net(
+        """t = Transpose<perm=[1,0,2]>(x) s, h = GRU<hidden_size=6>(t, w, r) q = Squeeze(s, i1)
+        e = Einsum<equation="tni,ij->tnj">(q, m) y = MatMul(e, v)""",
+        {"w": (1, 18, 5), "r": (1, 18, 6), "m": (6, 6), "v": (6, 3), "i1": np.array([1])},
+        x="float[N,T,5] x",
+        y="float[A,B,C] y",
+    )
+    assert reasons(model) == [
+        (("s",), "GRU is not a linear operator"),
+        (("e",), "Einsum is not a linear operator"),
     ]
 
 

@@ -53,7 +53,7 @@ def reasons(case: Case) -> dict[str, str]:
     ("body", "reason"),
     [
         (f"{CONV} last = Softmax<axis=1>(a) {POOLED}", "Softmax over it"),
-        (f"{CONV} m = ReduceMax<axes=[1]>(a) n = Sub(a, m) y = Conv(n, w2)", "ReduceMax over it"),
+        (f"{CONV} m = ReduceProd<axes=[1]>(a) n = Sub(a, m) y = Conv(n, w2)", "ReduceProd over it"),
         (f"{CONV} i = ArgMax<axis=1>(a) j = Cast<to=1>(i) n = Sub(a, j) y = Conv(n, w2)", "ArgMax over it"),
         (f"{CONV} n = LRN<size=3>(a) y = Conv(n, w2)", "LRN mixes neighboring channels"),
         (f"{CONV} n = CumSum(a, one) y = Conv(n, w2)", "CumSum along it"),
@@ -593,6 +593,23 @@ def test_statistics_are_taken_over_what_stays() -> None:
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     close(n[..., kept], expected * weight(model, "g")[kept] + weight(model, "b")[kept])
     assert found(CASES["plain"], CASES["plain"].model()).free[0].statistics == ()
+
+
+def test_extremes_are_those_of_what_stays() -> None:
+    """Also where all of it is below zero, the value of a channel that is multiplied by zero; by numpy."""
+    case = CASES["spatial gate"]
+    weights = {**case.weights, "b1": np.linspace(-9, -5, 8, dtype=np.float32)}
+    model = replace(case, weights=weights).model()
+    gated = found(case, model).free[1]
+    assert gated.statistics == ("m", "n", "l")
+    kept = [1, 2, 6]
+    feed = case.feed(model, 2)
+    (b,) = compute(model, feed, "b")
+    cut = model.copy()
+    take(cut, {gated: kept})
+    for other in (cut, mask(model, {gated: kept})):
+        for name, extreme in (("m", np.max), ("l", np.min)):
+            close(compute(other, feed, name)[0], extreme(b[:, kept], axis=1, keepdims=True))
 
 
 # Looking ------------------------------------------------------------------------------------------

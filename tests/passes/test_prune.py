@@ -302,3 +302,58 @@ def test_options() -> None:
     assert run(model, ctx, amount=0.5, only="z*").notes == [
         "no weight of this model with a name matching 'z*' can be pruned"
     ]
+
+
+RECURRENT = """t = Transpose<perm=[1,0,2]>(x) s, h, c = LSTM<hidden_size=6>(t, w, r, b) q = Squeeze(h, i0)
+    m = Gemm(q, v) y = Tanh(m)"""
+OTHERS = {
+    "LSTM": (
+        RECURRENT,
+        {"w": (1, 24, 5), "r": (1, 24, 6), "b": (1, 48), "v": (6, 3), "i0": np.array([0])},
+        "wr",
+        "A,B",
+    ),
+    "ConvTranspose": (
+        "u = Unsqueeze(x, i1) a = ConvTranspose<strides=[2,2]>(u, w, b) r = Relu(a) y = Conv(r, v)",
+        {"w": (1, 4, 2, 2), "b": (4,), "v": (2, 4, 1, 1), "i1": np.array([1])},
+        "w",
+        "A,B,C,D",
+    ),
+    "Einsum": (
+        'a = Einsum<equation="nti,hid->nhtd">(x, w) r = Relu(a) y = Einsum<equation="nhtd,hdo->nto">(r, v)',
+        {"w": (2, 5, 4), "v": (2, 4, 3)},
+        "wv",
+        "A,B,C",
+    ),
+    "stacked MatMul": (
+        "u = Unsqueeze(x, i1) y = MatMul(u, w)",
+        {"w": (3, 5, 4), "i1": np.array([1])},
+        "w",
+        "A,B,C,D",
+    ),
+    "weight first": ("t = Transpose<perm=[0,2,1]>(x) y = MatMul(w, t)", {"w": (4, 5)}, "w", "A,B,C"),
+}
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("case", OTHERS)
+def test_whatever_multiplies_by_a_stored_weight(case: str, refit: bool) -> None:
+    body, weights, names, places = OTHERS[case]
+    model = net(body, weights, "float[N,7,5] x", f"float[{places}] y")
+    ctx = context(model, {"x": normal(48, 7, 5)})
+    found, report = step(model, ctx, amount=0.4, scope="layer", refit=refit)
+    assert report.committed, report.reason
+    assert not report.skipped
+    for name in names:
+        assert zeros(found, name) == round(0.4 * weight(model, name).size)
+        same = weight(found, name) == weight(model, name)
+        np.testing.assert_array_equal(weight(found, name)[~same], 0)
+    for change in report.changes:
+        assert 0 < change.detail["relative_error"] < 10
+    claims = {claim.tensor: claim for claim in report.predictions}
+    for tensor, claim in claims.items():
+        old, new = (compute(m, fitted(ctx), tensor)[0] for m in (model, found))
+        axis = claim.channel_axis
+        wanted = np.square((new - old).astype(np.float64)).sum(axis).mean()
+        assert claim.error == pytest.approx(wanted, rel=1e-3)
+    assert {node.op for node in found.nodes if promises(node)} >= {case.split()[-1]} & {"LSTM", "Einsum"}

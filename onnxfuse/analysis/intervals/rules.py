@@ -45,7 +45,7 @@ from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Tensor
 from onnxfuse.ir.shapes import Shapes, TensorInfo
 from onnxfuse.ops.facet import Facet, keyed
-from onnxfuse.ops.linear import weight_type
+from onnxfuse.ops.layouts import weight_type
 from onnxfuse.ops.table import OPS, Kind, Op, Trait
 
 

@@ -8,7 +8,7 @@ Stands within `channels`, above `pipeline`.
 
 from __future__ import annotations
 
-from onnxfuse.channels.rules import attention, elementwise, linear, reducing, shaping
+from onnxfuse.channels.rules import attention, elementwise, linear, reducing, repeating, shaping
 from onnxfuse.ops.facet import Facet
 from onnxfuse.ops.table import Kind, Op
 
@@ -26,6 +26,7 @@ RULES = Facet(
         **attention.RULES,
         **reducing.RULES,
         **shaping.RULES,
+        **repeating.RULES,
     },
     lambda op: _DEFAULTS.get(op.kind),
     _missing,

@@ -2,8 +2,8 @@
 
 A sum over channels does not see a channel that is zero. A mean does, by its divisor: there, and in
 normalizations built on means, the channels that are left get the statistics of those that are left, and the
-site says so ("mean", "norm", "rms norm"). A maximum, a softmax, a product over channels have no value
-that leaves the others alone: those channels are frozen.
+site says so ("mean", "norm", "rms norm"). A maximum or minimum becomes that of the channels that are left. A
+softmax or a product over channels is another function without some of them: those channels are frozen.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from onnxfuse.channels.dims import factor
 from onnxfuse.channels.site import SINGLE, Axes, ChannelNode, ChannelRule, SinkKind, StopRuleError
 from onnxfuse.ops.table import Key, Kind
 
-_SUMS: Mapping[str, SinkKind] = {
+_COMBINED: Mapping[str, SinkKind] = {
     "ReduceSum": "sum",
     "ReduceL1": "sum",
     "ReduceL2": "sum",
     "ReduceSumSquare": "sum",
     "ReduceLogSum": "sum",
     "ReduceMean": "mean",
+    "ReduceMax": "max",
+    "ReduceMin": "min",
 }
 
 
@@ -33,8 +35,8 @@ def _reduce(site: ChannelNode) -> list[Axes | None]:
         listed = list(range(len(axes)))
     reduced = {axis % len(axes) for axis in listed}
     for axis in sorted(reduced):
-        if site.op in _SUMS:
-            site.sums(0, axis, _SUMS[site.op])
+        if site.op in _COMBINED:
+            site.sums(0, axis, _COMBINED[site.op])
         else:
             site.freeze((axes[axis],), f"{site.op} over it")
     if site.attribute("keepdims", 1):
@@ -45,7 +47,8 @@ def _reduce(site: ChannelNode) -> list[Axes | None]:
 def _arg(site: ChannelNode) -> list[Axes | None]:
     axes = site.axes(0)
     axis = site.axis("axis", 0, len(axes))
-    site.freeze((axes[axis],), f"{site.op} over it")
+    if site.used_output(0):
+        site.freeze((axes[axis],), f"{site.op} over it")
     kept = (site.fresh(1, frozen=SINGLE),) if site.attribute("keepdims", 1) else ()
     return [(*axes[:axis], *kept, *axes[axis + 1 :])]
 

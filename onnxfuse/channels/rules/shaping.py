@@ -1,4 +1,4 @@
-"""Axes through operators that move elements: reshaping, joining, dividing, looking up, resizing."""
+"""Axes through operators that move elements: reshaping, joining, dividing, resizing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from onnxfuse.channels.dims import (
     Axis,
+    AxisKind,
     ClashError,
     factor,
     find,
     is_dynamic,
     is_position,
+    kind,
     leaves,
     product_of,
     segment,
@@ -85,16 +87,32 @@ def arranged(site: ChannelNode, dims: Sequence[Axis], sizes: Sequence[Axis]) -> 
 
 def _refactored(site: ChannelNode, have: Sequence[Axis], want: Sequence[Axis]) -> Sequence[Axis]:
     if all(map(_settled, have)):
-        return [_like(site, dim.size, have) for dim in want]
+        return _alike(site, have, want)
     try:
-        return factor(product_of(have), [dim.size for dim in want])
+        made = factor(product_of(have), [dim.size for dim in want])
     except ClashError as clash:
         site.freeze(have, str(clash))
-        return [_like(site, dim.size, have) for dim in want]
+        return _alike(site, have, want)
+    for dim, size in zip(made, want, strict=True):
+        if kind(dim) is AxisKind.LEAF and not size.dynamic:
+            find(dim).dynamic = False  # rows of a dynamic axis, of a size that is written down
+    return made
+
+
+def _alike(site: ChannelNode, have: Sequence[Axis], want: Sequence[Axis]) -> list[Axis]:
+    """Frozen axes of these sizes, made from frozen ones; those of sizes that are written down are static."""
+    made = [_like(site, dim.size, have) for dim in want]
+    for dim, size in zip(made, want, strict=True):
+        dim.dynamic = dim.dynamic and size.dynamic
+    return made
 
 
 def _reshape(site: ChannelNode) -> list[Axes | None]:
     axes, sizes = site.axes(0), site.sizes()
+    asked = site.numbers(1)
+    if asked is not None and asked.value.size == len(sizes):
+        for dim, size, tag in zip(sizes, asked.value.flat, asked.tags.flat, strict=True):
+            dim.dynamic = dim.dynamic and not (size > 0 and tag is None)
     result = arranged(site, axes, sizes)
     if "shape" in site.node.attrs:
         for entry, (size, dim) in enumerate(zip(site.attribute("shape"), result, strict=True)):
@@ -306,18 +324,25 @@ def _bound(site: ChannelNode, dim: Axis, slot: int, entry: int, sign: int = 1) -
 
 
 def _pad(site: ChannelNode) -> list[Axes | None]:
-    axes = list(site.axes(0))
+    axes, sizes = list(site.axes(0)), site.sizes()
     name = "pads" if "pads" in site.node.attrs else "paddings"
-    pads = site.integers(1, name)
-    if pads is None:
-        raise StopRuleError("its pads are missing")
     listed = site.integers(3, "axes")
+    if listed is None and site.has(3):
+        raise StopRuleError("its axes are computed from data")
     chosen = list(range(len(axes))) if listed is None else [axis % len(axes) for axis in listed]
+    pads = _pads(site, name)
+    if len(pads) != 2 * len(chosen):
+        raise StopRuleError("its pads are missing")
     constant = str(site.attribute("mode", "constant")) == "constant"
     for entry, axis in enumerate(chosen):
         begin, end = pads[entry], pads[entry + len(chosen)]
         dim = axes[axis]
-        if not (begin or end):
+        if begin == 0 and end == 0:
+            continue
+        if begin is None or end is None:
+            site.freeze((dim,), "it is padded by a computed number")
+            sizes[axis].position = is_position(dim)
+            axes[axis] = sizes[axis]
             continue
         if _settled(dim) or not constant or min(begin, end) < 0 or is_dynamic(dim):
             site.freeze((dim,), "it is padded or cropped")
@@ -333,82 +358,15 @@ def _pad(site: ChannelNode) -> list[Axes | None]:
     return [tuple(axes)]
 
 
-# Repeating and looking up -------------------------------------------------------------------------
-
-
-def _made_of(site: ChannelNode, slot: int, entry: int, size: Axis) -> Axis:
-    """An axis whose length is an element of an input: that of another axis, or one of its own."""
-    known = site.numbers(slot)
-    assert known is not None
-    tag = known.tags.reshape(-1)[entry]
-    if isinstance(tag, Axis):
-        own = tag
-    elif any(map(is_dynamic, dims_of(tag))):
-        own = size
-    else:
-        own = site.fresh(size.size, frozen=SINGLE if size.size == 1 else None)
-    site.number(own, slot=slot, entry=entry)
-    return own
-
-
-def _constant_of_shape(site: ChannelNode) -> list[Axes | None]:
-    known, sizes = site.numbers(0), site.sizes()
-    if known is None or known.value.size != len(sizes):
-        return [sizes]
-    return [tuple(_made_of(site, 0, entry, size) for entry, size in enumerate(sizes))]
-
-
-def _expand(site: ChannelNode) -> list[Axes | None]:
-    axes, sizes = site.axes(0), site.sizes()
-    known = site.numbers(1)
-    if known is None or known.value.size > len(sizes):
-        raise StopRuleError("its shape is computed from data")
-    result = []
-    for axis in range(-len(sizes), 0):
-        entry = known.value.size + axis
-        own = axes[axis] if len(axes) >= -axis else None
-        if own is not None and (own.size != 1 or sizes[axis].size == 1):
-            result.append(own)
-            if entry >= 0 and known.value[entry] != 1:
-                site.number(own, slot=1, entry=entry)
-        else:
-            result.append(_made_of(site, 1, entry, sizes[axis]))
-    return [tuple(result)]
-
-
-def _tile(site: ChannelNode) -> list[Axes | None]:
-    axes, sizes = site.axes(0), site.sizes()
+def _pads(site: ChannelNode, name: str) -> list[int | None]:
+    """The pads, begin then end; None for those that differ from run to run."""
+    if name in site.node.attrs:
+        return [int(pad) for pad in site.node.attrs[name]]
     known = site.numbers(1)
     if known is None:
-        raise StopRuleError("its repeats are computed from data")
-    result = []
-    for entry, dim in enumerate(axes):
-        times = int(known.value[entry])
-        if times == 1:
-            result.append(dim)
-        elif dim.size == 1 and not is_dynamic(dim):
-            result.append(_made_of(site, 1, entry, sizes[entry]))
-        else:
-            repeated = site.fresh(times, position=True, frozen="repeats of Tile")
-            repeated.dynamic = known.tags[entry] is not None
-            result.append(product_of([repeated, dim]))
-    return [tuple(result)]
-
-
-def _gather(site: ChannelNode) -> list[Axes | None]:
-    data, indices = site.axes(0), site.axes(1)
-    axis = site.axis("axis", 0, len(data))
-    site.freeze((data[axis],), "its indices are looked up")
-    for other in range(len(data)):
-        if other != axis:
-            site.weight(0, other, "producer")
-    return [(*data[:axis], *indices, *data[axis + 1 :])]
-
-
-def _trilu(site: ChannelNode) -> list[Axes | None]:
-    axes = site.axes(0)
-    site.freeze(axes[-2:], "Trilu depends on places")
-    return [axes]
+        raise StopRuleError("its pads are computed from data")
+    pairs = zip(known.value.flat, known.tags.flat, strict=True)
+    return [None if any(map(is_dynamic, dims_of(tag))) else int(pad) for pad, tag in pairs]
 
 
 # Resizing -----------------------------------------------------------------------------------------
@@ -465,11 +423,6 @@ RULES: Mapping[Key, ChannelRule] = {
     ("", "SequenceAt"): _sequence_at,
     ("", "Slice"): _slice_or_freeze,
     ("", "Pad"): _pad,
-    ("", "ConstantOfShape"): _constant_of_shape,
-    ("", "Expand"): _expand,
-    ("", "Tile"): _tile,
-    ("", "Gather"): _gather,
-    ("", "Trilu"): _trilu,
     ("", "Resize"): _resize,
     ("", "Upsample"): _resize,
     ("", "GridSample"): _sampled,

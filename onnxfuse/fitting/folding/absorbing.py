@@ -16,7 +16,8 @@ import numpy as np
 from onnxfuse.fitting.folding.workspace import Workspace
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor, Variable
-from onnxfuse.ops.linear import LinearOp, constant_operand, is_shared, linear_op, to_layout, weight_type
+from onnxfuse.ops.layouts import is_shared, readers, stored_weight, weight_type
+from onnxfuse.ops.linear import LinearOp, constant_operand, linear_op, to_layout
 from onnxfuse.ops.linear_weights import overflow, write_weights
 
 
@@ -47,7 +48,7 @@ class Absorption:
             return self.op.bias_node, constant_operand(self.op.model, self.op.bias_node)
         return None if self.op.own_bias is None else (self.op.node, self.op.own_bias)
 
-    def stored_weight(self) -> np.ndarray | None:
+    def weight_as_read(self) -> np.ndarray | None:
         """The weight in the operator's own layout."""
         if self.weight is None:
             return None
@@ -93,7 +94,7 @@ def store(workspace: Workspace, absorptions: Sequence[Absorption]) -> list[Node]
         workspace.overriding(t for t in (op.weight_tensor, op.own_bias, op.added_bias) if t is not None)
     if absorptions[0].weight is not None:
         nodes = [absorption.op.node for absorption in absorptions]
-        _write_tied(model, nodes, first, absorptions[0].weight)
+        _write_tied(workspace, nodes, first, absorptions[0].weight)
     for group in _same_bias(model, absorptions):
         _write_bias(workspace, group)
     return around
@@ -117,25 +118,25 @@ def read_only_by(model: Model, tensor: Tensor, nodes: Iterable[Node]) -> bool:
 
 def _tied(workspace: Workspace, first: Absorption, at: Callable[[LinearOp], Found]) -> list[Absorption] | str:
     model, weight = workspace.model, first.op.weight_tensor
-    if not is_shared(model, weight, first.op.node):
+    if not is_shared(model, first.op.weight_input, first.op.node):
         return [first]
     if model.is_output(weight) or model.captured(weight):
         return f"the weight '{weight.name}' is a graph output or read by a subgraph"
     found = [first]
-    stored = first.stored_weight()
-    for user in model.consumers(weight):
+    stored = first.weight_as_read()
+    for user, read in readers(model, weight):
         apart = f"the weight '{weight.name}' is shared with {user.label}, which does not take the same"
-        if sum(t is weight for t in user.inputs) > 1:
+        if sum(t is read for t in user.inputs) > 1:
             return apart
-        if user is first.op.node:
+        if user is first.op.node and read is first.op.weight_input:
             continue
         op = linear_op(model, user, workspace.shapes, transposed=True)
-        if isinstance(op, str) or op.weight_tensor is not weight:
+        if isinstance(op, str) or op.weight_input is not read:
             return apart
         other = at(op)
         if isinstance(other, str) or not _same_layout(first.op, other.op):
             return apart
-        own = other.stored_weight()
+        own = other.weight_as_read()
         same = own is stored if own is None or stored is None else np.array_equal(own, stored)
         if not same:
             return apart
@@ -174,7 +175,7 @@ def _reason_against(model: Model, absorptions: Sequence[Absorption]) -> str | No
         holder = group[0].holder
         more = group[0].op.out_features if holder is not None or np.any(group[0].bias) else 0
         if holder is not None and _is_private(model, group):
-            more -= math.prod(weight_type(model, holder[1])[1])
+            more -= math.prod(_form(model, holder[1]))
         elif holder is not None and not all(a.own_shift for a in group):
             return f"the bias '{holder[1].name}' is shared with operators that do not take the same"
         elements += more
@@ -189,7 +190,16 @@ def _is_private(model: Model, group: Sequence[Absorption]) -> bool:
     holders = [a.holder for a in group if a.holder is not None]
     tensor = holders[0][1]
     once = all(sum(t is tensor for t in node.inputs) == 1 for node, _ in holders)
-    return once and read_only_by(model, tensor, [node for node, _ in holders])
+    layout = None if model.is_weight(tensor) else model.producer(tensor)
+    alone = layout is None or not is_shared(model, layout.inputs[0], layout)
+    return once and alone and read_only_by(model, tensor, [node for node, _ in holders])
+
+
+def _form(model: Model, tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a bias as it is read."""
+    found = stored_weight(model, tensor)
+    assert found is not None
+    return found.shape
 
 
 def _same_bias(model: Model, absorptions: Sequence[Absorption]) -> list[list[Absorption]]:
@@ -198,7 +208,7 @@ def _same_bias(model: Model, absorptions: Sequence[Absorption]) -> list[list[Abs
     for absorption in absorptions:
         holder = absorption.holder
         both = absorption.op.own_bias is not None and absorption.op.bias_node is not None
-        shape = None if holder is None else weight_type(model, holder[1])[1]
+        shape = None if holder is None else _form(model, holder[1])
         key = (holder and holder[1], shape, absorption.stored_bias(), absorption if both else None)
         groups.setdefault(key, []).append(absorption)
     return list(groups.values())
@@ -207,11 +217,13 @@ def _same_bias(model: Model, absorptions: Sequence[Absorption]) -> list[list[Abs
 # ---- writing ---------------------------------------------------------------------------------------------
 
 
-def _write_tied(model: Model, nodes: Sequence[Node], op: LinearOp, weight: np.ndarray) -> None:
+def _write_tied(workspace: Workspace, nodes: Sequence[Node], op: LinearOp, weight: np.ndarray) -> None:
     """Write the weight of an operator, and let all the nodes read it."""
+    before = [node.inputs[1] for node in nodes[1:]]
     for node in nodes[1:]:
         node.inputs[1] = Variable("")
-    write_weights(model, op, weight)
+    workspace.release(before)  # else what lays the weight out for them would count as a reader
+    write_weights(workspace.model, op, weight)
     for node in nodes[1:]:
         node.inputs[1] = op.node.inputs[1]
         node.attrs.pop("alpha", None)

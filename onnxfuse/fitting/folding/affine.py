@@ -28,7 +28,8 @@ from onnxfuse.ops.channel_affine import (
     channel_affine,
     training_mode,
 )
-from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op, output_axis, weight_type
+from onnxfuse.ops.layouts import weight_type
+from onnxfuse.ops.linear import LinearOp, is_main_domain, linear_op, output_axis
 
 MAX_CARRIERS = 6
 """Operators looked through between a BatchNormalization and the linear operator behind it."""

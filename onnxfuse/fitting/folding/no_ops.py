@@ -11,7 +11,8 @@ from onnxfuse.analysis.noops import handed_on, permutation
 from onnxfuse.fitting.folding.workspace import Decision, Edit, Workspace, refuse
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Tensor
-from onnxfuse.ops.linear import is_main_domain, optional_input, weight_type
+from onnxfuse.ops.layouts import weight_type
+from onnxfuse.ops.linear import is_main_domain, optional_input
 from onnxfuse.ops.table import OPS, Kind, Trait
 
 _REPEATING = ("Expand", "Tile", "Reshape", "Unsqueeze", "Cast", "CastLike", "Identity")

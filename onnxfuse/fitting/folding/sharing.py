@@ -16,7 +16,7 @@ from onnxfuse.fitting.folding.workspace import Edit, Workspace
 from onnxfuse.ir import bodies
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
-from onnxfuse.ops.linear import weight_type
+from onnxfuse.ops.layouts import weight_type
 
 _LITERAL = 64
 """Elements up to which constants that no training changes are the same where their values are."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from onnxfuse.ir.marks import VALUES, ZEROS, promises
 from onnxfuse.ir.model import Model
+from onnxfuse.ops.shared_weights import multiplied
 from onnxfuse.pytorch.bridge.weights import stored
 
 Projection = Callable[[], None]
@@ -31,8 +32,9 @@ def projection(module: nn.Module, model: Model) -> Projection | None:
     promised: dict[str, set[str]] = {}
     for node in model.nodes:
         marks = promises(node) & {ZEROS, VALUES}
-        if marks and len(node.inputs) > 1 and node.inputs[1].name in keys:
-            promised.setdefault(keys[node.inputs[1].name], set()).update(marks)
+        for tensor in multiplied(model, node) if marks else ():
+            if tensor.name in keys:
+                promised.setdefault(keys[tensor.name], set()).update(marks)
     trained = dict(module.named_parameters())
     found = [_of_weight(trained[key], marks) for key, marks in promised.items() if key in trained]
     return None if not found else lambda: _run(found)

@@ -161,3 +161,19 @@ def test_retraining_uses_the_shares() -> None:
     half = (found["1", "0"] + found["0", "1"]) / 2
     assert not np.allclose(found["1", "0"], found["0", "1"], atol=1e-5)
     assert np.corrcoef(found["0.5", "0.5"].ravel(), half.ravel())[0, 1] > 0.5
+
+
+def test_zeros_stay_behind_a_transpose() -> None:
+    body = "t = Transpose<perm=[1,0]>(w1) h = MatMul(x, t) y = MatMul(h, w2)"
+    model = net(body, {"w1": pruned(), "w2": (6, 4)}, "float[N,8] x")
+    next(node for node in model.nodes if node.op == "MatMul").metadata[KEPT_KEY] = ZEROS
+    module = to_torch(model)
+    put_back = projection(module, model)
+    assert put_back is not None
+    w1 = dict(module.named_parameters())["w1"]
+    zero = w1.detach() == 0
+    with torch.no_grad():
+        w1.add_(1.0)
+    put_back()
+    assert not w1.detach()[zero].any()
+    assert w1.detach()[~zero].all()
