@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from onnxfuse.verification.promises import Promise
     from onnxfuse.verification.records import Comparison, Divergence, OutputError
 
-FORMAT = 2
+FORMAT = 3
 _LISTED = 10  # entries of a long list that are shown
 
 FactRows = Iterator[tuple[str, str]]

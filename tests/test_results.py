@@ -199,4 +199,4 @@ def test_json_is_what_the_command_line_prints(
     assert printed == result.to_json() + "\n"
     assert json.loads(printed) == result.to_dict()
     assert result.to_dict()["onnxfuse"] == command
-    assert printed.startswith(f'{{\n  "onnxfuse": "{command}",\n  "format": 2,\n')
+    assert printed.startswith(f'{{\n  "onnxfuse": "{command}",\n  "format": 3,\n')
