@@ -271,13 +271,13 @@ def behind(model: Model, tensor: str) -> tuple[str, str] | None:
         else:
             ends |= read
     found = inside & ends
-    return (tensor, *found) if len(found) == 1 and tensor not in found else None
+    return (tensor, found.pop()) if len(found) == 1 and tensor not in found else None
 
 
 def _number(model: Model, name: str) -> bool:
     """Whether a tensor is a single number that is stored."""
-    tensor = model.tensor(name)
-    return model.is_weight(tensor) and model.weight(tensor).size == 1
+    value = model.weight(model.tensor(name))
+    return value is not None and value.size == 1
 
 
 def _change(plan: _Plan, found: Autoencoder, solved: Solved) -> Change:
