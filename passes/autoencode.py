@@ -4,15 +4,16 @@ An operator y = W x + b becomes two through a narrower code, z = E x and y' = D 
 of a convolution the first keeps kernel, strides and pads, and the second is 1x1. It is one of the methods
 that O'Neill et al. 2021 ("Compressing Deep Neural Networks via Layer Fusion") compare theirs with.
 
-1. **Train** each pair on the operator's own inputs, in the model as it is, with noise on them; see
-   `onnxfuse.pytorch.training.autoencoder`.
-2. **Walk** (`onnxfuse.fitting.walk`): from the first pair on, the second operators and all linear operators
-   behind are solved again, from the inputs that the rewritten network gives them to what the original
-   computes. That is the paper's order, where a layer's reconstruction accounts for the errors of those before
-   it. With `refit=false` the pairs are only measured.
+1. **Train** each pair, from input to output, with noise on its inputs: x as the network computes it whose
+   earlier operators are replaced already, against what the original computes behind its activation, which is
+   the paper's order and error ("student rollout"; `onnxfuse.pytorch.training.autoencoder`). The activation is
+   all that follows element by element, a GELU of five operators as well (`_behind`); where y is a branch of a
+   sum, the pair makes up for the other branch, too.
+2. **Walk** (`onnxfuse.fitting.walk`): the pairs are measured, and all other linear operators behind the first
+   are solved again. With `refit=false` they stay as they are.
 
-A linear code is the default: y is linear in x, the best linear code on the sampled rows is where training
-starts, and on the networks in `models/` neither an epoch of noise nor a code of ReLUs came out better.
+A linear code is the default: y is linear in x, and the best linear code on the sampled rows is where training
+starts.
 """
 
 from __future__ import annotations
@@ -28,16 +29,26 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from onnxfuse.errors import InputError
 from onnxfuse.findings import Change, Skip
-from onnxfuse.fitting.input_rows import input_rows
-from onnxfuse.fitting.rewriting import Mask, finished, first_feed, nothing, settled, unmeasurable, walked
+from onnxfuse.fitting.paired_rows import paired_rows
+from onnxfuse.fitting.rewriting import (
+    Mask,
+    finished,
+    first_feed,
+    known_shapes,
+    nothing,
+    settled,
+    unmeasurable,
+    walked,
+)
 from onnxfuse.fitting.search import SearchResult
-from onnxfuse.fitting.sites import MOST_UNKNOWNS, check_mask
+from onnxfuse.fitting.sites import MOST_UNKNOWNS, RefitSite, check_mask, refit_sites, tensors_read
 from onnxfuse.fitting.walk import Solved
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Node, Variable
 from onnxfuse.numerics.affine import Affine
-from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, linear_op
+from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, is_main_domain, linear_op
 from onnxfuse.ops.linear_building import add_linear
+from onnxfuse.ops.table import OPS, Kind
 from onnxfuse.pipeline import choosing
 from onnxfuse.pipeline.base import Context, Contract, Pass, PassResult
 from onnxfuse.pipeline.goals import Goals, Share
@@ -47,6 +58,8 @@ if TYPE_CHECKING:
     from onnxfuse.pytorch.training.autoencoder import Autoencoder
 
 NAME = "autoencode"
+
+_ELEMENTWISE = OPS.of_kind(Kind.ACTIVATION).names | {"Add", "Sub", "Mul", "Div", "Erf", "Pow", "Identity"}
 
 SHARE = 0.5
 """Share of the parameters that is left, unasked."""
@@ -67,7 +80,7 @@ class AutoencodeOptions(Goals):
     noise: NonNegativeFloat = Field(
         0.1, description="standard deviation of the noise on an input in training, as a share of its own"
     )
-    refit: bool = Field(True, description="solve again the second operators, and the linear ones behind")
+    refit: bool = Field(True, description="solve again the linear operators behind that are not replaced")
     mask: Mask = None
 
 
@@ -108,15 +121,10 @@ class Autoencode(Pass):
         plans, skipped = self._plans(model, context)
         if not plans:
             return nothing(model, skipped, choosing.idle("replace", skipped))
-        trained = self._train(training, model, plans, context)
-        made = model.copy()
-        pairs = [
-            _replace(made, plan, own.encode, own.decode) for plan, own in zip(plans, trained, strict=True)
-        ]
+        made, trained, pairs = self._train(training, model, plans, context)
         decoders = [decoder for _, decoder in pairs]
-        refit = self.options.refit
         solved, left = walked(
-            model, made, context, mask=self.options.mask, refit=refit, fixed=() if refit else decoders
+            model, made, context, mask=self.options.mask, refit=self.options.refit, kept=decoders
         )
         encoders = {(encoder.name,) for encoder, _ in pairs}
         left = [skip for skip in left if skip.nodes not in encoders]
@@ -185,20 +193,21 @@ class Autoencode(Pass):
 
     def _train(
         self, training: ModuleType, model: Model, plans: Sequence[_Plan], context: Context
-    ) -> list[Autoencoder]:
-        """The codes of all plans, trained on the operators' own inputs."""
+    ) -> tuple[Model, list[Autoencoder], list[tuple[Node, Node]]]:
+        """The model with all pairs, each trained in the network that those before it are in; the pairs."""
         advance = context.progress.task("training codes", total=len(plans))
-        found: list[Autoencoder] = []
-        ops = [plan.op for plan in plans]
-        for plan, (_, (fitted, held)) in zip(
-            plans, input_rows(model, ops, self.options.mask, context), strict=True
-        ):
+        sites = self._sites(model, plans, context)
+        made, found, pairs = model.copy(), [], []
+        for plan in plans:
+            site = sites[plan.op.y]
+            fitted, held = paired_rows(context.original, made, plan.op, site, context)
             own = training.fit(
-                Affine(plan.op.weight, plan.op.bias),
+                plan.op.weight,
                 fitted,
                 held if len(held) else fitted,
                 rank=plan.rank,
                 relu=plan.relu,
+                through=training.through(model, behind(model, site.tensor)),
                 epochs=self.options.epochs,
                 noise=self.options.noise,
                 seed=context.seed,
@@ -206,8 +215,24 @@ class Autoencode(Pass):
             )
             context.journal("autoencode", operator=plan.op.name, start=own.start, error=own.error)
             found.append(own)
+            pairs.append(_replace(made, plan, own.encode, own.decode))
             advance()
-        return found
+        return made, found, pairs
+
+    def _sites(self, model: Model, plans: Sequence[_Plan], context: Context) -> dict[str, RefitSite]:
+        """What the pairs are held against, by their output."""
+        trial = model.copy()
+        nodes = [_replace(trial, plan, *_nothing(plan))[1] for plan in plans]
+        sites, _ = refit_sites(
+            context.original,
+            trial,
+            (),
+            self.options.mask,
+            known_shapes(context),
+            before=model,
+            fixed=nodes,
+        )
+        return {site.op.y: site for site in sites}
 
 
 def _training() -> ModuleType:
@@ -223,6 +248,36 @@ def _training() -> ModuleType:
     from onnxfuse.pytorch.training import autoencoder
 
     return autoencoder
+
+
+def behind(model: Model, tensor: str) -> tuple[str, str] | None:
+    """The tensor and what becomes of it element by element, where nothing else is made of it; else None.
+
+    Args:
+        model: whose nodes read the tensor.
+        tensor: an operator's output, or the sum that it goes into.
+    """
+    inside, ends = {tensor}, {info.name for info in model.outputs}
+    for node in model.nodes:
+        read = {own.name for own in tensors_read(model, node)}
+        if not read & inside:
+            continue
+        if (
+            node.op in _ELEMENTWISE
+            and is_main_domain(node)
+            and all(_number(model, name) for name in read - inside)
+        ):
+            inside.add(node.outputs[0].name)
+        else:
+            ends |= read
+    found = inside & ends
+    return (tensor, found.pop()) if len(found) == 1 and tensor not in found else None
+
+
+def _number(model: Model, name: str) -> bool:
+    """Whether a tensor is a single number that is stored."""
+    value = model.weight(model.tensor(name))
+    return value is not None and value.size == 1
 
 
 def _change(plan: _Plan, found: Autoencoder, solved: Solved) -> Change:

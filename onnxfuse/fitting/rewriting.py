@@ -161,6 +161,7 @@ def walked(
     mask: str | None,
     refit: bool = True,
     fixed: Collection[Node] = (),
+    kept: Collection[Node] = (),
     fresh: Sequence[tuple[Node, str]] = (),
     ridge: float | None = None,
     paper: bool = False,
@@ -175,6 +176,7 @@ def walked(
         mask: see `Mask`.
         refit: without it fresh operators are solved, fixed ones measured, and nothing else is touched.
         fixed: see `fitting.sites.refit_sites`.
+        kept: nodes that are fixed and keep their biases, too: they are only measured.
         fresh: see `fitting.sites.refit_sites`.
         ridge: see `fitting.walk.walk`.
         paper: see `fitting.walk.walk`.
@@ -185,10 +187,11 @@ def walked(
         NotApplicableError: activations that are not finite.
     """
     sites, skipped = refit_sites(
-        context.original, rewritten, fresh, mask, known_shapes(context), before=before, fixed=fixed
+        context.original, rewritten, fresh, mask, known_shapes(context), before=before, fixed=[*fixed, *kept]
     )
+    sites = [replace(site, how="keep") if site.op.node in kept else site for site in sites]
     if not refit:
-        sites, skipped = _alone(sites, fixed), []
+        sites, skipped = _alone(sites, [*fixed, *kept]), []
     solved = walk(
         context.original,
         rewritten,

@@ -2,6 +2,7 @@
 
     ONNXFUSE_SHARED=FOLDER python tests/benchmarks/bench_merge.py --only resnet32 [--plot FILE.png]
     python tests/benchmarks/bench_merge.py --only lm        # the shipped model; see below
+    ... --keep FOLDER             # every row as soon as it is there: a run that was stopped goes on
     ... --quick                                             # few samples, few settings
 
 Two networks: ResNet-32 on CIFAR-10 (accuracy on 3,000 test images; calibration on 400 others, unlabelled)
@@ -12,10 +13,10 @@ and 0.5 of the parameters:
 1. `merge` by every criterion and in every mode, without retraining; at 0.5 also as the paper has it (nothing
    aligned, nothing refitted).
 2. The comparators at the same size: prune and cluster by their gzipped files, the others by their parameters.
-3. Retrained (two epochs on 2,000 samples, the original as teacher; of 3e-4, 1e-3 and 3e-3 the learning rate
-   with the least held-out loss on a merged and on a pruned network in batches of 32, one for all): at 0.5 the
-   paper's criteria in every mode once, the best of each mode and the comparators over three seeds; and by
-   turns (`exponential:steps=4`).
+3. Retrained on 2,000 samples with the original as teacher, two epochs in batches of 64: first all criteria
+   and comparators at 0.5, then the best of each mode and the comparators at 0.9 and 0.75, then more seeds of
+   what leads, and by turns (`exponential:steps=4`). The learning rate is one for all rows of a network; of
+   1e-4, 3e-4, 1e-3 and 3e-3 (`--rates`) the best at which no seed fails.
 
 Sizes are those of the gzipped files beside the gzipped original. Differences to the original come with 95 %
 intervals from a paired bootstrap over the test samples; over seeds with the standard deviation.
@@ -23,12 +24,13 @@ intervals from a paired bootstrap over the test samples; over seeds with the sta
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,7 @@ from onnxfuse.passes.merge import Merge
 from onnxfuse.passes.prune import Prune
 from onnxfuse.pipeline.base import Context, Pass
 from onnxfuse.pipeline.manager import PassManager
+from onnxfuse.results import RetrainResult
 from onnxfuse.runtime.session import Runtime
 from onnxfuse.verification.metrics import Metric, evaluate, nll, top1
 
@@ -55,8 +58,9 @@ GOALS = (0.9, 0.75, 0.5)
 MODES = ("fit", "mean", "freeze", "mix")
 EPOCHS, SEEDS = 2, 3
 SCHEDULE = "exponential:steps=4"
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 RETRAINED = ("output", "euclidean", "covariance", "kl", "wasserstein")
-HEADLINERS = ("prune, global", "cluster, 256 values", "lowrank, data", "autoencode")
+HEADLINERS = ("prune, global", "cluster, 256 values", "lowrank, data", "lowrank, svd", "autoencode")
 
 
 @dataclass
@@ -72,6 +76,7 @@ class Task:
     metric: Metric
     shown: Callable[[float], float]
     rate: float
+    folder: Path | None = None
     before: np.ndarray = field(default_factory=lambda: np.empty(0))
     runtime: Runtime = field(default_factory=lambda: Runtime("cpu"))
 
@@ -136,7 +141,7 @@ def lm(quick: bool) -> Task:
         test,
         nll,
         lambda mean: float(np.exp(-mean)),
-        3e-3,
+        1e-3,
     )
 
 
@@ -159,13 +164,21 @@ TASKS = {"resnet32": resnet32, "lm": lm}
 def main() -> int:
     made = parser(__doc__ or "")
     made.add_argument("--only", choices=list(TASKS), required=True)
+    made.add_argument("--keep", type=Path, metavar="FOLDER", help="rows that are there, to go on from")
+    made.add_argument("--rates", action="store_true", help="only the held-out loss by learning rate")
     made.add_argument("--plot", type=Path, metavar="FILE", help="scores against sizes (needs matplotlib)")
     options = made.parse_args()
     print(machine(options.threads), end="\n\n")
     task = TASKS[options.only](options.quick)
+    if options.keep is not None:
+        task.folder = options.keep / options.only
+        task.folder.mkdir(parents=True, exist_ok=True)
     task.before = task.scores(task.model)
     print(f"{task.name}: {task.unit} {task.shown(float(task.before.mean())):.3f}\n", flush=True)
     start = time.perf_counter()
+    if options.rates:
+        _rates(task)
+        return 0
     criteria: Sequence[str] = ("output", "wasserstein") if options.quick else ("output", *CRITERIA)
     goals = GOALS[-1:] if options.quick else GOALS
     rows: list[Row] = []
@@ -193,14 +206,47 @@ def main() -> int:
 
 
 def _row(task: Task, name: str, goal: float, passes: Sequence[Pass]) -> Row:
+    kept = _kept(task, name, goal)
+    if kept is not None:
+        return kept
     start = time.perf_counter()
     outcome = PassManager(passes).run(task.model, task.context())
     took = time.perf_counter() - start
     failed = next((step for step in outcome.steps if not step.committed or not step.changes), None)
     if failed is not None:
         print(f"{goal:g} {name}: {failed.reason or failed.notes}", flush=True)
-        return Row(name, goal, None, 0, 0, 1, took)
-    return _judged(task, name, goal, outcome.model, took)
+        return _keep(task, Row(name, goal, None, 0, 0, 1, took))
+    return _keep(task, _judged(task, name, goal, outcome.model, took))
+
+
+def _place(task: Task, name: str, goal: float) -> Path | None:
+    """Where a row is kept, without its suffix."""
+    return (
+        None if task.folder is None else task.folder / f"{goal:g} {name}".replace(" ", "_").replace(",", "")
+    )
+
+
+def _kept(task: Task, name: str, goal: float) -> Row | None:
+    """A row of a former run."""
+    place = _place(task, name, goal)
+    if place is None or not place.with_name(place.name + ".json").exists():
+        return None
+    row = Row(**json.loads(place.with_name(place.name + ".json").read_text()))
+    file = place.with_name(place.name + ".onnx")
+    row.model = Model.load(file) if file.exists() else None
+    return row
+
+
+def _keep(task: Task, row: Row) -> Row:
+    """The row, stored where rows are kept."""
+    place = _place(task, row.name, row.goal)
+    if place is not None:
+        file = place.with_name(place.name + ".onnx")
+        if row.model is not None and not file.exists():
+            row.model.save(file)
+        text = json.dumps(asdict(replace(row, model=None)))
+        place.with_name(place.name + ".json").write_text(text)
+    return row
 
 
 def _judged(task: Task, name: str, goal: float, model: Model, took: float) -> Row:
@@ -255,25 +301,51 @@ def _share_clustered(task: Task, goal: float) -> float:
 
 
 def _retrain(task: Task, rows: list[Row], seeds: int) -> None:
+    """Retrain in the order of worth, so that a run that is stopped has what counts."""
     last = min(row.goal for row in rows)
     best = _best(task, rows)
-    for row in rows:
-        if row.model is None or row.name.endswith("plain"):
-            continue
-        kind, _, criterion = row.name.partition(", ")
-        is_best = any(row is other for other in best)
-        if row.goal != last or (kind in MODES and criterion not in RETRAINED and not is_best):
-            continue
-        for seed in range(seeds if is_best and (kind in MODES or row.name in HEADLINERS) else 1):
-            row.retrained.append(_trained(task, row.model, seed))
-        print(f"{row.goal:g} {row.name} retrained: {np.round(row.retrained, 3).tolist()}", flush=True)
-    by_turns = Row(f"merge by turns, {SCHEDULE}", last, None, 0, 0, 1, 0)
-    options = next(row for row in best if row.goal == last and row.name.split(",")[0] in MODES)
-    mode, criterion = options.name.split(", ")
-    for seed in range(seeds):
+    able = [row for row in rows if row.model is not None and not row.name.endswith("plain")]
+    once = [row for row in able if row.goal == last and _wanted(row, best)]
+    milder = [
+        row for row in able if row.goal != last and _is_one(row, best) and _kind(row) in ("fit", *HEADLINERS)
+    ]
+    for row in (*once, *milder):
+        _add_seeds(task, row, 1)
+    leading = [row for row in once if _is_one(row, best) and _kind(row) in (*MODES, *HEADLINERS)]
+    for row in leading:
+        _add_seeds(task, row, seeds)
+    _by_turns(task, rows, next(row for row in best if row.goal == last and _kind(row) in MODES), seeds)
+
+
+def _wanted(row: Row, best: Sequence[Row]) -> bool:
+    """Whether a row is retrained at the smallest size: of merges by the paper's criteria, or the best."""
+    criterion = row.name.partition(", ")[2]
+    return _kind(row) not in MODES or criterion in RETRAINED or _is_one(row, best)
+
+
+def _is_one(row: Row, best: Sequence[Row]) -> bool:
+    return any(row is other for other in best)
+
+
+def _add_seeds(task: Task, row: Row, seeds: int) -> None:
+    assert row.model is not None
+    if len(row.retrained) >= seeds:
+        return
+    for seed in range(len(row.retrained), seeds):
+        row.retrained.append(_trained(task, row.model, seed))
+        _keep(task, row)
+    print(f"{row.goal:g} {row.name} retrained: {np.round(row.retrained, 3).tolist()}", flush=True)
+
+
+def _by_turns(task: Task, rows: list[Row], best: Row, seeds: int) -> None:
+    """The best merge retrained by turns, and for as long at once."""
+    name = f"merge by turns, {SCHEDULE}"
+    by_turns = _kept(task, name, best.goal) or Row(name, best.goal, None, 0, 0, 1, 0)
+    mode, criterion = best.name.split(", ")
+    for seed in range(len(by_turns.retrained), seeds):
         result = onnxfuse.compress(
             task.model,
-            [Merge(params=last, criterion=criterion, mode=mode)],
+            [Merge(params=best.goal, criterion=criterion, mode=mode)],
             calib=task.calibration,
             retrain=task.training,
             epochs=2 * EPOCHS,
@@ -283,12 +355,32 @@ def _retrain(task: Task, rows: list[Row], seeds: int) -> None:
         )
         by_turns.retrained.append(task.shown(float(task.scores(result.model).mean())))
         by_turns.size = _size(result.model) / _size(task.model)
-    once = Row(f"{options.name}, {2 * EPOCHS} epochs at once", last, options.score, 0, 0, options.size, 0)
-    assert options.model is not None
-    once.retrained = [_trained(task, options.model, seed, 2 * EPOCHS) for seed in range(seeds)]
+        _keep(task, by_turns)
+    name = f"{best.name}, {2 * EPOCHS} epochs at once"
+    once = _kept(task, name, best.goal) or Row(name, best.goal, best.score, 0, 0, best.size, 0)
+    assert best.model is not None
+    for seed in range(len(once.retrained), seeds):
+        once.retrained.append(_trained(task, best.model, seed, 2 * EPOCHS))
+        _keep(task, once)
     rows += [by_turns, once]
     for row in (by_turns, once):
         print(f"{row.name}: {np.round(row.retrained, 3).tolist()}", flush=True)
+
+
+def _rates(task: Task) -> None:
+    """The held-out loss, before and after every epoch, of a merged and a pruned network at each rate."""
+    goal = GOALS[-1]
+    for name, passes in (
+        ("fit, output", [Merge(params=goal)]),
+        ("prune, global", [Prune(amount=_amount(task.model, goal))]),
+    ):
+        row = _row(task, name, goal, passes)
+        assert row.model is not None
+        for rate in RATES:
+            task.rate = rate
+            found = _retraining(task, row.model, 0, EPOCHS).report.retraining
+            losses = [epoch.held_out for epoch in found.history]
+            print(f"{name}, {rate:g}: {np.round(np.array(losses, float), 4).tolist()}", flush=True)
 
 
 def _best(task: Task, rows: Sequence[Row]) -> list[Row]:
@@ -310,15 +402,22 @@ def _kind(row: Row) -> str:
     return mode if mode in MODES else row.name
 
 
+def _retraining(task: Task, model: Model, seed: int, epochs: int) -> RetrainResult:
+    return onnxfuse.retrain(
+        model, task.training, teacher=task.model, epochs=epochs, lr=task.rate, held_out=0.1, seed=seed
+    )
+
+
 def _trained(task: Task, model: Model, seed: int, epochs: int = EPOCHS) -> float:
+    """The score after retraining; that of the start where no epoch was better on the held-out samples."""
     try:
-        result = onnxfuse.retrain(
-            model, task.training, teacher=task.model, epochs=epochs, lr=task.rate, held_out=0.1, seed=seed
-        )
+        result = _retraining(task, model, seed, epochs)
     except OnnxfuseError as failure:
         print(f"not retrained: {failure}")
         return float("nan")
-    return task.shown(float(task.scores(result.model).mean()))
+    if not result:
+        print(f"not retrained: {result.reason}", flush=True)
+    return task.shown(float(task.scores(result.model if result else model).mean()))
 
 
 # Telling --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -15,7 +16,7 @@ from nets import Feed, compute, context, fitted, held, net, normal, weight
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.ir.editing import PASS_KEY, REPLACES_KEY
 from onnxfuse.ir.model import Model
-from onnxfuse.passes.autoencode import Autoencode
+from onnxfuse.passes.autoencode import Autoencode, behind
 from onnxfuse.pipeline.base import Context, Contract
 from onnxfuse.pipeline.manager import PassManager
 from onnxfuse.pipeline.records import StepReport
@@ -317,3 +318,56 @@ def test_bad_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match=r"pip install 'onnxfuse\[torch\]'"):
         Autoencode(rank=3).run(model, ctx)
+
+
+GELU = "d = Div(h, k) e = Erf(d) p = Add(e, one) m = Mul(h, p) g = Mul(m, half)"
+NUMBERS = {"k": np.float32(1.4142135), "one": np.float32(1), "half": np.float32(0.5)}
+BEHIND: dict[str, tuple[str, tuple[str, str] | None]] = {
+    "a ReLU": ("r = Relu(h) y = MatMul(r, w2)", ("h", "r")),
+    "a ReLU with two readers": ("r = Relu(h) a = MatMul(r, w2) b = MatMul(r, w2) y = Add(a, b)", ("h", "r")),
+    "the output": ("y = Tanh(h)", ("h", "y")),
+    "a GELU of five operators": (GELU + " y = MatMul(g, w2)", ("h", "g")),
+    "nothing": ("y = MatMul(h, w2)", None),
+    "another reader": ("r = Relu(h) s = Add(r, h) y = MatMul(s, w2)", ("h", "s")),
+    "two ends": ("r = Relu(h) t = Tanh(h) a = MatMul(r, w2) b = MatMul(t, w2) y = Add(a, b)", None),
+    "a number for each channel": ("s = PRelu(h, c) y = MatMul(s, w2)", None),
+    "a softmax": ("s = Softmax(h) y = MatMul(s, w2)", None),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_what_is_behind_an_operator(name: str) -> None:
+    body, expected = BEHIND[name]
+    weights = {"w1": (12, 8), "w2": (8, 6), "c": np.full(8, 0.1, np.float32), **NUMBERS}
+    read = {"w1", *re.findall(r"\w+", body)}
+    used = {key: value for key, value in weights.items() if key in read}
+    assert behind(net("h = Gemm(x, w1) " + body, used, x="float[N,12] x"), "h") == expected
+
+
+@pytest.mark.parametrize("activation", ["r = Relu(h)", GELU.replace("g = ", "r = ")])
+def test_training_goes_through_the_activation(activation: str) -> None:
+    """Large outputs are cut off: a pair has to follow the others."""
+    large = np.repeat(np.float32([1, 5]), [6, 18])
+    weights = {
+        "w1": normal(12, 24) * large,
+        "b1": np.repeat(np.float32([0, -500]), [6, 18]),
+        "w2": (24, 6),
+        **(NUMBERS if "Erf" in activation else {}),
+    }
+    model = net(f"h = Gemm(x, w1, b1) {activation} y = Gemm(r, w2)", weights, x="float[N,12] x")
+    found, step, ctx = run(model, {"x": spread(600, 12)}, only="h", rank=6, refit=False, epochs=2)
+    (ours,), (theirs,) = (compute(m, held(ctx), "r") for m in (found, model))
+    error_behind = np.square(ours - theirs).sum() / np.square(theirs - theirs.mean(0)).sum()
+    assert error_behind < 1e-3 < 0.3 < error(model, found, held(ctx), "h")
+    assert step.changes[0].detail["relative_error_alone"] == pytest.approx(error_behind, rel=0.02, abs=1e-6)
+
+
+def test_a_pair_is_trained_on_what_the_pairs_before_it_leave() -> None:
+    """Its decoder, with nothing trained, is the regression of the original's tensor on its code."""
+    model = net("h = Gemm(x, w1) y = Gemm(h, w2)", {"w1": (12, 16), "w2": (16, 8)}, x="float[N,12] x")
+    found, _, ctx = run(model, {"x": spread(400, 12)}, rank=3, epochs=0, refit=False)
+    code = found.nodes[2].outputs[0].name
+    (z,), (y,) = (compute(m, fitted(ctx), name) for m, name in ((found, code), (model, "y")))
+    known = np.column_stack([z, np.ones(len(z))]).astype(np.float64)
+    expected = known @ np.linalg.lstsq(known, y.astype(np.float64), rcond=None)[0]
+    np.testing.assert_allclose(compute(found, fitted(ctx))[0], expected, atol=2e-3)

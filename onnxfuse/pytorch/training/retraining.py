@@ -297,7 +297,13 @@ def _not_better(trained: Trained) -> str | None:
     if trained.best > 0:
         return None
     said = f"training never got better than the start{_losses(trained)}"
-    return f"{said}; {trained.stopped}, a smaller --lr may help" if trained.diverged else said
+    if trained.diverged:
+        return f"{said}; {trained.stopped}, a smaller --lr may help"
+    start, *epochs = trained.history
+    loss = epochs[0].loss if epochs else None
+    if loss is None or start.held_out is None or loss <= start.held_out:
+        return said
+    return f"{said}; epoch 1 raised the training loss to {loss:.4g}: a smaller --lr may help"
 
 
 def _losses(trained: Trained) -> str:

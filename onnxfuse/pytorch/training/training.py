@@ -6,7 +6,10 @@ line; whoever wants to show, keep or resume a training hands in what does it.
 - The learning rate rises linearly over the first twentieth of all steps and falls along a cosine to zero.
 - Weight decay acts on matrices and kernels, not on biases and scales.
 - The gradient is clipped to norm `CLIP`: a network that was just rewritten starts with a few steep batches.
-- After each epoch the held-out loss is taken, in float32; the epoch where it is lowest wins, and the start is
+- After each epoch the running statistics of BatchNorms are taken anew, from some batches and the weights as
+  they are now (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3): averages along the way lag
+  behind weights that move, and after an epoch of few steps so far that the held-out loss means nothing.
+- Then the held-out loss is taken, in float32; the epoch where it is lowest wins, and the start is
   a candidate, epoch 0.
 - Data order and dropout depend on the seed and the number of the epoch alone, and so does the learning rate
   on the number of the step: a resumed training needs no more than weights, optimizer and history to end the
@@ -34,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from onnxfuse.data.calibration import Batch
 from onnxfuse.errors import InputError
 from onnxfuse.progress import NoProgress, Progress
+from onnxfuse.pytorch.bridge.rules.normalization import BatchNorm
 from onnxfuse.pytorch.bridge.tensors import to_tensor
 from onnxfuse.pytorch.training.processes import processes
 from onnxfuse.pytorch.training.records import Epoch
@@ -45,6 +49,9 @@ CLIP = 1.0
 
 WARM_UP = 0.05
 """Share of the steps during which the learning rate rises."""
+
+RENEWED = 16
+"""Batches that the running statistics of BatchNorms are taken from."""
 
 MOMENTUM = 0.9
 
@@ -261,6 +268,7 @@ class _Loop:
             except Diverged as reason:
                 stopped, diverged = f"{reason} became NaN or infinite in epoch {number}", True
                 break
+            self._renew_statistics(number)
             self._finish(Epoch(number, loss, *self._evaluate(), time.perf_counter() - start))
             if keep is not None and self.rank == 0:
                 keep(self._state())
@@ -331,6 +339,22 @@ class _Loop:
             as_fed(batch.feed[name], dtype) for name, dtype in zip(named.inputs, named.types, strict=True)
         )
         return [to_tensor(array).to(self.device) for array in arrays]
+
+    @torch.no_grad()
+    def _renew_statistics(self, number: int) -> None:
+        """Running statistics of the weights as they are: the mean over some batches of an epoch."""
+        norms = [m for m in self.module.modules() if isinstance(m, BatchNorm) and m.running]
+        momenta = {norm: norm.momentum for norm in norms if norm not in self.frozen}
+        if not momenta:
+            return
+        self.module.eval()
+        for count, batch in enumerate(islice(self.batches.epoch(number), RENEWED), start=1):
+            for norm in momenta:
+                norm.train()
+                norm.momentum = 1 / count
+            self.named(self._inputs(batch), self.objective.tensors)
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
 
     # the held-out batches
 

@@ -105,7 +105,8 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_loop(layers: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> list[float]:
-    """What anybody would write: warm-up and cosine by torch's own schedulers, gradients clipped to 1."""
+    """What anybody would write: warm-up and cosine by torch's own schedulers, gradients clipped to 1;
+    and torch's own way to running statistics of the last weights."""
     total = 6 * epochs
     warm = max(1, round(0.05 * total))
     rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / warm)
@@ -122,6 +123,7 @@ def plain_loop(layers: nn.Module, optimizer: torch.optim.Optimizer, epochs: int)
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))
+    torch.optim.swa_utils.update_bn([torch.from_numpy(X[at : at + 10]) for at in range(0, 60, 10)], layers)
     return losses
 
 
