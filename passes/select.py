@@ -413,7 +413,7 @@ class Select(Pass):
         context: Context,
     ) -> SearchResult:
         """Widths that this machine runs faster, tightened until the whole network is as fast as asked for."""
-        sample = few_rows(model, context.calibration.fit, 1)
+        sample = few_rows(model, context.calibration.fit, 1, context.runtime)
         times = rewarded(
             model,
             reading.found,

@@ -70,7 +70,7 @@ class Widen(Pass):
     def run(self, model: Model, context: Context) -> PassResult:
         """Raises InputError for a site that isn't there, NotApplicableError for one that was named and can't
         be widened."""
-        feed = few_rows(model, context.calibration.fit, _ROWS)
+        feed = few_rows(model, context.calibration.fit, _ROWS, context.runtime)
         groups = find_groups(model, feed, context.runtime)
         if self.options.skip == "fold":
             return self._alone(model, feed, skips.producers(groups), context)

@@ -139,7 +139,7 @@ def _verified(
     if wanted.max_latency is not None:
         reason = broken
         if broken is None:
-            timed = latency([first, second], runtime, few_rows(first, batches, 1), seed=seed)
+            timed = latency([first, second], runtime, few_rows(first, batches, 1, runtime), seed=seed)
             surely = allowed.confidence is not None
             reason = timed.over(wanted.max_latency, "--max-latency", surely=surely)
         promises.append(_promise(f"latency at most {wanted.max_latency:g}", reason))
@@ -217,7 +217,7 @@ def diff(
         warnings += [MADE_UP] if calibration.synthetic else []
         batches, record, said = unseen(calibration, first, second)
         warnings += said
-        feed = few_rows(first, batches, 1)
+        feed = few_rows(first, batches, 1, runtime)
         outputs = compare(first, second, batches, runtime, labels=_labels(first, second))
         warnings += outputs.notes
     except OnnxfuseError as error:

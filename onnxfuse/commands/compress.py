@@ -163,7 +163,7 @@ def compress(
     )
     approximate = any(pass_.contract is Contract.APPROXIMATE for pass_ in plan)
     doubts = doubts_of(calibration, original.inputs, approximate=approximate)
-    sample = few_rows(original, calibration.fit, 1)
+    sample = few_rows(original, calibration.fit, 1, runtime)
     scorer = Scorer.make(allowed, calibration.held_out, calibration.labels, original, runtime)
     training = None if asked is None else asked.open(original)
     context = Context(original, calibration, runtime, seed, settings.max_error, progress or NoProgress())

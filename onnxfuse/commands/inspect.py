@@ -120,7 +120,7 @@ def _feeds(model: Model, calib: Data, seed: int) -> tuple[Feed | None, Feed | No
     try:
         calibration = Calibration.open(calib, model, limit=limit, held_out=0.0, seed=seed)
         several = next(iter(calibration.fit)).feed
-        return several, few_rows(model, calibration.fit, 1), []
+        return several, few_rows(model, calibration.fit, 1, runtime), []
     except OnnxfuseError as error:
         if calib is not None:
             raise

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxfuse.data.batch_axes import batch_axes, fixed_batch
+from onnxfuse.errors import NotApplicableError
+from onnxfuse.runtime.observed_shapes import run_shapes
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import Batch
     from onnxfuse.ir.model import Feed, Model
+    from onnxfuse.runtime.session import Runtime
 
 
 def first_rows(model: Model, batch: Batch, size: int) -> Feed | None:
@@ -31,13 +34,22 @@ def first_rows(model: Model, batch: Batch, size: int) -> Feed | None:
     return {**batch.feed, **cut}
 
 
-def few_rows(model: Model, batches: Iterable[Batch], size: int) -> Feed:
-    """The first rows of the first batch, or all of it where that is no cut.
+def few_rows(model: Model, batches: Iterable[Batch], size: int, runtime: Runtime) -> Feed:
+    """The first rows of the first batch, or all of it where that is no cut, or where the model fails on so few:
+    a Reshape to fixed sizes takes whole batches alone.
 
     Args:
         model: whose inputs are fed.
         batches: at least one.
         size: the number of rows.
+        runtime: where it is tried; the shapes of that run are remembered.
     """
     batch = next(iter(batches))
-    return first_rows(model, batch, size) or batch.feed
+    rows = first_rows(model, batch, size)
+    if rows is None:
+        return batch.feed
+    try:
+        run_shapes(model, rows, runtime)
+    except NotApplicableError:
+        return batch.feed
+    return rows

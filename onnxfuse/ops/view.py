@@ -48,7 +48,7 @@ class NodeView:
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """An attribute, a tensor as an array; where it is not given, `default` in ONNX's precision
-        (`protos.as_default`)."""
+        (`ir.protos.as_default`)."""
         if name not in self.attributes:
             return as_default(default)
         value = self.attributes[name]

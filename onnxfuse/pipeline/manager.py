@@ -87,7 +87,7 @@ class PassManager:
         try:
             for instrument in self.instruments:
                 instrument.started(self.passes, model)
-            sample = few_rows(model, context.calibration.fit, 1)
+            sample = few_rows(model, context.calibration.fit, 1, context.runtime)
             cost = measure(model, sample, context.runtime)
             for index, pass_ in enumerate(self.passes, start=1):
                 for instrument in self.instruments:

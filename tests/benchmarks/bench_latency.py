@@ -162,9 +162,10 @@ def measure(task: tuple[Sequence[Pair], int]) -> list[Run]:
     found = []
     for pair in pairs:
         a, b = onnxfuse.load(pair.a), onnxfuse.load(pair.b)
-        feed = few_rows(a, Calibration.open(None, a, limit=2, held_out=0.0, seed=0).fit, 1)
+        runtime = Runtime("cpu", threads)
+        feed = few_rows(a, Calibration.open(None, a, limit=2, held_out=0.0, seed=0).fit, 1, runtime)
         start = time.perf_counter()
-        timed = latency([a, b], Runtime("cpu", threads), feed)
+        timed = latency([a, b], runtime, feed)
         took = time.perf_counter() - start
         control = (timed.control.low, timed.control.high)
         share = 1.0 if timed.cpu_share is None else timed.cpu_share

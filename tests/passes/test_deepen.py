@@ -407,6 +407,18 @@ def residual(branch: str, more: str = "", **weights: Any) -> Model:
     return net(body, sized(f"w0:6,6 w3:6,4 {more}") | weights)
 
 
+def test_a_weight_behind_a_transpose_is_copied_with_it() -> None:
+    model = residual("v = Transpose(w1) k = MatMul(u, v)", "w1:6,6")
+    feed = {"x": normal(16, 6)}
+    grown, step = deepened(model, feed, sites={"s": 1})
+    (copy,) = new_weights(model, grown).values()
+    assert copy.shape == (6, 6)
+    assert not copy.any()
+    np.testing.assert_array_equal(weight(grown, "w1"), weight(model, "w1"))
+    np.testing.assert_array_equal(compute(grown, feed)[0], compute(model, feed)[0])
+    assert step.changes
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -415,7 +427,7 @@ def residual(branch: str, more: str = "", **weights: Any) -> Model:
             r"ends in 'k' \(Relu\): behind that a zero branch",
         ),
         (residual("h = MatMul(u, w1) k = Softmax(h)", "w1:6,6"), r"ends in 'k' \(Softmax\), not in a linear"),
-        (residual("v = Transpose(w1) k = MatMul(u, v)", "w1:6,6"), "not in a linear operator"),
+        (residual("v = Neg(w1) k = MatMul(u, v)", "w1:6,6"), "not in a linear operator"),
         (residual("a = MatMul(u, w1) h = Relu(a) k = MatMul(h, w1)", "w1:6,6"), "more than once"),
         (
             residual(

@@ -35,12 +35,15 @@ NEVER = {
     "the Attention operator": ("[4]", ALONE),
     "the Attention operator, heads apart": ("3 x [4]", ALONE),
     "L2 norm over channels": ("[8]", ALONE),
+    "key-value heads repeated by Tile and by Concat": ("2 x 2 x [4]", ALONE),
+    "key-value heads repeated by a computed list": ("2 x 2 x [4]", ALONE),
 }
 UNLESS_ALL_ALIKE = {
     "embedding and layer norm": "[12]",
     "layer norm written out": "[12]",
     "rms norm": "[12]",
     "group norm written out": "[3]",
+    "spatial gate": "[8]",
 }
 
 

@@ -131,7 +131,7 @@ class Call:
         return found
 
     def attr(self, name: str, default: Any = None) -> Any:
-        """An attribute; where it is not given, the default in ONNX's precision (`protos.as_default`)."""
+        """An attribute; where it is not given, the default in ONNX's precision (`ir.protos.as_default`)."""
         attributes = self.operator.attributes
         return attributes[name] if name in attributes else as_default(default)
 
