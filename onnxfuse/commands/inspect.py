@@ -81,7 +81,7 @@ def inspect(
     if plot is not None:
         plots.check_plot(Path(plot), file_of(found))
     runtime = Runtime(provider, threads)
-    several, feed, warnings = _feeds(found, calib, seed)
+    several, feed, warnings = _feeds(found, calib, runtime, seed)
     groups = find_groups(found, several, runtime) if channels or growth else None
     alike = None if criterion is None else layer_similarity.similarities(found, criterion, heads, seed)
     if plot is not None and alike:
@@ -114,7 +114,9 @@ def inspect(
     )
 
 
-def _feeds(model: Model, calib: Data, seed: int) -> tuple[Feed | None, Feed | None, list[str]]:
+def _feeds(
+    model: Model, calib: Data, runtime: Runtime, seed: int
+) -> tuple[Feed | None, Feed | None, list[str]]:
     """A batch of samples, one sample, and warnings; None for both where none can be made up."""
     limit = None if calib is not None else 2
     try:

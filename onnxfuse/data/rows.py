@@ -35,8 +35,8 @@ def first_rows(model: Model, batch: Batch, size: int) -> Feed | None:
 
 
 def few_rows(model: Model, batches: Iterable[Batch], size: int, runtime: Runtime) -> Feed:
-    """The first rows of the first batch, or all of it where that is no cut, or where the model fails on so few:
-    a Reshape to fixed sizes takes whole batches alone.
+    """The first rows of the first batch, or all of it where that is no cut, or where the model fails on so
+    few: a Reshape to fixed sizes takes whole batches alone.
 
     Args:
         model: whose inputs are fed.

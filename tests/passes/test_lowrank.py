@@ -439,7 +439,8 @@ def refusals(model: Model, ctx: Context, **options: Any) -> dict[str, str]:
 def test_what_is_refused() -> None:
     model = net(
         """a = Conv<group=2>(x, w0) r = Relu(a) g = GlobalAveragePool(r) f = Flatten(g) h = MatMul(f, w1)
-        q = Relu(h) k = MatMul(q, w1) t = Relu(k) e = MatMul(t, w2) u = Transpose(e) p = MatMul(u, k) y = Gemm(e, w3)""",
+        q = Relu(h) k = MatMul(q, w1) t = Relu(k) e = MatMul(t, w2) u = Transpose(e) p = MatMul(u, k)
+        y = Gemm(e, w3)""",
         {"w0": (8, 2, 3, 3), "w1": (8, 8), "w2": (8, 1), "w3": (1, 6)},
         "float[N,4,5,5] x",
         "float[A,B] y",
