@@ -31,35 +31,45 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common import fill, machine, table, write_json
+from forking import Death, forked
 from fuzz_drawing import BYTES, PARTS
 from fuzz_making import made
-from fuzz_running import STEPS, Limits, Outcome, preload, run_all, run_one
+from fuzz_running import STEPS, Outcome, preload, run_one
 from fuzz_seeds import DATA, DATA_FILE
-
-from onnxfuse.runtime.onnx_runtime import ort
 
 
 def main() -> None:
     options = arguments()
-    limits = Limits(options.seconds, options.memory << 30)
+    memory = options.memory << 30
     preload()
     if options.only is not None:
-        show_one(run_one(options.seed, options.only, limits))
+        show_one(run_one(options.seed, options.only, memory, lambda step: None))
         return
-    print(f"{machine(1)}, ONNX Runtime {ort.__version__}; seed {options.seed}", flush=True)
+    print(f"{machine(1)}; seed {options.seed}", flush=True)
     outcomes = []
-    for outcome in run_all(
-        options.seed, range(options.first, options.first + options.count), options.jobs, limits
+    for number, found in forked(
+        range(options.first, options.first + options.count),
+        lambda number, began: run_one(options.seed, number, memory, began),
+        options.jobs,
+        options.seconds,
     ):
+        outcome = _dead(options.seed, number, found) if isinstance(found, Death) else found
         outcomes.append(outcome)
         if outcome.broken:
             keep(outcome, options.keep, options.seed)
-            print(f"{outcome.number} ({', '.join(outcome.damages)} of {outcome.net}): {outcome.broken[0]}")
+            print(
+                f"{number} ({', '.join(outcome.damages)} of {outcome.net}): {outcome.broken[0]}", flush=True
+            )
         if len(outcomes) % 500 == 0:
             print(f"{len(outcomes):,} of {options.count:,}", flush=True)
     show(outcomes)
     write_json(options.json, {"machine": machine(1), "files": [asdict(outcome) for outcome in outcomes]})
     sys.exit(1 if any(outcome.broken for outcome in outcomes) else 0)
+
+
+def _dead(seed: int, number: int, death: Death) -> Outcome:
+    net, _, damages = made(seed, number)
+    return Outcome(number, net, damages, broken=[f"{death.step}: {death.reason}"])
 
 
 def arguments() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Runs of `bench_fuzz.py`: one file through all steps, and many files in forked processes that may die."""
+"""One file of `bench_fuzz.py` through all steps."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ import contextlib
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import pkgutil
 import resource
-import signal
-import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import onnx
+from forking import Began
 from fuzz_making import made
 from fuzz_seeds import DATA, DATA_FILE
 
@@ -33,17 +29,7 @@ from onnxfuse.runtime import latency
 
 STEPS = ("inspect", "compress", "verify", "to_torch")
 MODEL, RESULT = "model.onnx", "result.onnx"
-FILES_A_PROCESS = 250
-WALL = 15  # times the limit of processor time: then a step hangs without using any
 _HERE = ("--provider", "cpu", "--threads", "1")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a step: processor seconds, and bytes on top of what the process has."""
-
-    seconds: float
-    memory: int
 
 
 @dataclass
@@ -87,14 +73,18 @@ def preload() -> None:
 # --- one file -----------------------------------------------------------------------------------------------
 
 
-def run_one(
-    seed: int, number: int, limits: Limits, began: Callable[[str], None] = lambda step: None
-) -> Outcome:
-    """All steps on file `number`, in this process. `began` hears of each step before it begins."""
+def run_one(seed: int, number: int, memory: int, began: Began) -> Outcome:
+    """All steps on file `number`, in this process.
+
+    Args:
+        seed, number: tell the file.
+        memory: bytes that a step may take on top of what the process has.
+        began: hears of each step before it begins.
+    """
     net, data, damages = made(seed, number)
     outcome = Outcome(number, net, damages)
     draw = Random(f"{seed}/{number}/commands")
-    with tempfile.TemporaryDirectory() as name, _inside(name), _memory(limits.memory):
+    with tempfile.TemporaryDirectory() as name, _inside(name), _memory(memory):
         Path(MODEL).write_bytes(data)
         Path(DATA_FILE).write_bytes(DATA)
         for step in STEPS:
@@ -176,10 +166,10 @@ def _commanded(outcome: Outcome, step: str, draw: Random) -> str:
     outcome.codes[step] = code
     said = f"$ onnxfuse {' '.join(arguments)}\n{out}{err}{native}"
     for problem in (
-        _code_problem(code, err),
-        _lines_problem(code, err),
+        _code_problem(code, out, err),
+        _lines_problem(code, err) if code < 4 else "",
         "what C++ prints is on the screen" if native else "",
-        _json_problem(code, out) if json_wanted else "",
+        _json_problem(out) if json_wanted else "",
         "the result of fold is not what it was made from" if code == 1 and RESULT in arguments else "",
         "a file is not itself" if code == 1 and arguments[1] == arguments[2] else "",
     ):
@@ -205,9 +195,11 @@ def _captured() -> Iterator[list[str]]:
         found += [out.getvalue(), err.getvalue(), spool.read().decode(errors="replace")]
 
 
-def _code_problem(code: int, err: str) -> str:
+def _code_problem(code: int, out: str, err: str) -> str:
     if "Traceback" not in err and code in (0, 1, 2, 3):
         return ""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        err = json.loads(out)["traceback"]
     return f"exit code {code}, {_culprit(err)}"
 
 
@@ -232,16 +224,16 @@ def _lines_problem(code: int, err: str) -> str:
     )
 
 
-def _json_problem(code: int, out: str) -> str:
-    """Errors were not always printed as JSON, so nothing at all will do for them."""
+def _json_problem(out: str) -> str:
     try:
-        json.loads(out, parse_constant=lambda text: _refuse(text))
+        json.loads(out, parse_constant=_refuse)
     except ValueError as error:
-        return f"--json prints no JSON ({error})" if out or code == 0 else ""
+        return f"--json prints no JSON ({error})"
     return ""
 
 
 def _refuse(text: str) -> None:
+    """NaN and infinities, which Python would take."""
     raise ValueError(f"{text} is no JSON")
 
 
@@ -276,99 +268,3 @@ def _check_files(step: str, outcome: Outcome, data: bytes) -> None:
         except Exception as error:
             problems.append(f"the result can't be read: {type(error).__name__}: {error}")
     outcome.broken += [f"{step}: {problem}" for problem in problems]
-
-
-# --- many files ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Worker:
-    """A forked process, the files that it has yet to do, and what it is at."""
-
-    process: Any
-    pipe: Connection
-    left: list[int]
-    step: str = "start"
-    cpu: float = 0.0
-    wall: float = field(default_factory=time.monotonic)
-
-    def began(self, step: str) -> None:
-        self.step, self.cpu, self.wall = step, _processor_seconds(self.process.pid), time.monotonic()
-
-    def hangs(self, seconds: float) -> bool:
-        """Whether the step takes too much processor time, or so long that it must wait for something."""
-        spent = _processor_seconds(self.process.pid) - self.cpu
-        return spent > seconds or time.monotonic() - self.wall > WALL * seconds
-
-
-def run_all(seed: int, numbers: Sequence[int], jobs: int, limits: Limits) -> Iterator[Outcome]:
-    """Outcomes as they come. A process that dies or hangs is followed by another, which does the rest."""
-    chunks = [list(numbers[at : at + FILES_A_PROCESS]) for at in range(0, len(numbers), FILES_A_PROCESS)]
-    workers: list[_Worker] = []
-    while chunks or workers:
-        while chunks and len(workers) < jobs:
-            workers.append(_forked(seed, chunks.pop(0), limits))
-        ready = set(wait([worker.pipe for worker in workers], timeout=1.0))
-        for worker in list(workers):
-            ended = False
-            if worker.pipe in ready:
-                try:
-                    message = worker.pipe.recv()
-                except EOFError:
-                    ended = True
-                else:
-                    if isinstance(message, str):
-                        worker.began(message)
-                    else:
-                        worker.left.remove(message.number)
-                        yield message
-            hangs = not ended and worker.hangs(limits.seconds)
-            if hangs:
-                worker.process.kill()
-            if ended or hangs:
-                worker.process.join()
-                workers.remove(worker)
-                if worker.left:
-                    yield _dead(seed, worker, limits, hangs)
-                    if worker.left[1:]:
-                        chunks.insert(0, worker.left[1:])
-
-
-def _forked(seed: int, numbers: list[int], limits: Limits) -> _Worker:
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
-    process = fork.Process(target=_work, args=(seed, numbers, limits, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    return _Worker(process, ours, list(numbers))
-
-
-def _work(seed: int, numbers: Sequence[int], limits: Limits, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for number in numbers:
-        pipe.send(run_one(seed, number, limits, began=pipe.send))
-    sys.stdout.flush()
-    os._exit(0)  # ONNX Runtime may crash where it tidies up after what was damaged
-
-
-def _dead(seed: int, worker: _Worker, limits: Limits, hangs: bool) -> Outcome:
-    """The outcome of the file that a process died of: the first that it has not done."""
-    net, _, damages = made(seed, worker.left[0])
-    outcome = Outcome(worker.left[0], net, damages)
-    if hangs:
-        outcome.broken.append(f"{worker.step}: takes over {limits.seconds:g} s")
-    else:
-        code = worker.process.exitcode
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        outcome.broken.append(f"{worker.step}: the process dies of {how}")
-    return outcome
-
-
-def _processor_seconds(process: int) -> float:
-    """User and system time so far; 0 where there is no /proc, and only the wall clock tells."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -25,7 +25,7 @@ CNN = """cnn (float[N,3,8,8] x) => (float[N,5] y) {
   m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(s)  g = GlobalAveragePool(m)  f = Flatten(g)
   y = Gemm<transB=1>(f, w5x8, b5) }"""
 
-UNET = """unet (float[1,4,H,W] x) => (float[1,8,A,B] y) {
+UNET = """unet (float[N,4,12,12] x) => (float[N,8,A,B] y) {
   c = Conv<strides=[2,2], pads=[1,1,1,1]>(x, w8x4)  a = PRelu(c, slope)
   i = InstanceNormalization(a, one8, zero8)
   u = Resize<mode="nearest">(i, , scales)  t = ConvTranspose<strides=[2,2]>(i, w8x4t)
@@ -64,7 +64,8 @@ QUANTIZED = """quantized (float[N,6] x) => (float[N,4] y) {
 SHAPES = """shapes (float[A,B,6] x) => (float[A,B,3] y, int64[K] k, float[A,1] m) {
   s = Shape(x)  n = Gather(s, zero)  u = Unsqueeze(n, axis)  t = Concat<axis=0>(u, minus, six)
   r = Reshape(x, t)  e = Einsum<equation="abc,cd->abd">(r, w)  o = Expand(b3, e_shape)  c = Where(yes, e, e)
-  y = Add(c, o)  l = Slice(r, begin, end, axis)  f = Flatten(l)  v, k0 = TopK<axis=-1>(f, one)  k = Reshape(k0, minus)
+  y = Add(c, o)  l = Slice(r, begin, end, axis)  f = Flatten(l)  v, k0 = TopK<axis=-1>(f, one)
+  k = Reshape(k0, minus)
   i = Identity(v)  m = ReduceMean<keepdims=1>(i, one)  nz = NonZero(k0)  rg = Range(zero0, n, one0) }"""
 
 SEQUENCES = """sequences (float[N,4] x, float[N,4] z) => (float[M,4] y, int64 n) {
