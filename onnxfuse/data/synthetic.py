@@ -29,6 +29,7 @@ _MOST, _LEAST = 256, 16  # samples where nobody says how many: as many as
 _BYTES = 2**24  # holds, because large samples are slow to run
 _SPATIAL, _SEQUENCE = 64, 16
 _LARGEST = 2**25  # bytes of a batch that is tried
+_HUGE = 2**30  # bytes of a batch that is never made, whatever the model declares
 _PATIENCE = 5.0  # seconds after which no more sizes are tried
 _OTHER_SIZES = (64, 32, 16, 224, 128, 256, 512, 640, 1)
 
@@ -78,12 +79,13 @@ class Synthetic:
 
     def _sizes_that_run(self, model: Model, template: Template) -> dict[Symbol, int]:
         session = Runtime("cpu").session(model)
-        failure: NotApplicableError | None = None
+        failure: NotApplicableError | str | None = None
         end = time.monotonic() + _PATIENCE
         for sizes in _candidates(model.inputs, template):
             shapes = _concrete(template, sizes)
             size = sum(math.prod(shape) * _item_size(model, name) for name, shape in shapes.items())
-            if failure is not None and size > _LARGEST:
+            if size > (_HUGE if failure is None else _LARGEST):
+                failure = failure or f"a batch of the sizes that it declares takes {size / 2**30:,.0f} GiB"
                 continue
             try:
                 session.run(self._feed(0, shapes))

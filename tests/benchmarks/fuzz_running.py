@@ -170,7 +170,7 @@ def _commanded(outcome: Outcome, step: str, draw: Random) -> str:
         _lines_problem(code, err) if code < 4 else "",
         "what C++ prints is on the screen" if native else "",
         _json_problem(out) if json_wanted else "",
-        "the result of fold is not what it was made from" if code == 1 and RESULT in arguments else "",
+        "the result of fold is not what it was made from" if code == 1 and arguments[2] == RESULT else "",
         "a file is not itself" if code == 1 and arguments[1] == arguments[2] else "",
     ):
         if problem:

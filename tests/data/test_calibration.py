@@ -827,6 +827,13 @@ def test_no_made_up_sample_is_huge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(sizes) <= 2**25
 
 
+@pytest.mark.parametrize("shape", ["batch,3,1099511627776", "4611686018427387904,4611686018427387904"])
+def test_declared_sizes_that_fill_any_memory_are_not_made_up(shape: str) -> None:
+    with pytest.raises(InputError, match=r"declares takes [\d,]+ GiB") as error:
+        Calibration.open(None, model(f"float[{shape}] x", "y = Relu(x)", f"float[{shape}] y"))
+    one_line(error, "give real ones with --calib")
+
+
 def test_sizes_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     picky = model("float[A,B] x", "y = Reshape(x, s)", "float[K,7919] y", weights="<int64[2] s = {-1, 7919}>")
     seconds = iter(range(0, 1000, 4))  # more than five have gone after the second try

@@ -140,6 +140,14 @@ def test_locations_outside_the_folder(location: str, tmp_path: Path) -> None:
     refused(make(tmp_path / "model", location), "'w'", "outside", "refused")
 
 
+def test_a_location_that_no_file_system_takes(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    model.graph.initializer[0].external_data[0].value = "w" * 5000
+    path.write_bytes(model.SerializeToString())
+    refused(path, "'w'", "too long")
+
+
 def test_a_location_that_says_nothing(tmp_path: Path) -> None:
     for text in ("", ".", "a\0b"):
         path = make(tmp_path)
