@@ -59,7 +59,7 @@ class Synthetic:
             seed: of the random numbers.
 
         Raises:
-            InputError: the model ran on none of the sizes that were tried.
+            InputError: the model ran on none of the sizes that were tried, or takes no rows at all.
             NotApplicableError: ONNX Runtime cannot load the model.
         """
         self._seed = seed
@@ -73,6 +73,8 @@ class Synthetic:
             sizes[_BATCH] = max(1, min(batch_size, wanted // 4))
         self._shapes = _concrete(template, sizes)
         self._rows = _rows(model.inputs, self._shapes)
+        if not self._rows:
+            raise InputError("the inputs are declared with 0 rows: no samples can be made up for them")
         self.count = max(2, -(-wanted // self._rows))
         shapes = ", ".join(f"'{name}' {format_shape(shape)}" for name, shape in self._shapes.items())
         self.name = f"made-up samples for {shapes}"

@@ -309,12 +309,14 @@ def dense(sparse: onnx.SparseTensorProto, folder: DataFolder | None) -> np.ndarr
         InputError: indices that do not fit the dims.
     """
     values, indices = read(sparse.values, folder), read(sparse.indices, folder)
-    result = np.zeros(tuple(sparse.dims), values.dtype)
     try:
+        result = np.zeros(tuple(sparse.dims), values.dtype)
         if indices.ndim == 1:
             result.reshape(-1)[indices] = values
         else:
             result[tuple(indices.T)] = values
     except (IndexError, ValueError) as error:
         raise InputError(f"sparse tensor '{sparse.values.name}': its indices do not fit its shape") from error
+    except MemoryError as error:
+        raise InputError(f"sparse tensor '{sparse.values.name}' is too large to be made dense") from error
     return result

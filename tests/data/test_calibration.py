@@ -785,6 +785,12 @@ def test_a_model_that_made_up_samples_do_not_suit() -> None:
     one_line(error, "Reshape")
 
 
+def test_no_rows_cannot_be_made_up() -> None:
+    for shape in ("0,3", "0"):
+        with pytest.raises(InputError, match="0 rows"):
+            Calibration.open(None, model(f"float[{shape}] x", "y = Relu(x)", f"float[{shape}] y"))
+
+
 def test_shapes_that_cannot_be_made_up() -> None:
     proto = model(VECTORS).to_proto()
     proto.graph.input[0].type.tensor_type.ClearField("shape")

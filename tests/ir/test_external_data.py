@@ -222,6 +222,14 @@ def test_a_link_that_stays_in_the_model_s_folder(tmp_path: Path) -> None:
     refused(path, "'w'")
 
 
+@pytest.mark.parametrize("dims", [[2**40, 2**22], [-4], [2**62, 2**62]])
+def test_a_sparse_tensor_that_no_memory_holds(dims: list[int]) -> None:
+    values = numpy_helper.from_array(np.ones(1, np.float32), "s")
+    indices = numpy_helper.from_array(np.zeros(1, np.int64), "at")
+    with pytest.raises(InputError, match="sparse tensor 's'"):
+        external_data.dense(onnx.SparseTensorProto(values=values, indices=indices, dims=dims), None)
+
+
 def test_a_missing_or_short_data_file(tmp_path: Path) -> None:
     path = make(tmp_path)
     data = tmp_path / "weights.bin"
