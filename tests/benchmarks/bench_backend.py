@@ -28,7 +28,7 @@ import onnx
 import onnx.version_converter
 import onnxruntime
 from common import fill, machine, parser, table, write_json
-from forking import Began, Death, forked
+from forking import Began, Death, forked, preload
 from onnx import ModelProto, TensorProto, numpy_helper
 
 import onnxfuse
@@ -78,6 +78,7 @@ def main() -> None:
     versions = f"onnx {onnx.__version__}"
     print(f"{machine(1)}, {versions}", flush=True)
     cases = list(_cases(options.light))[:: 40 if options.quick else 1]
+    preload()
     outcomes = []
     for number, found in forked(
         range(len(cases)), lambda n, began: tried(cases[n], began), options.jobs, 120
@@ -86,6 +87,8 @@ def main() -> None:
         if isinstance(found, Death):
             found = Found(case.name, case.kind, {found.step: CRASHED}, {found.step: found.reason})
         outcomes.append(found)
+        if len(outcomes) % 200 == 0:
+            print(f"{len(outcomes):,} of {len(cases):,}", flush=True)
     show(outcomes)
     write_json(options.json, {"machine": f"{machine(1)}, {versions}", "cases": [asdict(o) for o in outcomes]})
     sys.exit(1 if any({WRONG, CRASHED} & set(o.statuses.values()) for o in outcomes) else 0)

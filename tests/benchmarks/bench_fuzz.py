@@ -31,10 +31,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common import fill, machine, table, write_json
-from forking import Death, forked
+from forking import Death, forked, preload
 from fuzz_drawing import BYTES, PARTS
 from fuzz_making import made
-from fuzz_running import STEPS, Outcome, preload, run_one
+from fuzz_running import STEPS, Outcome, run_one
 from fuzz_seeds import DATA, DATA_FILE
 
 

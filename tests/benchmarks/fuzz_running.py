@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import io
 import json
 import os
-import pkgutil
 import resource
 import tempfile
 import time
@@ -19,7 +16,6 @@ from pathlib import Path
 from random import Random
 
 import onnx
-import typer
 from forking import Began
 from fuzz_making import made
 from fuzz_seeds import DATA, DATA_FILE
@@ -27,7 +23,6 @@ from fuzz_seeds import DATA, DATA_FILE
 import onnxfuse
 from onnxfuse.cli.app import main as program
 from onnxfuse.errors import OnnxfuseError
-from onnxfuse.runtime import latency
 
 STEPS = ("inspect", "compress", "verify", "to_torch")
 MODEL, RESULT = "model.onnx", "result.onnx"
@@ -60,18 +55,6 @@ class Outcome:
     @property
     def broken_steps(self) -> set[str]:
         return {line.split(":")[0] for line in self.broken}
-
-
-def preload() -> None:
-    """Import whatever a command may import, and build the command line, so that forked processes need not;
-    shorten timings."""
-    for module in pkgutil.walk_packages(onnxfuse.__path__, "onnxfuse."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    assert onnxfuse.to_torch
-    typer.main.get_command = functools.cache(typer.main.get_command)
-    latency.BLOCKS = latency.LEAST_BLOCKS = 4
-    latency.BLOCK_SECONDS, latency.WARMUP = 0.002, 1
 
 
 # --- one file -----------------------------------------------------------------------------------------------
