@@ -14,10 +14,9 @@ every output of the case, within 1e-5 of its largest element. Anything else than
 crash.
 """
 
-import functools
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -236,27 +235,41 @@ def show(outcomes: Sequence[Found]) -> None:
         print(f"\n{len(chosen)} cases: {kind}; {changed} of them with another operator set than they declare")
         counts = {step: Counter(o.statuses.get(step) for o in chosen) for step in STEPS}
         table(("", *STEPS), [(status, *(counts[step][status] for step in STEPS)) for status in STATUSES])
-    for status in (REFUSED, FAILED, WRONG, CRASHED):
+    print()
+    reasons = {
+        step: Counter(_kind(o.reasons[step]) for o in _those(outcomes, step, REFUSED)) for step in STEPS
+    }
+    order = sum(reasons.values(), Counter()).most_common()
+    table(
+        ("refused, because", *STEPS),
+        [(kind, *(reasons[step][kind] for step in STEPS)) for kind, _ in order],
+    )
+    for status in (FAILED, WRONG, CRASHED):
         print(f"\n{status}")
-        for reason, names in grouped(outcomes, status).items():
-            print(
-                fill(f"  {len(names)}: {reason} ({', '.join(names[:4])}{', ...' * (len(names) > 4)})", "    ")
-            )
-
-
-def grouped(outcomes: Sequence[Found], status: str) -> dict[str, list[str]]:
-    """Cases by step and reason, without names and numbers, the most frequent first."""
-    found: defaultdict[str, list[str]] = defaultdict(list)
-    for o in outcomes:
         for step in STEPS:
-            if o.statuses.get(step) == status:
-                found[f"{step}: {_plain(o.reasons[step])}"].append(o.name)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+            for o in _those(outcomes, step, status):
+                print(fill(f"  {step} of {o.name}: {o.reasons[step]}", "    "))
 
 
-@functools.cache
-def _plain(reason: str) -> str:
-    return re.sub(r"\[[^\]]*\]|\d+", "*", re.sub(r"'[^']*'", "'*'", reason))[:200]
+def _those(outcomes: Sequence[Found], step: str, status: str) -> list[Found]:
+    return [o for o in outcomes if o.statuses.get(step) == status]
+
+
+REASONS = {
+    r"holds NaN or infinity": "a sample holds NaN or infinity",
+    r"weight .* has a": "a weight is NaN or infinite",
+    r"has no rows|0 rows": "a sample has no rows",
+    r"not a tensor but a sequence": "an input is a sequence or optional",
+    r"too new|No Op registered|uses opset|attribute: mode": "an operator newer than ONNX Runtime's set",
+    r"Numpy_type|Numpy type|Creation of OrtValues": "no way to feed or fetch such a type in Python",
+    r"ONNX Runtime cannot load": "ONNX Runtime has no kernel for it, or refuses it",
+    r"fails in ONNX Runtime": "ONNX Runtime fails on the sample",
+}
+"""Kinds of reason by what they say, the first that is found."""
+
+
+def _kind(reason: str) -> str:
+    return next((kind for text, kind in REASONS.items() if re.search(text, reason)), reason[:100])
 
 
 if __name__ == "__main__":
