@@ -95,8 +95,8 @@ def _operators(graph: GraphProto) -> set[str]:
 def outcome(case: Any) -> Outcome:
     """Import the case and run it."""
     op = _subject(case)
-    feeds = [[_array(value) for value in inputs] for inputs, _ in case.data_sets]
-    expected = [[_array(value) for value in outputs] for _, outputs in case.data_sets]
+    feeds = [[array(value) for value in inputs] for inputs, _ in case.data_sets]
+    expected = [[array(value) for value in outputs] for _, outputs in case.data_sets]
     status, reason = _tried(case, case.model, feeds, expected)
     if status == REFUSED and len(feeds[0]) > 1 and all(isinstance(a, np.ndarray) for a in feeds[0]):
         stored = _with_stored_inputs(case.model, feeds[0])
@@ -186,11 +186,12 @@ def _by_onnx_runtime(proto: ModelProto, feed: Sequence[Any]) -> list[Any]:
     return list(Runtime("cpu").session(model).run(dict(zip(names, feed, strict=True))).values())
 
 
-def _array(value: Any) -> Any:
+def array(value: Any) -> Any:
+    """An input or output of a case as an array, a list of them, or None."""
     if isinstance(value, TensorProto):
         return numpy_helper.to_array(value)
     if isinstance(value, (list, tuple)):
-        return [_array(item) for item in value]
+        return [array(item) for item in value]
     return None if value is None else np.asarray(value)
 
 

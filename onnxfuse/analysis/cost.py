@@ -300,7 +300,7 @@ def proto_macs(node: onnx.NodeProto, shapes: Shapes) -> int | None:
     if rule is None or any(True for _ in bodies(node)):
         return None
     try:
-        return rule(CostNode(node, lambda name: _known_shape(name, shapes)))
+        return _applied(rule, node, shapes)
     except _UnknownError:
         return None
 
@@ -354,9 +354,20 @@ class _Counter:
                 return 0
             raise _UnknownError(f"{label} has no rule")
         try:
-            return rule(CostNode(node, lambda name: _known_shape(name, shapes)))
+            return _applied(rule, node, shapes)
         except _UnknownError as unknown:
             raise _UnknownError(f"{label}: {unknown}") from None
+
+
+def _applied(rule: CostRule, node: onnx.NodeProto, shapes: Shapes) -> int:
+    """What a rule says of a node.
+
+    Rules count on shapes that ONNX Runtime has accepted, but a model that it refuses is inspected, too.
+    """
+    try:
+        return rule(CostNode(node, lambda name: _known_shape(name, shapes)))
+    except (IndexError, ValueError):
+        raise _UnknownError("its inputs have shapes that it does not take") from None
 
 
 def _known_shape(name: str, shapes: Shapes) -> tuple[int, ...]:

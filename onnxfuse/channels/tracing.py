@@ -45,7 +45,7 @@ def trace(model: Model, feed: Feed | None, runtime: Runtime | None) -> System:
     system = System(model, *_sizes(model, feed, runtime))
     for node in model.nodes:
         if node.constant_form is None:
-            _apply(system, node)
+            _apply(system, node, ran=feed is not None)
     _freeze_ends(system)
     _freeze_crossed(system)
     _freeze_numbers(system)
@@ -93,8 +93,11 @@ def _sizes(
 # One node at a time -------------------------------------------------------------------------------
 
 
-def _apply(system: System, node: Node) -> None:
-    """Play one node through: its numbers if it computes some, and its axes."""
+def _apply(system: System, node: Node, ran: bool) -> None:
+    """Play one node through: its numbers if it computes some, and its axes.
+
+    Rules count on ranks that ONNX Runtime has accepted. Where nothing has run, others are a reason to stop.
+    """
     site = ChannelNode(system, node)
     computed = _evaluated(site)
     rule = RULES.get(node.key)
@@ -105,6 +108,10 @@ def _apply(system: System, node: Node) -> None:
             result = _checked(site, rule(site))
         except StopRuleError as stop:
             reason = str(stop)
+        except IndexError:
+            if ran:
+                raise
+            reason = f"{node.op} takes no inputs of these ranks"
     if reason and not computed:
         _stop(site, f"{reason} ({node.label})")
     for index, tensor in enumerate(node.outputs):

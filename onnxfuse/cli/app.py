@@ -24,7 +24,7 @@ from onnxfuse.cli.output import PROGRAM, say, say_as_json
 from onnxfuse.cli.passes import passes
 from onnxfuse.cli.retrain import retrain
 from onnxfuse.cli.verify import verify
-from onnxfuse.errors import InputError, OnnxfuseError
+from onnxfuse.errors import InputError, NotApplicableError, OnnxfuseError
 
 COMMANDS = (compress, grow, retrain, inspect, verify, diff, passes, operators)
 """In the order of the help."""
@@ -63,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _ended(error: BaseException, arguments: Sequence[str]) -> int:
     """Say why a command came to no result, on stderr and where JSON is wanted on stdout; the exit code."""
+    if isinstance(error, MemoryError):
+        error = NotApplicableError(
+            f"out of memory ({error}); fewer --samples or a smaller --batch-size need less"
+        )
     if isinstance(error, OnnxfuseError):
         kind, code, said = type(error).__name__, error.exit_code, f"error: {error}"
     elif isinstance(error, _UsageError):

@@ -64,7 +64,7 @@ def sample_digests(feed: Feed, inputs: Sequence[TensorInfo]) -> list[bytes]:
     if not arrays:
         return [hashlib.sha256(b"".join(_content(feed[name]) for name in axes)).digest()]
     return [
-        hashlib.sha256(b"".join(_content(array[row]) for array in arrays)).digest()
+        hashlib.sha256(b"".join(_content(np.asarray(array[row], array.dtype)) for array in arrays)).digest()
         for row in range(len(arrays[0]))
     ]
 

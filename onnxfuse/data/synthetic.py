@@ -29,6 +29,7 @@ _MOST, _LEAST = 256, 16  # samples where nobody says how many: as many as
 _BYTES = 2**24  # holds, because large samples are slow to run
 _SPATIAL, _SEQUENCE = 64, 16
 _LARGEST = 2**25  # bytes of a batch that is tried
+_HUGE = 2**30  # bytes of a batch that is never made, whatever the model declares
 _PATIENCE = 5.0  # seconds after which no more sizes are tried
 _OTHER_SIZES = (64, 32, 16, 224, 128, 256, 512, 640, 1)
 
@@ -58,7 +59,7 @@ class Synthetic:
             seed: of the random numbers.
 
         Raises:
-            InputError: the model ran on none of the sizes that were tried.
+            InputError: the model ran on none of the sizes that were tried, or takes no rows at all.
             NotApplicableError: ONNX Runtime cannot load the model.
         """
         self._seed = seed
@@ -72,18 +73,21 @@ class Synthetic:
             sizes[_BATCH] = max(1, min(batch_size, wanted // 4))
         self._shapes = _concrete(template, sizes)
         self._rows = _rows(model.inputs, self._shapes)
+        if not self._rows:
+            raise InputError("the inputs are declared with 0 rows: no samples can be made up for them")
         self.count = max(2, -(-wanted // self._rows))
         shapes = ", ".join(f"'{name}' {format_shape(shape)}" for name, shape in self._shapes.items())
         self.name = f"made-up samples for {shapes}"
 
     def _sizes_that_run(self, model: Model, template: Template) -> dict[Symbol, int]:
         session = Runtime("cpu").session(model)
-        failure: NotApplicableError | None = None
+        failure: NotApplicableError | str | None = None
         end = time.monotonic() + _PATIENCE
         for sizes in _candidates(model.inputs, template):
             shapes = _concrete(template, sizes)
             size = sum(math.prod(shape) * _item_size(model, name) for name, shape in shapes.items())
-            if failure is not None and size > _LARGEST:
+            if size > (_HUGE if failure is None else _LARGEST):
+                failure = failure or f"a batch of the sizes that it declares takes {size / 2**30:,.0f} GiB"
                 continue
             try:
                 session.run(self._feed(0, shapes))

@@ -174,7 +174,8 @@ def reference(tensor: TensorProto, folder: DataFolder | None) -> Reference:
     """The byte range that an external tensor points to, checked against the file system.
 
     Raises:
-        InputError: no folder, a location outside it, also through a link, a missing or too short file.
+        InputError: no folder, a location outside it, also through a link, a file that is missing, too short
+            or can't be looked at.
     """
     text = location(tensor)
     if folder is None:
@@ -190,7 +191,11 @@ def reference(tensor: TensorProto, folder: DataFolder | None) -> Reference:
             f"tensor '{tensor.name}': external data '{text}' is a symbolic link to '{target}', outside the "
             "model's folder; refused"
         )
-    if not path.is_file():
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise InputError(f"tensor '{tensor.name}': external data file '{path}': {error.strerror}") from error
+    if size is None:
         raise InputError(f"tensor '{tensor.name}': external data file '{path}' is missing or not a file")
     need = byte_size(tensor)
     offset, length = _number(tensor, "offset", 0), _number(tensor, "length", need)
@@ -199,7 +204,7 @@ def reference(tensor: TensorProto, folder: DataFolder | None) -> Reference:
         raise InputError(
             f"tensor '{tensor.name}': {length} bytes of external data; its shape {shape} needs {need}"
         )
-    if path.stat().st_size < offset + length:
+    if size < offset + length:
         raise InputError(f"tensor '{tensor.name}': external data file '{path}' is too short (truncated?)")
     return Reference(path, offset, length, linked)
 
@@ -304,12 +309,14 @@ def dense(sparse: onnx.SparseTensorProto, folder: DataFolder | None) -> np.ndarr
         InputError: indices that do not fit the dims.
     """
     values, indices = read(sparse.values, folder), read(sparse.indices, folder)
-    result = np.zeros(tuple(sparse.dims), values.dtype)
     try:
+        result = np.zeros(tuple(sparse.dims), values.dtype)
         if indices.ndim == 1:
             result.reshape(-1)[indices] = values
         else:
             result[tuple(indices.T)] = values
     except (IndexError, ValueError) as error:
         raise InputError(f"sparse tensor '{sparse.values.name}': its indices do not fit its shape") from error
+    except MemoryError as error:
+        raise InputError(f"sparse tensor '{sparse.values.name}' is too large to be made dense") from error
     return result

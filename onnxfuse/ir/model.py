@@ -52,6 +52,7 @@ class Model(EditableGraph):
             proto = validation.parse(validation.read_file(path), what)
         validation.check_names(proto, what)
         validation.check_versions(proto, what)
+        validation.check_attributes(proto.graph, what)
         validation.check_functions(proto, what)
         model = cls(proto, path, DataFolder.of_model(path) if path is not None else data)
         model._external = validation.check_tensors(proto, model.data)

@@ -163,6 +163,26 @@ def check_names(proto: ModelProto, what: str) -> None:
             raise InputError(f"{what} is not valid: nothing produces its output '{name}'")
 
 
+def check_attributes(graph: GraphProto, what: str) -> None:
+    """Refuses attributes that refer to one of the function around, where there is none around.
+
+    ONNX Runtime takes such an attribute as if it were absent; the checker of onnx lets it pass.
+
+    Raises:
+        InputError: names the node and the attribute.
+    """
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                place = f"node '{node.name or next(iter(node.output), '')}' ({node.op_type})"
+                raise InputError(
+                    f"{what} is not valid: attribute '{attribute.name}' of {place} refers to "
+                    f"'{attribute.ref_attr_name}' of a function, and is in none"
+                )
+        for body in protos.bodies(node):
+            check_attributes(body, what)
+
+
 def check_functions(proto: ModelProto, what: str) -> None:
     """Refuses functions that call each other in a circle, or so often that their expansion would never end.
 

@@ -41,7 +41,8 @@ def widened(array: np.ndarray) -> np.ndarray:
 
 def spacing(dtype: np.dtype) -> float:
     """Spacing of floats at 1; eight bits of mantissa are taken for types that NumPy does not know."""
-    return float(np.finfo(dtype).eps) if dtype.kind in "fc" else 2.0**-7
+    known = dtype.kind in "fc" and dtype.itemsize > 1  # float8e5m2 is of kind "f", too
+    return float(np.finfo(dtype).eps) if known else 2.0**-7
 
 
 class Tally:

@@ -433,6 +433,18 @@ def test_a_bug_is_no_failed_check(capsys: Captured, monkeypatch: pytest.MonkeyPa
     assert "report it" in last
 
 
+def test_too_little_memory_is_no_bug(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(*_: Any, **__: Any) -> None:
+        raise MemoryError("Unable to allocate 16.0 GiB for an array")
+
+    monkeypatch.setattr("onnxfuse.commands.inspect.inspect", starved)
+    assert main(["inspect", "mlp.onnx"]) == 3
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert err.startswith("onnxfuse: error: out of memory (Unable to allocate 16.0 GiB")
+    assert "--batch-size" in err
+
+
 def test_a_bug_as_json(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxfuse.commands.compare.verify", broken)
     assert main(["verify", "mlp.onnx", "mlp.onnx", "--json"]) == 70

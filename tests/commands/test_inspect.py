@@ -37,6 +37,30 @@ def test_inspect(path: Path) -> None:
     assert found.warnings == ()
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Conv(v, w)",
+        "y = MatMul(s, m)",
+        'y = Einsum<equation="abc,cd->abd">(x, m)',
+        "h = MatMul(x, m)  r = Relu(h)  t = Transpose<perm=[0,3,1,2]>(r)  y = MatMul(t, m)",
+        "c = Conv(x, w)  t = Transpose<perm=[0,5]>(c)  y = Conv(t, w)",
+    ],
+)
+def test_ranks_that_no_operator_takes_are_no_crash(body: str) -> None:
+    """ONNX Runtime refuses such a model, so nothing has checked what the rules count on."""
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[1,6,8,8] x, float[6] v, float s) '
+        "=> (float[A,B,C,D] y) <float[1] w = {1.0}, float[1] m = {1.0}> { " + body + " }"
+    )
+    proto = onnx.parser.parse_model(text)
+    for tensor, dims in zip(proto.graph.initializer, ([6, 6, 1, 1], [6, 6]), strict=True):
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.ones(dims, np.float32), tensor.name))
+    found = inspect(proto, channels=True, growth=True, measure_latency=False)
+    assert found.cost.macs is None
+    assert "ONNX Runtime cannot load the model" in found.warnings[0]
+
+
 def test_inspect_without_a_run(path: Path) -> None:
     proto = network()
     proto.graph.node[1].domain = "acme"

@@ -785,6 +785,12 @@ def test_a_model_that_made_up_samples_do_not_suit() -> None:
     one_line(error, "Reshape")
 
 
+def test_no_rows_cannot_be_made_up() -> None:
+    for shape in ("0,3", "0"):
+        with pytest.raises(InputError, match="0 rows"):
+            Calibration.open(None, model(f"float[{shape}] x", "y = Relu(x)", f"float[{shape}] y"))
+
+
 def test_shapes_that_cannot_be_made_up() -> None:
     proto = model(VECTORS).to_proto()
     proto.graph.input[0].type.tensor_type.ClearField("shape")
@@ -825,6 +831,13 @@ def test_no_made_up_sample_is_huge(monkeypatch: pytest.MonkeyPatch) -> None:
         Calibration.open(None, picky)
     assert len(sizes) > 6
     assert max(sizes) <= 2**25
+
+
+@pytest.mark.parametrize("shape", ["batch,3,1099511627776", "4611686018427387904,4611686018427387904"])
+def test_declared_sizes_that_fill_any_memory_are_not_made_up(shape: str) -> None:
+    with pytest.raises(InputError, match=r"declares takes [\d,]+ GiB") as error:
+        Calibration.open(None, model(f"float[{shape}] x", "y = Relu(x)", f"float[{shape}] y"))
+    one_line(error, "give real ones with --calib")
 
 
 def test_sizes_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,13 @@ def test_digests_do_not_depend_on_the_container(tmp_path: Path) -> None:
     assert data_digest([{"x": X[:99]}], model().inputs) != wanted
 
 
+def test_text_is_a_sample_as_well() -> None:
+    inputs = model("string[batch] x").inputs
+    words = np.array(["a", "bc", "d"], object)
+    assert data_digest([{"x": words}], inputs) == data_digest([{"x": words[::-1]}], inputs)
+    assert data_digest([{"x": words}], inputs) != data_digest([{"x": words[:2]}], inputs)
+
+
 def test_order_and_selection_do_not_matter() -> None:
     chosen = np.random.default_rng(1).permutation(100)[:50]
     fresh = opened(X[chosen], held_out=0.0).fit.fresh(of_first(40), model().inputs)

@@ -140,6 +140,14 @@ def test_locations_outside_the_folder(location: str, tmp_path: Path) -> None:
     refused(make(tmp_path / "model", location), "'w'", "outside", "refused")
 
 
+def test_a_location_that_no_file_system_takes(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    model.graph.initializer[0].external_data[0].value = "w" * 5000
+    path.write_bytes(model.SerializeToString())
+    refused(path, "'w'", "too long")
+
+
 def test_a_location_that_says_nothing(tmp_path: Path) -> None:
     for text in ("", ".", "a\0b"):
         path = make(tmp_path)
@@ -212,6 +220,14 @@ def test_a_link_that_stays_in_the_model_s_folder(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").unlink()
     (tmp_path / "weights.bin").symlink_to("weights.bin")  # to itself
     refused(path, "'w'")
+
+
+@pytest.mark.parametrize("dims", [[2**40, 2**22], [-4], [2**62, 2**62]])
+def test_a_sparse_tensor_that_no_memory_holds(dims: list[int]) -> None:
+    values = numpy_helper.from_array(np.ones(1, np.float32), "s")
+    indices = numpy_helper.from_array(np.zeros(1, np.int64), "at")
+    with pytest.raises(InputError, match="sparse tensor 's'"):
+        external_data.dense(onnx.SparseTensorProto(values=values, indices=indices, dims=dims), None)
 
 
 def test_a_missing_or_short_data_file(tmp_path: Path) -> None:

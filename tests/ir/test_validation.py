@@ -299,6 +299,18 @@ def test_operators_that_only_onnx_runtime_has_in_bodies_and_functions() -> None:
     refused(model, "ComplicatedLayerNormalization")
 
 
+def test_an_attribute_that_refers_to_a_function_around_is_in_one() -> None:
+    """ONNX Runtime would take the default; also in a branch, where it would be the branch that is missing."""
+    model = network()
+    model.graph.node[0].attribute[0].ref_attr_name = "alpha"
+    refused(model, "attribute 'pads' of node 'a' (Conv) refers to 'alpha' of a function")
+    model = network()
+    branch = next(node for node in model.graph.node if node.op_type == "If").attribute[0].g
+    branch.node[0].attribute.append(helper.make_attribute("axis", 1))
+    branch.node[0].attribute[0].ref_attr_name = "beta"
+    refused(model, "attribute 'axis' of node 't' (Mul) refers to 'beta'")
+
+
 # Tensors
 
 

@@ -306,6 +306,30 @@ def test_integer_inputs_are_not_nudged(runtime: Runtime) -> None:
 # --- output error -------------------------------------------------------------------------------------------
 
 
+def test_inputs_that_must_be_exact_are_not_nudged(runtime: Runtime) -> None:
+    """ONNX Runtime refuses a Resize whose batch axis is scaled by anything but 1."""
+    resize = parsed(
+        """g (float[1,2,4,4] x, float[4] scales) => (float[A,B,C,D] y) {
+        y = Resize<mode="linear">(x, , scales)
+    }"""
+    )
+    feed = {
+        "x": np.random.default_rng(0).standard_normal((1, 2, 4, 4)).astype(np.float32),
+        "scales": np.array([1, 1, 2, 2], np.float32),
+    }
+    assert compare(resize, resize, [Batch(feed, None, 0, 1)], runtime).passed
+
+
+@pytest.mark.parametrize("kind", ["float8e5m2", "float8e4m3fn"])
+def test_small_floats_are_compared(kind: str, runtime: Runtime) -> None:
+    code = getattr(TensorProto, kind.upper())
+    text = f"""<ir_version: 9, opset_import: ["" : 19]> g (float[N,6] x) => ({kind}[N,6] y) {{
+        y = Cast<to={code}>(x)
+    }}"""
+    model = Model.load(onnx.parser.parse_model(text))
+    assert compare(model, model, batches(6), runtime).passed
+
+
 def test_output_error_matches_numpy(runtime: Runtime) -> None:
     result = mlp(w2=W2 + 0.1 * RANDOM.standard_normal(W2.shape))
     data = batches(6, count=3)

@@ -50,7 +50,10 @@ def apply_rule(site: RegionNode) -> list[Flow | None] | str:
             return f"'{tensor.name}' enters from outside"
     if not entry.every_input and any(site.flow(i) is not None for i in range(1, len(site.flows))):
         return "its parameters depend on the data"
-    result = entry.rule(site)
+    try:
+        result = entry.rule(site)
+    except IndexError:  # what ONNX Runtime refuses is inspected, too, and nothing has checked its ranks
+        return f"{site.node.op} takes no inputs of these ranks"
     if isinstance(result, str):
         return result
     if isinstance(result, Flow):

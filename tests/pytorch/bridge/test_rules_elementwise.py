@@ -185,6 +185,13 @@ def test_a_type_that_torch_has_not() -> None:
         to_torch(model)
 
 
+@pytest.mark.parametrize("code", [0, 99, 2**31 - 1])
+def test_a_type_that_does_not_exist(code: int) -> None:
+    model = net(f"y = Cast<to={code}>(x)", {}, "float[N] x", "float[N] y")
+    with pytest.raises(NotApplicableError, match=rf"'y' \(Cast\) can't be .* no element type {code}"):
+        to_torch(model)
+
+
 @pytest.mark.parametrize("kind", ["uint16", "uint32", "uint64"])
 def test_arithmetic_that_torch_has_not(kind: str) -> None:
     with pytest.raises(NotApplicableError, match=f"torch does no arithmetic on {kind}"):

@@ -107,11 +107,14 @@ def where(call: Call) -> Value:
 
 def target_type(call: Call, code: int) -> torch.dtype:
     """The torch type of an ONNX element type."""
+    names = {number: name for name, number in onnx.TensorProto.DataType.items()}
+    if names.get(code, "UNDEFINED") == "UNDEFINED":
+        call.refuse(f"there is no element type {code}")
     found = None
     if code != onnx.TensorProto.STRING:
         found = torch_type(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(code)))
     if found is None:
-        call.refuse(f"torch has no element type {onnx.TensorProto.DataType.Name(code)}")
+        call.refuse(f"torch has no element type {names[code]}")
     return found
 
 
