@@ -74,7 +74,8 @@ def run_shapes(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorIn
     """Type and shape of every tensor of the main graph as one run on a feed has them.
 
     Whatever the file declares counts for nothing here: declarations may be wrong. The shapes are computed in
-    the graph, by a Shape node for each tensor, so that no tensor has to be kept for its shape.
+    the graph, by a Shape node for each tensor, so that no tensor has to be kept for its shape. Only of element
+    types that ONNX Runtime has no Shape for (float8, integers of 4 bits) is the declaration believed.
 
     Args:
         model: is not changed; it remembers the latest runs until it is edited.
@@ -97,9 +98,9 @@ def _computed(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInf
     declared = model.shapes()
     weights = {tensor.name for tensor in model.tensors() if model.is_weight(tensor)}
     asked = [name for name, info in declared.items() if name not in feed and name not in weights]
-    typed = [name for name in asked if declared[name].dtype is not None]
+    typed = [name for name in asked if _has_shape(declared[name])]
     untyped = {name: TensorInfo(name, None, None) for name in asked if declared[name].dtype is None}
-    found = {name: declared[name] for name in weights}
+    found = {name: info for name, info in declared.items() if name not in untyped}
     found.update({name: TensorInfo(name, array.dtype, array.shape) for name, array in feed.items()})
     if typed:
         proto, folder = runnable(model)
@@ -110,6 +111,11 @@ def _computed(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorInf
     if untyped:
         found.update(observed(model, untyped, feed, runtime))
     return {name: found.get(name, TensorInfo(name, None, None)) for name in declared}
+
+
+def _has_shape(info: TensorInfo) -> bool:
+    """Whether ONNX Runtime has a Shape for tensors of this type. NumPy knows all those but one."""
+    return info.dtype is not None and (info.dtype.kind != "V" or info.dtype.name == "bfloat16")
 
 
 def _with_shapes(proto: ModelProto, tensors: list[str]) -> list[str]:

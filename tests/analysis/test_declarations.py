@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx.parser
 import pytest
-from nets import RUNTIME
+from nets import RUNTIME, net
+from onnx import TensorProto
 from test_cost import parsed, zeros
 
 from onnxfuse.analysis.cost import dimension_sizes, measure, shapes_at
@@ -87,3 +88,11 @@ def test_shapes_are_had_without_keeping_tensors_and_without_onnx_operators() -> 
     m (float[N,4] x) => (float[N,4] y) { y = com.microsoft.FastGelu(x) }"""
     model = Model.load(onnx.parser.parse_model(text))
     assert run_shapes(model, {"x": np.zeros((3, 4), np.float32)}, RUNTIME)["y"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("code", [TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN])
+def test_element_types_without_a_shape_operator_keep_what_is_declared(code: int) -> None:
+    model = net(f"a = Cast<to={code}>(x) y = Cast<to=1>(a)", {}, opset=21)
+    shapes = run_shapes(model, {"x": np.ones((3, 6), np.float32)}, RUNTIME)
+    assert shapes["a"].shape == ("N", 6)
+    assert shapes["y"].shape == (3, 6)
