@@ -112,7 +112,7 @@ def test_json_and_nothing_else_on_stdout(arguments: tuple[str, ...], capsys: Cap
     save_other()
     assert main([*arguments, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert (content["onnxfuse"], content["format"]) == (arguments[0], 2)
+    assert (content["onnxfuse"], content["format"]) == (arguments[0], 3)
 
 
 def test_json_of_a_failed_run(capsys: Captured) -> None:
@@ -480,7 +480,7 @@ def test_errors_as_json(
     assert main(arguments) == code
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert (found["onnxfuse"], found["format"], found["error"]) == (arguments[0], 2, kind)
+    assert (found["onnxfuse"], found["format"], found["error"]) == (arguments[0], 3, kind)
     assert found["exit_code"] == code
     assert found["reason"].lower().startswith(reason.lower())
     assert "traceback" not in found

@@ -315,7 +315,7 @@ def test_report_files(path: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["report.json", "report.txt"]
     content = json.loads((folder / "report.json").read_text())
     assert content == json.loads(json.dumps(as_json(result.report, "compress")))
-    assert (content["onnxfuse"], content["format"], content["exit_code"]) == ("compress", 2, 0)
+    assert (content["onnxfuse"], content["format"], content["exit_code"]) == ("compress", 3, 0)
     assert content["before"]["nodes"], content["after"]["nodes"] == (4, 3)
     assert content["steps"][0]["verification"]["comparison"]["passed"] is True
     text = (folder / "report.txt").read_text()
