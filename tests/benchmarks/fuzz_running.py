@@ -131,7 +131,9 @@ def _commanded(outcome: Outcome, step: str, draw: Random) -> str:
     """Run a command and check its code and what it prints, which is returned."""
     json_wanted = draw.random() < 0.3
     if step == "inspect":
-        more = draw.choice(((), (), (), (), ("--channels",), ("--grow",), ("--similarity",)))
+        # Other criteria take 20 s on the largest network.
+        alike = ("--similarity", "--criterion", "euclidean")
+        more = draw.choice(((), (), (), (), ("--channels",), ("--grow",), alike))
         arguments = [step, MODEL, "--no-latency", *more]
     elif step == "compress":
         arguments = [step, MODEL, "--passes", "fold", "-o", RESULT, *(() if json_wanted else ("-q",))]
