@@ -366,8 +366,8 @@ def _applied(rule: CostRule, node: onnx.NodeProto, shapes: Shapes) -> int:
     """
     try:
         return rule(CostNode(node, lambda name: _known_shape(name, shapes)))
-    except (IndexError, ValueError):
-        raise _UnknownError("its inputs have shapes that it does not take") from None
+    except (IndexError, TypeError, ValueError):
+        raise _UnknownError("it does not take such inputs or attributes") from None
 
 
 def _known_shape(name: str, shapes: Shapes) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ _BYTES = 2**24  # holds, because large samples are slow to run
 _SPATIAL, _SEQUENCE = 64, 16
 _LARGEST = 2**25  # bytes of a batch that is tried
 _HUGE = 2**30  # bytes of a batch that is never made, whatever the model declares
+_MOST_AXES = 64  # of an array
 _PATIENCE = 5.0  # seconds after which no more sizes are tried
 _OTHER_SIZES = (64, 32, 16, 224, 128, 256, 512, 640, 1)
 
@@ -172,6 +173,8 @@ def _draw(model: Model, info: TensorInfo) -> Draw:
     dtype = info.dtype
     if dtype is None:
         raise InputError(NO_TENSOR.format(name=info.name))
+    if (axes := len(info.shape or ())) > _MOST_AXES:
+        raise InputError(f"input '{info.name}' has {axes} axes, and NumPy {_MOST_AXES} at most")
     if dtype.kind not in "fbiu" and dtype not in NARROW:
         raise InputError(
             f"samples of {'text' if dtype.kind == 'O' else dtype} for input '{info.name}' cannot be made up; "

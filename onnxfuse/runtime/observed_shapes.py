@@ -74,8 +74,8 @@ def run_shapes(model: Model, feed: Feed, runtime: Runtime) -> dict[str, TensorIn
     """Type and shape of every tensor of the main graph as one run on a feed has them.
 
     Whatever the file declares counts for nothing here: declarations may be wrong. The shapes are computed in
-    the graph, by a Shape node for each tensor, so that no tensor has to be kept for its shape. Only of element
-    types that ONNX Runtime has no Shape for (float8, integers of 4 bits) is the declaration believed.
+    the graph, by a Shape node for each tensor, so that no tensor has to be kept for its shape. Only of
+    element types that ONNX Runtime has no Shape for (float8, integers of 4 bits) is the declaration believed.
 
     Args:
         model: is not changed; it remembers the latest runs until it is edited.

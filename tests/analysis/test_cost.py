@@ -198,3 +198,12 @@ def test_a_dimension_that_only_the_output_names_is_told_by_a_run() -> None:
     feed = {"x": zeros(5, 3)}
     assert dimension_sizes(model, feed, RUNTIME) == {"N": 5, "rows": 5}
     assert measure(model, feed, RUNTIME).macs == 15
+
+
+def test_an_attribute_that_is_no_text_leaves_the_count_open() -> None:
+    """ONNX Runtime refuses such a model, but it is inspected."""
+    text = 'g (float[2,3] x) => (float[2,2] y) { y = Einsum<equation = "ij,kj->ik">(x, x) }'
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>{text}')
+    proto.graph.node[0].attribute[0].s = b"\xff\xfe"
+    model = Model.load(proto)
+    assert count(model, model.shapes()).macs is None

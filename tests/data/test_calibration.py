@@ -954,3 +954,9 @@ def test_an_input_of_unknown_rank_may_be_fed_a_scalar() -> None:
     feeds = [{"x": np.ones((4, 3), np.float32), "w": np.array(2, np.float32)}] * 3
     calibration = Calibration.open(feeds, Model.load(proto))
     assert [batch.feed["w"].shape for batch in calibration.fit] == [(), ()]
+
+
+def test_no_sample_is_made_up_with_more_axes_than_numpy_has() -> None:
+    many = ",".join(["1"] * 65)
+    with pytest.raises(InputError, match="'x' has 65 axes, and NumPy 64 at most"):
+        Calibration.open(None, model(f"float[{many}] x", "y = Identity(x)", f"float[{many}] y"))

@@ -21,10 +21,12 @@ from onnxfuse.ir import shapes
 from onnxfuse.ir.marks import GRADIENT_KEY
 from onnxfuse.pytorch.bridge.keys import CALLED, Keys
 from onnxfuse.pytorch.bridge.operator import Operator, constant_value, of_proto
+from onnxfuse.pytorch.bridge.registry import TorchRule
 from onnxfuse.pytorch.bridge.rules import TABLE
 from onnxfuse.pytorch.bridge.store import Store, holder
 from onnxfuse.pytorch.bridge.tensors import torch_type
 from onnxfuse.pytorch.bridge.values import MOST_ON_HOST, Call, Host, Value, is_fixed, object_array
+from onnxfuse.runtime.failures import one_line
 
 
 class GraphScope:
@@ -192,12 +194,10 @@ class GraphScope:
                 f"there is no rule for operator '{operator.kind}'; "
                 "teach it one with onnxfuse.pytorch.register"
             )
-        result = None
-        there = [value for value in inputs if value is not None]
-        if rule.host is not None and _belongs_on_host(there) and self._all_on_host(there):
-            result = rule.host(call, *(None if value is None else value.host for value in inputs))
-        if result is None:
-            result = rule.function(call)
+        try:
+            result = self._ruled(rule, call)
+        except (IndexError, ValueError) as error:  # nothing has run the model: its ranks may be impossible
+            call.refuse(f"it does not take such inputs or attributes ({one_line(error)})")
         results = result if isinstance(result, tuple) else (result,)
         for name, found in zip(operator.outputs, results, strict=False):
             if name:
@@ -205,6 +205,15 @@ class GraphScope:
         for name in operator.outputs[len(results) :]:
             if name:
                 call.refuse(f"its output '{name}' is not supported")
+
+    def _ruled(self, rule: TorchRule, call: Call) -> Any:
+        """What a rule makes of a node: on the host where all is known there."""
+        there = [value for value in call.inputs if value is not None]
+        if rule.host is not None and _belongs_on_host(there) and self._all_on_host(there):
+            found = rule.host(call, *(None if value is None else value.host for value in call.inputs))
+            if found is not None:
+                return found
+        return rule.function(call)
 
 
 def _belongs_on_host(there: Sequence[Value]) -> bool:

@@ -421,3 +421,13 @@ def test_it_is_left_in_eval_mode_and_the_model_untouched() -> None:
         module.w.add_(1)
     assert not module.training
     assert model.to_proto().SerializeToString() == before
+
+
+def test_what_a_rule_has_no_room_for_is_refused_by_name() -> None:
+    """Nothing has run the model: ranks and attributes may be such that no runtime takes them."""
+    sizes = {"two": np.array(2), "many": np.array([[3, 4]])}
+    model = net("s = Shape(x) t = Concat<axis = 0>(s, two, many) y = Reshape(x, t)", sizes)
+    with pytest.raises(
+        NotApplicableError, match=r"'t' \(Concat\) can't be imported to PyTorch: it does not take"
+    ):
+        to_torch(model)
