@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import onnx.inliner
 from onnx import FunctionProto, ModelProto, NodeProto
 
+from onnxfuse.errors import NotApplicableError
 from onnxfuse.ir import protos
 from onnxfuse.ir.model import Model
 
@@ -25,13 +26,20 @@ def without_functions(model: Model) -> Model:
 
 
 def inlined(proto: ModelProto) -> ModelProto:
-    """The model with its local functions inlined."""
+    """The model with its local functions inlined.
+
+    Raises:
+        NotApplicableError: onnx can't inline them, for instance because they are of other operator sets.
+    """
     result = ModelProto()
     result.CopyFrom(proto)
     _agree_on_operators(result)
     while result.functions:
         _write_defaults(result)
-        result = onnx.inliner.inline_selected_functions(result, _outermost(result.functions))
+        try:
+            result = onnx.inliner.inline_selected_functions(result, _outermost(result.functions))
+        except RuntimeError as error:
+            raise NotApplicableError(f"the local functions can't be inlined: {error}") from error
     return result
 
 

@@ -194,6 +194,8 @@ def _cast(model: Model, node: Node, shape: Sizes, dtype: np.dtype[Any]) -> Step 
 
 def _transpose(model: Model, node: Node, shape: Sizes, dtype: np.dtype[Any]) -> Step | None:
     perm = tuple(int(p) for p in node.attrs.get("perm", range(len(shape))[::-1]))
+    if sorted(perm) != list(range(len(shape))):  # of a model that ONNX Runtime refuses
+        return None
     return Step(shape, tuple(shape[p] for p in perm), None if perm == tuple(sorted(perm)) else perm)
 
 

@@ -196,7 +196,7 @@ class GraphScope:
             )
         try:
             result = self._ruled(rule, call)
-        except (IndexError, ValueError) as error:  # nothing has run the model: its ranks may be impossible
+        except (IndexError, OverflowError, ValueError) as error:  # nothing has run the model
             call.refuse(f"it does not take such inputs or attributes ({one_line(error)})")
         results = result if isinstance(result, tuple) else (result,)
         for name, found in zip(operator.outputs, results, strict=False):
