@@ -16,7 +16,7 @@ from os import PathLike
 
 import numpy as np
 
-from onnxfuse.data.fitted import Fitted
+from onnxfuse.data.fitted import Fitted, sample_digests
 from onnxfuse.data.opening import open_source
 from onnxfuse.data.sources import Source
 from onnxfuse.data.synthetic import Synthetic
@@ -74,6 +74,10 @@ class BatchStream:
     def feeds(self) -> Iterator[Feed]:
         """The feeds of all batches."""
         return (batch.feed for batch in self)
+
+    def digests(self, inputs: Sequence[TensorInfo]) -> Iterator[bytes]:
+        """A digest of each sample, for a model of these inputs."""
+        return (digest for feed in self.feeds() for digest in sample_digests(feed, inputs))
 
     def only(self, chosen: np.ndarray) -> BatchStream | None:
         """The stream of those units where `chosen` is true, or as many as fill whole batches where the model

@@ -9,17 +9,15 @@ are all equal are one sample, and one that was fitted as well is not held out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from onnxfuse.data.fitted import sample_digests
 from onnxfuse.data.sample_checks import LABELS
 from onnxfuse.errors import InputError
 from onnxfuse.wording import counted
 
 if TYPE_CHECKING:
-    from onnxfuse.data.calibration import Batch, Calibration
+    from onnxfuse.data.calibration import Calibration
     from onnxfuse.ir.shapes import TensorInfo
 
 ENOUGH = 16
@@ -48,8 +46,8 @@ def doubts_of(calibration: Calibration, inputs: Sequence[TensorInfo], *, approxi
     if 0 < (held or total) < ENOUGH:
         which = f"{held} of {total} samples are held out" if held else f"there are {counted(total, 'sample')}"
         found.append(f"FEW SAMPLES: {which}, which {_wanting(calibration)}")
-    fitted = set(_digests(calibration.fit, inputs))
-    new = list(_digests(calibration.held_out, inputs))
+    fitted = set(calibration.fit.digests(inputs))
+    new = list(calibration.held_out.digests(inputs))
     if len(fitted.union(new)) == 1 and total > 1:
         said = f"all {total} samples are the same"
         if approximate and held:
@@ -86,8 +84,3 @@ def _fed_as_input(name: str) -> str:
 
 def _other(name: str) -> str:
     return next(f"'{label}'" for label in LABELS if label != name)
-
-
-def _digests(batches: Iterable[Batch], inputs: Sequence[TensorInfo]) -> Iterator[bytes]:
-    """A digest of each sample."""
-    return chain.from_iterable(sample_digests(batch.feed, inputs) for batch in batches)

@@ -21,7 +21,7 @@ from torch import fx
 from onnxfuse.analysis.normalization import lacks_normalization
 from onnxfuse.data.batch_axes import batch_axes, fixed_batch
 from onnxfuse.data.calibration import BatchStream, Calibration, Samples
-from onnxfuse.data.fitted import Fitted, sample_digests
+from onnxfuse.data.fitted import Fitted
 from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.ir.model import Model
 from onnxfuse.numerics.significance import PairedDifference
@@ -320,9 +320,7 @@ def _losses(trained: Trained) -> str:
 
 
 def _digests(model: Model, batches: BatchStream | None) -> set[bytes]:
-    if batches is None:
-        return set()
-    return {digest for batch in batches for digest in sample_digests(batch.feed, model.inputs)}
+    return set() if batches is None else set(batches.digests(model.inputs))
 
 
 @contextlib.contextmanager
