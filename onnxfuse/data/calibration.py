@@ -105,6 +105,12 @@ class BatchStream:
         fit = BatchStream(self._source, units(first), self._size, 0)
         return fit, BatchStream(self._source, units(second), self._size, len(fit))
 
+    def without(self, other: BatchStream) -> BatchStream:
+        """The stream of those units that are not in `other`, a part of this one; itself where none are
+        left."""
+        left = np.setdiff1d(self._units, other._units)
+        return BatchStream(self._source, left, self._size, 0) if len(left) else self
+
     def __iter__(self) -> Iterator[Batch]:
         readings = self._source.read(self._groups())
         for number, (units, (feed, labels)) in enumerate(zip(self._groups(), readings, strict=True)):
@@ -155,6 +161,12 @@ class Calibration:
         held-out samples alone."""
         fit, rest = self.fit.split(samples)
         return Calibration(fit, rest, self.labels, self.synthetic, self.description)
+
+    def apart(self, samples: int) -> Calibration:
+        """All the fit samples, of which those are held out that `part(samples)` holds out: what is judged
+        there may be fitted to all the others."""
+        _, judged = self.fit.split(samples)
+        return Calibration(self.fit.without(judged), judged, self.labels, self.synthetic, self.description)
 
     @classmethod
     def open(

@@ -129,6 +129,16 @@ def test_a_part_for_trials(count: int, samples: int, expected: int) -> None:
         assert max(fit + held) - min(fit + held) > 0.6 * count
 
 
+@pytest.mark.parametrize(("count", "samples"), [(400, 96), (400, 9999), (20, 1), (8, 4)])
+def test_all_apart_from_those_that_trials_judge_on(count: int, samples: int) -> None:
+    calibration = Calibration.open({"x": rows(count)}, model(VECTORS), batch_size=8)
+    judged = seen(calibration.part(samples).held_out)
+    apart = calibration.apart(samples)
+    assert seen(apart.held_out) == judged
+    assert sorted(seen(apart.fit) + judged) == sorted(seen(calibration.fit))
+    assert set(seen(calibration.part(samples).fit)) <= set(seen(apart.fit))
+
+
 def test_a_part_of_a_single_sample() -> None:
     part = Calibration.open({"x": rows(2)}, model(VECTORS), held_out=0.5).part(4)
     assert seen(part.fit) == seen(part.held_out)
