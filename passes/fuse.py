@@ -38,7 +38,6 @@ from onnxfuse.analysis.cost import node_macs, shapes_at
 from onnxfuse.analysis.regions.check import check_geometry
 from onnxfuse.analysis.regions.region import Region, describe_region
 from onnxfuse.analysis.regions.search import find_regions
-from onnxfuse.errors import NotApplicableError
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.local_fits import Candidate, Fit, fit_locally
 from onnxfuse.fitting.rewriting import Mask, finished, first_feed, named, nothing, walked
@@ -231,18 +230,14 @@ class Fuse(Pass):
             else:
                 reason = f"no affine map does better than a constant (relative error {fit.held:.3g})"
                 skipped.append(Skip(fit.candidate.region.sites, reason))
-        advance = context.progress.task("trying", total=len(usable))
+        changes = trials.changes(
+            [fit for fit, _ in usable], lambda fit: self._alone(model, fit), context, model
+        )
         ranked = []
-        for fit, share in usable:
-            advance()
-            trial = model.copy()
-            _replace(trial, fit.candidate, fit.affine, self.name)
-            try:
-                change = trials.change(trial, context.runtime)
-            except NotApplicableError as failure:
-                skipped.append(Skip(fit.candidate.region.sites, f"the network fails without it: {failure}"))
-                continue
-            if change > 0:
+        for (fit, share), change in zip(usable, changes, strict=True):
+            if math.isinf(change):
+                skipped.append(Skip(fit.candidate.region.sites, "the network fails without it"))
+            elif change > 0:
                 ranked.append(_Ranked(fit, change, share))
             else:
                 reason = "the outputs don't depend on it on these samples, so nothing would tell a bad fit"
@@ -255,14 +250,18 @@ class Fuse(Pass):
         for item in chosen[:size]:
             candidate = item.fit.candidate
             kernels = [candidate.kernel] if candidate.kernel else None
-            check = check_geometry(
-                model, candidate.region, context.runtime, trials.feeds[:1], kernels=kernels
-            )
+            check = check_geometry(model, candidate.region, context.runtime, [trials.feed], kernels=kernels)
             if check.passed:
                 shortlist.append(item)
             else:
                 skipped.append(Skip(candidate.region.sites, f"its sizes don't hold: {check.reason}"))
         return shortlist, skipped
+
+    def _alone(self, model: Model, fit: Fit) -> Model:
+        """The model with one region replaced by its local fit."""
+        trial = model.copy()
+        _replace(trial, fit.candidate, fit.affine, self.name)
+        return trial
 
     def _ranked(
         self, model: Model, shortlist: Sequence[_Ranked], context: Context, trials: Trials
@@ -275,6 +274,7 @@ class Fuse(Pass):
             shortlist,
             lambda item: model.copy(),
             context,
+            model,
             fit=lambda item, own, alone: self._fused(own, [item], alone, quick=True).model,
             task="ranking",
         )

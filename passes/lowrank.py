@@ -181,7 +181,7 @@ class Lowrank(Pass):
         readers = {product: [view] for product, view in views.items()}
         for part, known in seen_in_parts(model, readers, self.options.mask, context):
             for product in part:
-                seen = known[views[product]]
+                seen = known.every[views[product]]
                 if not np.isfinite(seen.covariance).all():
                     raise NotApplicableError(f"'{views[product].tensor}' is not finite on the samples")
                 basis = reduced_rank(product.weight(), seen.covariance)

@@ -285,7 +285,7 @@ class Merge(Pass):
             self._share(trial, [cluster], mode, {}, context.seed)
             return trial
 
-        return Trials.of(context, self.options.samples).changes(pairs, rewritten, context)
+        return Trials.of(context, self.options.samples).changes(pairs, rewritten, context, model)
 
     # How many
 
@@ -404,7 +404,7 @@ class Merge(Pass):
         ops = [_now(model, op, shapes) for own in clusters for layer in own for op in layer.ops]
         views = {op.y: view for op in ops if (view := rows_of(op, shapes)) is not None}
         parts = seen_in_parts(model, {y: [view] for y, view in views.items()}, self.options.mask, context)
-        return {y: known[views[y]].covariance for part, known in parts for y in part}
+        return {y: known.every[views[y]].covariance for part, known in parts for y in part}
 
     def _share(
         self,

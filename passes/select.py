@@ -168,10 +168,18 @@ class Select(Pass):
         dead = dead_channels(model, groups)
         counts = {group: len(own) for group, own in dead.items()}
         options = self.options
-        seen = Seen(model, readers, context, mask=options.mask, wanted=options.reads_moments)
+        seen = Seen(
+            model,
+            readers,
+            context,
+            mask=options.mask,
+            wanted=options.reads_moments,
+            judged=options.samples if options.ratio is None else 0,
+        )
         reading = Reading(known, groups, readers, {}, counts, seen, full)
         curves = self._curves(model, reading, dead, context)
         found = self._chosen(model, reading, curves, context)
+        found = replace(found, notes=[*found.notes, *reading.few_samples()])
         return finished(model, found, skipped, "no channel has to go")
 
     def _eligible(self, found: ChannelGroups) -> tuple[list[Group], list[Skip]]:
@@ -205,11 +213,17 @@ class Select(Pass):
                 widths = zip(*self._at_ratio(block, reading), strict=True)
                 least.update((group, min(own)) for group, own in zip(block.groups, widths, strict=True))
         found: list[LossCurve] = []
+        rankings: dict[Group, Ranking] = {}
         for groups, known in reading.seen.parts():
+            reading.unsettled.update((view, own) for view, own in known.every.items() if not own.settled)
             for group in groups:
-                reading.rankings[group] = self._rank(model, group, reading, known, dead[group], least[group])
+                own = model, group, reading, dead[group], least[group]
+                reading.rankings[group] = self._rank(*own, known.every)
+                if trials is not None:
+                    # What a trial cuts is chosen without the samples that it is judged on.
+                    rankings[group] = self._rank(*own, known.apart)
             if trials is not None:
-                found += self._tried(model, groups, reading, known, trials, context)
+                found += self._tried(model, groups, reading, known.apart, rankings, trials, context)
         return found
 
     def _rank(
@@ -217,9 +231,9 @@ class Select(Pass):
         model: Model,
         group: Group,
         reading: Reading,
-        known: Mapping[RowView, Statistics],
         dead: np.ndarray,
         least: int,
+        known: Mapping[RowView, Statistics],
     ) -> Ranking:
         """The order in which a group's channels go, down to `least` of them."""
         if self.options.criterion == "magnitude" or self.options.ratio == 0:
@@ -232,6 +246,7 @@ class Select(Pass):
         groups: Sequence[Group],
         reading: Reading,
         known: Mapping[RowView, Statistics],
+        rankings: Mapping[Group, Ranking],
         trials: Trials,
         context: Context,
     ) -> list[LossCurve]:
@@ -240,18 +255,18 @@ class Select(Pass):
 
         def rewritten(job: tuple[Group, int]) -> Model:
             group, width = job
-            choice = {group: reading.rankings[group].kept(width)}
+            choice = {group: rankings[group].kept(width)}
             trial = model.copy()
             take(trial, choice, by=self.name)
             if self.options.compensate:
                 self._compensate(trial, model, reading, known, choice, set())
             return trial
 
-        changes = trials.changes(jobs, rewritten, context)
+        changes = trials.changes(jobs, rewritten, context, model)
         curves = []
         for group in groups:
             points = [(w, c) for (own, w), c in zip(jobs, changes, strict=True) if own is group]
-            curves.append(budget.curve(group, self._candidates(group), points, reading.rankings[group]))
+            curves.append(budget.curve(group, self._candidates(group), points, rankings[group]))
         return curves
 
     def _candidates(self, group: Group) -> list[int]:
@@ -480,7 +495,7 @@ class Select(Pass):
             return plain
         made, done = cut.copy(), set[object]()
         for _, known in reading.seen.parts():
-            self._compensate(made, model, reading, known, choice, done)
+            self._compensate(made, model, reading, known.every, choice, done)
         solved, skipped = walked(model, made, context, mask=self.options.mask)
         if not solved:
             return replace(plain, skipped=skipped)

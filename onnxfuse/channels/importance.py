@@ -11,14 +11,19 @@ relative to the variance of its own output. The cheapest channel goes first; the
 follows by one block of Gaussian elimination, so that of two channels which say the same only one is cheap
 to lose.
 
-H gets a small ridge, relative to its mean diagonal: with fewer rows than columns it would be singular, and
-every channel would seem to cost nothing.
+H gets a ridge, relative to its mean diagonal: with fewer rows than columns it would be singular, and every
+channel would seem to cost nothing. How large a ridge the rows ask for says generalized cross-validation
+(Golub, Heath and Wahba 1979) of what the ridge is there for: to tell each column by all the others. Rows of
+one sample are alike, and count as fewer than they are: as many independent ones as would leave the moments of
+some samples as far from those of others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -33,34 +38,64 @@ from onnxfuse.progress import NoProgress, Progress
 from onnxfuse.runtime.observe import TappedModel, observe
 from onnxfuse.runtime.session import Runtime
 
-COVARIANCE_RIDGE = 1e-2
+RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 """Relative to the mean diagonal of a covariance."""
+
+ENOUGH_ROWS = 16
+"""With so many independent rows for each column the least ridge will do."""
+
+SETTLED_ROWS = 2
+"""With fewer independent rows for each column a view is not settled."""
 
 STATISTICS_ROWS_PER_COLUMN = 16
 LEAST_STATISTICS_ROWS = 4096
 
 _CHUNK_ROWS = 4096
 _STEPS = 256  # a group loses at least one in this many channels at a time
+_DELAYED = 96  # columns that go before the matrices of those that stay are updated
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments of a view's columns, float64: means (p,); covariance (p, p), or variances (p,) where the
-    columns are taken to be uncorrelated."""
+    """Moments of a view's columns, float64.
+
+    Attributes:
+        mean: of the columns (p,).
+        covariance: (p, p), or variances (p,) where the columns are taken to be uncorrelated.
+        ridge: relative to the mean of the covariance's diagonal.
+        samples: how many the moments are of.
+        rows: to how many independent rows their rows come.
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
+    ridge: float
+    samples: int
+    rows: float = math.inf
 
     def variances(self) -> np.ndarray:
         """Variances of the columns (p,)."""
         return self.covariance if self.covariance.ndim == 1 else np.diagonal(self.covariance)
 
+    @property
+    def settled(self) -> bool:
+        """Whether there are rows enough to tell the columns apart."""
+        return self.covariance.ndim == 1 or self.rows >= SETTLED_ROWS * len(self.covariance)
+
     def ridged(self) -> np.ndarray:
         """The covariance (p, p) with the ridge on its diagonal."""
         found = self.covariance.copy()
         mean = float(np.trace(found)) / len(found)
-        found.flat[:: len(found) + 1] += COVARIANCE_RIDGE * mean if mean > 0 else 1.0
+        found.flat[:: len(found) + 1] += self.ridge * mean if mean > 0 else 1.0
         return found
+
+
+@dataclass(frozen=True)
+class Known:
+    """Statistics by view, of all samples, and of those apart from the ones that trials are judged on."""
+
+    every: Mapping[RowView, Statistics]
+    apart: Mapping[RowView, Statistics]
 
 
 # Gathering ----------------------------------------------------------------------------------------
@@ -69,20 +104,22 @@ class Statistics:
 def statistics(
     model: Model,
     views: Iterable[RowView],
-    batches: BatchStream,
+    fit: BatchStream,
     runtime: Runtime,
     *,
+    judged: BatchStream | None = None,
     seed: int = 0,
     mask: str | None = None,
     progress: Progress | None = None,
-) -> dict[RowView, Statistics]:
+) -> Known:
     """Statistics of the views, from one run over the samples; a view of no tensor has none.
 
     Args:
         model: the views' own.
         views: the rows to look at.
-        batches: the samples.
+        fit: the samples.
         runtime: runs the model; its threads are BLAS's too.
+        judged: more samples, those that trials are judged on.
         seed: of the sampled positions.
         mask: a graph input that is 0 where a token is padding; those rows are left out of token views.
         progress: told of every batch.
@@ -91,37 +128,47 @@ def statistics(
         InputError: bad samples.
         NotApplicableError: activations that are not finite.
     """
-    wanted = [_Gathering(view, batches, seed, mask) for view in dict.fromkeys(views) if view.tensor]
+    parts = [fit] if judged is None else [fit, judged]
+    samples = sum(part.samples for part in parts)
+    wanted = [_Gathering(view, samples, seed, mask) for view in dict.fromkeys(views) if view.tensor]
     if not wanted:
-        return {}
+        return Known({}, {})
     tapped = TappedModel(model, [item.view.tensor for item in wanted], runtime)
-    advance = (progress or NoProgress()).task("calibrating", total=len(batches))
+    advance = (progress or NoProgress()).task("calibrating", total=sum(map(len, parts)))
     with threadpool_limits(runtime.threads, "blas"):
-        observe(tapped, batches, [item.add for item in wanted], advance)
-    return {item.view: item.result() for item in wanted}
+        for number, part in enumerate(parts):
+            observe(tapped, part, [partial(item.add, part=number) for item in wanted], advance)
+    found = {item.view: item.result([part.samples for part in parts]) for item in wanted}
+    return Known(*({view: own[place] for view, own in found.items()} for place in range(2)))
 
 
 class _Gathering:
     """The moments of one view, summed batch by batch."""
 
-    def __init__(self, view: RowView, batches: BatchStream, seed: int, mask: str | None) -> None:
+    def __init__(self, view: RowView, samples: int, seed: int, mask: str | None) -> None:
         self.view = view
         self.sampler = RowSampler(seed, f"{view.tensor} {view.kernel}", mask if view.token else None)
         rows = max(LEAST_STATISTICS_ROWS, STATISTICS_ROWS_PER_COLUMN * view.columns)
-        self.positions = per_sample(rows, max(batches.samples, 1))
+        self.positions = per_sample(rows, max(samples, 1))
         # Of uncorrelated columns only the spread of each is wanted, which is what a target's moments are.
         sizes = (view.columns, view.groups, view.groups) if view.correlated else (1, view.columns, 1)
-        self.moments = Moments(*sizes, single=True)
+        self.moments = [Moments(*sizes, single=True) for _ in range(2)]
 
-    def add(self, batch: Batch, found: Feed) -> None:
-        """Take in one batch's rows."""
+    def add(self, batch: Batch, found: Feed, *, part: int) -> None:
+        """Take in one batch's rows.
+
+        Args:
+            batch: the batch.
+            found: the tensors by name.
+            part: 1 where trials are judged on its samples, else 0.
+        """
         rows, weights = self._rows(found, batch.index)
         for start in range(0, len(rows), _CHUNK_ROWS):
-            part = slice(start, start + _CHUNK_ROWS)
-            own = rows[part]
+            chunk = slice(start, start + _CHUNK_ROWS)
+            own = rows[chunk]
             blank = np.zeros((len(own), self.view.groups if self.view.correlated else 1), np.float32)
             pair = (own, blank) if self.view.correlated else (blank, own)
-            self.moments.add(pair[0], pair[1], None if weights is None else weights[part])
+            self.moments[part].add(pair[0], pair[1], None if weights is None else weights[chunk])
 
     def _rows(self, found: Feed, batch: int) -> tuple[np.ndarray, np.ndarray | None]:
         view, x = self.view, found[self.view.tensor]
@@ -141,17 +188,79 @@ class _Gathering:
         rows = self.sampler.sample(batch, x.shape[:-1], self.positions, found)
         return rows.vectors(x, -1), rows.weights
 
-    def result(self) -> Statistics:
-        moments, view = self.moments, self.view
-        if not view.correlated:
-            return Statistics(moments.mean_y.copy(), moments.yy / max(moments.n, 1.0))
-        stack = moments.stacked()[0] / max(moments.n, 1.0)
-        if view.groups == 1:
-            return Statistics(moments.mean_x.copy(), stack[0].copy())
-        wide = np.zeros((view.groups, stack.shape[1], view.groups, stack.shape[1]))
-        every = np.arange(view.groups)
-        wide[every, :, every] = stack
-        return Statistics(moments.mean_x.copy(), wide.reshape(view.columns, view.columns))
+    def result(self, samples: Sequence[int]) -> tuple[Statistics, Statistics]:
+        """Statistics of all samples, and of those apart from the ones that trials are judged on.
+
+        Args:
+            samples: how many there are of the one kind and of the other.
+        """
+        apart, every = self.moments
+        if not every.n:
+            found = Statistics(*_normalized(apart, self.view), RIDGES[0], samples[0])
+            return found, found
+        own, judged = (_normalized(own, self.view) for own in self.moments)
+        count = apart.n
+        every.merge(apart)
+        mean, covariance = _normalized(every, self.view)
+        total, rows, ridge = sum(samples), math.inf, RIDGES[0]
+        if self.view.correlated:
+            rows = _independent_rows(covariance, own[1] - judged[1], samples)
+            ridge = _ridge(own[1], min(rows * samples[0] / total, count) - 1)
+        return (
+            Statistics(mean, covariance, ridge, total, rows),
+            Statistics(*own, ridge, samples[0], rows * samples[0] / total),
+        )
+
+
+def _normalized(moments: Moments, view: RowView) -> tuple[np.ndarray, np.ndarray]:
+    """Means (p,), and covariance (p, p) or variances (p,)."""
+    count = max(moments.n, 1.0)
+    if not view.correlated:
+        return moments.mean_y.copy(), moments.yy / count
+    stack = moments.stacked()[0] / count
+    if view.groups == 1:
+        return moments.mean_x.copy(), stack[0]
+    wide = np.zeros((view.groups, stack.shape[1], view.groups, stack.shape[1]))
+    every = np.arange(view.groups)
+    wide[every, :, every] = stack
+    return moments.mean_x.copy(), wide.reshape(view.columns, view.columns)
+
+
+def _independent_rows(covariance: np.ndarray, apart: np.ndarray, samples: Sequence[int]) -> float:
+    """The number of independent normal rows whose covariances would be as far apart as those of two sets of
+    samples are.
+
+    Args:
+        covariance: (p, p) of all samples.
+        apart: the difference between the covariances of the two sets.
+        samples: in each set.
+    """
+    noise = float(np.vdot(apart, apart)) / (1 / samples[0] + 1 / samples[1])  # of one sample
+    each = float(np.trace(covariance)) ** 2 + float(np.vdot(covariance, covariance))  # of one row
+    return sum(samples) * each / noise if noise > 0 else math.inf
+
+
+def _ridge(covariance: np.ndarray, rows: float) -> float:
+    """The ridge with which each column is told best by the others, by generalized cross-validation.
+
+    Args:
+        covariance: (p, p) of the rows.
+        rows: how many independent ones there were, but for the one that went into their mean.
+    """
+    size = len(covariance)
+    scale = float(np.trace(covariance)) / size
+    if rows > ENOUGH_ROWS * size or not np.isfinite(scale) or scale <= 0:
+        return RIDGES[0]
+    values, vectors = np.linalg.eigh(covariance)
+    values = np.maximum(values, 0.0)
+    squares = vectors**2
+    errors = []
+    for ridge in RIDGES:
+        shrunk = 1.0 / (values + ridge * scale)
+        left = squares @ (values * shrunk**2) / (squares @ shrunk) ** 2  # mean square of what isn't told
+        free = 1.0 - float((values * shrunk).sum()) / rows
+        errors.append(float(left.sum()) / free**2 if free > 0 else math.inf)
+    return RIDGES[int(np.argmin(errors))] if np.isfinite(errors).any() else RIDGES[-1]
 
 
 # Ranking ------------------------------------------------------------------------------------------
@@ -178,57 +287,128 @@ class Ranking:
 
 
 class _Part:
-    """One consumer, as its columns go."""
+    """One consumer, as its columns go.
+
+    Attributes:
+        static: the cost of each channel, where it does not depend on what went before; else None.
+        idle: whether each channel carries nothing on the samples.
+    """
 
     def __init__(self, consumer: Consumer, model: Model, found: Statistics | None) -> None:
-        self.places = consumer.places
+        self._places = consumer.places
         matrix = consumer.matrix(model)
         size = consumer.view.columns
-        given = found if found is not None else Statistics(np.zeros(size), np.ones(size))
+        given = found if found is not None else Statistics(np.zeros(size), np.ones(size), RIDGES[0], 0)
         self.static: np.ndarray | None = None
-        self.idle = np.zeros(len(self.places), bool)
+        self.idle = np.zeros(len(self._places), bool)
         if found is not None:
             silent = (given.variances() == 0) & (given.mean == 0)
-            self.idle = silent[self.places].all(axis=1)
+            self.idle = silent[self._places].all(axis=1)
         if given.covariance.ndim == 1 or matrix is None:
             # Without W a sum is taken as it is, mean included; with it a bias makes up for means.
             energy = given.variances() + (given.mean**2 if matrix is None else 0.0)
             if matrix is not None:
                 energy = energy * (matrix**2).sum(axis=0)
             total = float(energy.sum())
-            self.static = energy[self.places].sum(axis=1) / total if total > 0 else np.zeros(len(self.places))
+            self.static = (
+                energy[self._places].sum(axis=1) / total if total > 0 else np.zeros(len(self._places))
+            )
             return
         variance = float(np.einsum("op,op->", matrix, matrix @ given.covariance))
-        self.scale = 1.0 / variance if variance > 0 else 0.0
-        self.weight = matrix
-        self.inverse = np.linalg.inv(given.ridged())
+        self._scale = 1.0 / variance if variance > 0 else 0.0
+        # Costs depend on W by W^T W alone.
+        if len(matrix) > size:
+            matrix = np.linalg.qr(matrix, mode="r")
+        self._weight = np.asfortranarray(matrix)
+        self._inverse = np.asfortranarray(np.linalg.inv(given.ridged()))
+        self._columns = np.arange(size)  # where each column now is
+        self._gone = np.zeros(size, bool)  # of those that still are there
+        self._wait()
+        of_channels = self._weight.T[self._places]
+        self._squares = of_channels @ of_channels.swapaxes(1, 2)  # of each channel its block of W^T W
+        self._blocks = self._inverse[self._places[:, :, None], self._places[:, None, :]]
 
     def costs(self, channels: np.ndarray) -> np.ndarray:
-        """The cost of losing each of these channels next."""
+        """The cost of losing each of these channels next: tr([(H^-1)_BB]^-1 W_B^T W_B)."""
         if self.static is not None:
             return self.static[channels]
-        at = self.places[channels]
-        blocks = self.inverse[at[:, :, None], at[:, None, :]]
-        weights = self.weight.T[at]  # (channels, columns of each, outputs)
-        return self.scale * np.einsum("cmo,cmo->c", weights, np.linalg.solve(blocks, weights))
+        blocks, squares = self._blocks[channels], self._squares[channels]
+        if blocks.shape[1] == 1:
+            return self._scale * squares[:, 0, 0] / blocks[:, 0, 0]
+        return self._scale * np.trace(np.linalg.solve(blocks, squares), axis1=1, axis2=2)
 
-    def lose(self, channels: np.ndarray) -> float:
-        """The cost of losing these channels, which are taken out."""
+    def lose(self, channels: np.ndarray, left: np.ndarray) -> float:
+        """The cost of losing these channels, which are taken out.
+
+        H^-1 and W are updated many channels at a time, by one product each; until then what has to be
+        subtracted from them waits.
+
+        Args:
+            channels: those that go.
+            left: those that are still there then.
+        """
         if self.static is not None:
             return float(self.static[channels].sum())
-        at = self.places[channels].reshape(-1)
-        rows, weights = self.inverse[at], self.weight[:, at]
-        solved = np.linalg.solve(rows[:, at], np.hstack([rows, weights.T]))
-        gain = solved[:, : rows.shape[1]]  # [(H^-1)_BB]^-1 (H^-1)_B:
-        cost = self.scale * float(np.einsum("ob,bo->", weights, solved[:, rows.shape[1] :]))
-        self.weight = self.weight - weights @ gain
-        self.inverse -= rows.T @ gain
-        # What is gone must not come back as rounding.
-        self.weight[:, at] = 0.0
-        self.inverse[at] = 0.0
-        self.inverse[:, at] = 0.0
-        self.inverse[at, at] = 1.0
+        at = self._columns[self._places[channels]].reshape(-1)
+        waiting = self._waiting
+        gains = self._gains[:waiting]
+        rows = self._inverse[:, at] - self._rows[:, :waiting] @ gains[:, at]
+        weights = self._weight[:, at] - self._weights[:, :waiting] @ gains[:, at]
+        gain = np.linalg.solve(rows[at], rows.T)  # [(H^-1)_BB]^-1 (H^-1)_B:
+        inner = weights.T @ weights
+        cost = self._scale * float(np.trace(np.linalg.solve(rows[at], inner)))
+        cross = weights.T @ self._weight - (weights.T @ self._weights[:, :waiting]) @ gains
+        self._update_blocks(left, rows, gain, cross, inner)
+        self._gone[at] = True
+        self._waiting += len(at)
+        if self._waiting > len(self._gains):
+            self._apply(rows, weights, gain)
+        else:
+            new = slice(waiting, self._waiting)
+            self._rows[:, new], self._weights[:, new], self._gains[new] = rows, weights, gain
         return max(cost, 0.0)
+
+    def _update_blocks(
+        self, left: np.ndarray, rows: np.ndarray, gain: np.ndarray, cross: np.ndarray, inner: np.ndarray
+    ) -> None:
+        """The blocks of H^-1 and W^T W after W loses W_B `gain`.
+
+        Args:
+            left: the channels whose blocks are wanted.
+            rows: (H^-1)_:B.
+            gain: (columns that go, columns).
+            cross, inner: W_B^T W and W_B^T W_B.
+        """
+        at = self._columns[self._places[left]]
+        gains, crosses = gain.T[at], cross.T[at]  # (channels, columns of each, columns that go)
+        self._blocks[left] -= rows[at] @ gains.swapaxes(1, 2)
+        mixed = gains @ crosses.swapaxes(1, 2)
+        self._squares[left] += gains @ inner @ gains.swapaxes(1, 2) - mixed - mixed.swapaxes(1, 2)
+
+    def _apply(self, rows: np.ndarray, weights: np.ndarray, gain: np.ndarray) -> None:
+        """Subtract what waits and this, and drop the columns that are gone: what is left gets by without
+        them."""
+        stay = np.flatnonzero(~self._gone)
+        before = self._waiting - len(gain)
+        inverse, weight = self._inverse[np.ix_(stay, stay)], self._weight[:, stay]
+        for own_rows, own_weights, own_gain in (
+            (self._rows[:, :before], self._weights[:, :before], self._gains[:before]),
+            (rows, weights, gain),
+        ):
+            inverse -= own_rows[stay] @ own_gain[:, stay]
+            weight -= own_weights @ own_gain[:, stay]
+        self._inverse, self._weight = inverse, weight
+        self._columns = (np.cumsum(~self._gone) - 1)[self._columns]  # of those that are gone, whatever
+        self._gone = np.zeros(len(stay), bool)
+        self._wait()
+
+    def _wait(self) -> None:
+        """Room for what is to be subtracted; nothing waits yet."""
+        size = len(self._gone)
+        self._waiting = 0
+        self._rows = np.empty((size, _DELAYED), order="F")
+        self._weights = np.empty((len(self._weight), _DELAYED), order="F")
+        self._gains = np.empty((_DELAYED, size))
 
 
 def rank(
@@ -261,10 +441,11 @@ def rank(
     cost = [0.0]
 
     def lose(channels: np.ndarray) -> None:
-        total = sum(part.lose(channels) for part in parts)
+        alive[channels] = False
+        left = np.flatnonzero(alive)
+        total = sum(part.lose(channels, left) for part in parts)
         cost.extend(cost[-1] + total * (i + 1) / len(channels) for i in range(len(channels)))
         order.extend(channels.tolist())
-        alive[channels] = False
 
     ahead = ahead[np.argsort(~known[ahead], kind="stable")][: max(size - least, int(known.sum()))]
     if len(ahead):

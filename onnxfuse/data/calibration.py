@@ -111,6 +111,11 @@ class BatchStream:
         left = np.setdiff1d(self._units, other._units)
         return BatchStream(self._source, left, self._size, 0) if len(left) else self
 
+    def cut(self, rows: int) -> BatchStream:
+        """The same samples in batches of at most so many rows, where model and data leave that open."""
+        size = self._size if self._source.batch is not None else min(rows, self._size)
+        return BatchStream(self._source, self._units, size, self._first_index)
+
     def __iter__(self) -> Iterator[Batch]:
         readings = self._source.read(self._groups())
         for number, (units, (feed, labels)) in enumerate(zip(self._groups(), readings, strict=True)):

@@ -16,7 +16,7 @@ from typing import Annotated, TypeVar
 from pydantic import Field
 
 from onnxfuse.channels.consumers import RowView
-from onnxfuse.channels.importance import Statistics, statistics
+from onnxfuse.channels.importance import Known, statistics
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.memory import in_budget
 from onnxfuse.fitting.search import Level, SearchResult, farthest
@@ -117,8 +117,12 @@ def unmeasurable(model: Model, trial: Model, nodes: Collection[Node], context: C
 
 
 def seen_in_parts(
-    model: Model, views: Mapping[T, Sequence[RowView]], mask: str | None, context: Context
-) -> Iterator[tuple[list[T], dict[RowView, Statistics]]]:
+    model: Model,
+    views: Mapping[T, Sequence[RowView]],
+    mask: str | None,
+    context: Context,
+    judged: int = 0,
+) -> Iterator[tuple[list[T], Known]]:
     """Readers with the statistics of what they read over the fit samples, in as many runs as memory asks for.
 
     Args:
@@ -126,19 +130,22 @@ def seen_in_parts(
         views: what each reader reads.
         mask: see `Mask`.
         context: of the pass.
+        judged: what trials are given as their number of samples (`Trials.of`), 0 without any.
 
     Raises:
         InputError: bad samples.
         NotApplicableError: activations that are not finite.
     """
+    samples = context.calibration.apart(judged) if judged else None
     for part in in_budget(views, lambda reader: _covariances(views[reader]), COVARIANCE_MEMORY):
         yield (
             part,
             statistics(
                 model,
                 [view for reader in part for view in views[reader]],
-                context.calibration.fit,
+                context.calibration.fit if samples is None else samples.fit,
                 context.runtime,
+                judged=None if samples is None else samples.held_out,
                 seed=context.seed,
                 mask=mask,
                 progress=context.progress,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from onnxfuse.analysis.intervals.rules import intervals
 from onnxfuse.channels import ratio
 from onnxfuse.channels.consumers import Consumer, RowView
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
-from onnxfuse.channels.importance import Ranking, Statistics
+from onnxfuse.channels.importance import SETTLED_ROWS, Known, Ranking, Statistics
 from onnxfuse.findings import Change, Reached, Skip
 from onnxfuse.fitting.rewriting import first_feed, seen_in_parts
 from onnxfuse.fitting.search import SearchResult
@@ -33,6 +34,7 @@ class Reading:
         dead: of each, the number of channels that are zero for every input; the first to go.
         seen: gives the moments of what the consumers see.
         full: for each, the number of channels that a ratio is of.
+        unsettled: what consumers see through too few samples; known once the groups are ranked.
     """
 
     found: ChannelGroups
@@ -42,6 +44,22 @@ class Reading:
     dead: Mapping[Group, int]
     seen: Seen
     full: Mapping[Group, int]
+    unsettled: dict[RowView, Statistics] = field(default_factory=dict)
+
+    def few_samples(self) -> Iterator[str]:
+        """A note on the layers that the samples can't settle, and how many samples would."""
+        if not self.unsettled:
+            return
+        need = {
+            view: math.ceil(own.samples * SETTLED_ROWS * view.columns / own.rows)
+            for view, own in self.unsettled.items()
+        }
+        worst = max(need, key=lambda view: need[view])
+        several = f"{len(need)} tensors" if len(need) > 1 else "a tensor"
+        yield (
+            f"too few samples to tell the channels of {several} apart, so that less is cut there, and less "
+            f"well: '{worst.tensor}' has {worst.columns:,} columns; some {need[worst]:,} samples would do"
+        )
 
 
 class Seen:
@@ -55,6 +73,7 @@ class Seen:
         *,
         mask: str | None,
         wanted: bool,
+        judged: int,
     ):
         """Prepare; nothing is run yet.
 
@@ -64,21 +83,22 @@ class Seen:
             context: of the pass.
             mask: see `fitting.rewriting.Mask`.
             wanted: whether anything is ranked or fitted by moments; else there are none.
+            judged: see `fitting.rewriting.seen_in_parts`.
         """
         self._model = model
         self._views = {group: [consumer.view for consumer in own] for group, own in readers.items()}
-        self._context, self._mask, self._wanted = context, mask, wanted
-        self._kept: list[tuple[list[Group], dict[RowView, Statistics]]] = []
+        self._context, self._mask, self._wanted, self._judged = context, mask, wanted, judged
+        self._kept: list[tuple[list[Group], Known]] = []
 
-    def parts(self) -> Iterator[tuple[list[Group], dict[RowView, Statistics]]]:
+    def parts(self) -> Iterator[tuple[list[Group], Known]]:
         """Groups with the statistics of all their consumers' views."""
         if not self._wanted:
-            yield list(self._views), {}
+            yield list(self._views), Known({}, {})
             return
         if self._kept:
             yield from self._kept
             return
-        parts = seen_in_parts(self._model, self._views, self._mask, self._context)
+        parts = seen_in_parts(self._model, self._views, self._mask, self._context, self._judged)
         for number, part in enumerate(parts):
             self._kept = [] if number else [part]
             yield part

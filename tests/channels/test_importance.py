@@ -11,10 +11,10 @@ from nets import RUNTIME, Feed, columns, compute, least_squares, net, normal, ro
 
 from onnxfuse.analysis.cost import shapes_at
 from onnxfuse.channels import importance
-from onnxfuse.channels.consumers import Consumer, consumers
+from onnxfuse.channels.consumers import Consumer, RowView, consumers
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import Group, find_groups
-from onnxfuse.channels.importance import Ranking, Statistics, compensation, rank, statistics
+from onnxfuse.channels.importance import RIDGES, Ranking, Statistics, compensation, rank, statistics
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.ir.model import Model
 
@@ -24,7 +24,7 @@ def seen(model: Model, feed: Feed, name: str) -> tuple[Group, list[Consumer], di
     group = groups[name]
     readers = consumers(model, group, shapes_at(model, feed, RUNTIME))
     batches = Calibration.open(feed, model, held_out=0.0).fit
-    return group, readers, statistics(model, [c.view for c in readers], batches, RUNTIME)
+    return group, readers, statistics(model, [c.view for c in readers], batches, RUNTIME).every
 
 
 def ranked(model: Model, feed: Feed, name: str, **more: Any) -> tuple[Group, Ranking]:
@@ -40,7 +40,7 @@ def relative(x: np.ndarray, y: np.ndarray, stay: np.ndarray) -> float:
 
 @pytest.fixture(autouse=True)
 def no_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "COVARIANCE_RIDGE", 1e-9)
+    monkeypatch.setattr(importance, "RIDGES", (1e-9,))
 
 
 def test_costs_of_a_convolution() -> None:
@@ -188,10 +188,45 @@ def test_padding_tokens_are_left_out() -> None:
     groups = find_groups(model, feed, RUNTIME)
     (consumer,) = consumers(model, groups["a"], shapes_at(model, feed, RUNTIME))
     batches = Calibration.open(feed, model, held_out=0.0).fit
-    known = statistics(model, [consumer.view], batches, RUNTIME, mask="m")
+    known = statistics(model, [consumer.view], batches, RUNTIME, mask="m").every
     (r,) = compute(model, feed, "r")
     kept = r[:, :4].reshape(-1, 6).astype(float)
     np.testing.assert_allclose(known[consumer.view].mean, kept.mean(0), rtol=1e-4)
     np.testing.assert_allclose(
         known[consumer.view].covariance, np.cov(kept.T, bias=True), rtol=1e-3, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(("alike", "low", "high"), [(False, 700, 1300), (True, 70, 130)])
+def test_rows_of_a_sample_that_are_alike_count_once(alike: bool, low: float, high: float) -> None:
+    """100 samples of ten rows each: as many rows as there are, or one for each sample."""
+    model = net("y = MatMul(x, w)", {"w": (12, 3)}, "float[N,10,12] x", "float[A,B,C] y")
+    x = normal(100, 1, 12).repeat(10, axis=1) if alike else normal(100, 10, 12)
+    samples = Calibration.open({"x": x}, model, held_out=0.3)
+    view = RowView("x", 2, 12)
+    known = statistics(model, [view], samples.fit, RUNTIME, judged=samples.held_out)
+    assert low < known.every[view].rows < high
+    assert known.apart[view].rows == pytest.approx(0.7 * known.every[view].rows)
+    np.testing.assert_allclose(
+        known.every[view].covariance, np.cov(x.reshape(-1, 12).T, bias=True), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("count", [30, 60, 150, 2000])
+def test_the_ridge_tells_unseen_columns_best(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the errors on fresh rows of each column, told by a ridge regression on all others."""
+    monkeypatch.setattr(importance, "RIDGES", RIDGES)
+    mixing = normal(8, 40, seed=1).astype(float)
+
+    def draw(rows: int, seed: int) -> np.ndarray:
+        return normal(rows, 8, seed=seed) @ mixing + normal(rows, 40, seed=seed + 1)
+
+    x, fresh = draw(count, 2), draw(4000, 4)
+    covariance = np.cov(x.T, bias=True)
+    errors = []
+    for ridge in RIDGES:
+        inverse = np.linalg.inv(covariance + ridge * np.trace(covariance) / 40 * np.eye(40))
+        told = (fresh - x.mean(0)) @ inverse / np.diag(inverse)  # what is left of each column
+        errors.append(float((told**2).sum()))
+    chosen = RIDGES.index(importance._ridge(covariance, count))
+    assert errors[chosen] < 1.1 * min(errors)

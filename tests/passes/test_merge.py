@@ -277,7 +277,7 @@ def test_by_output_the_pair_that_changes_it_least(dense: tuple[Model, Context]) 
         mean = (weight(model, f"w{a}") + weight(model, f"w{b}")) / 2
         for n in (a, b):
             trial.set_weight(trial.tensor(f"w{n}"), mean)
-        changes[frozenset((f"h{a}", f"h{b}"))] = trials.change(trial, ctx.runtime)
+        changes[frozenset((f"h{a}", f"h{b}"))] = trials.changes([trial], lambda own: own, ctx, model)[0]
     assert frozenset(pair) == min(changes, key=lambda own: changes[own])
 
 

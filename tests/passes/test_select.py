@@ -17,8 +17,11 @@ from onnxfuse import compress
 from onnxfuse.analysis.cost import measure
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import find_groups
+from onnxfuse.data.calibration import Calibration
 from onnxfuse.errors import InputError, NotApplicableError, VerificationError
 from onnxfuse.findings import Reached
+from onnxfuse.fitting import compensating
+from onnxfuse.fitting.trials import Trials
 from onnxfuse.ir.model import Model
 from onnxfuse.passes.refit import Refit
 from onnxfuse.passes.select import Select
@@ -28,6 +31,7 @@ from onnxfuse.pipeline.recipe import parse_recipe
 from onnxfuse.pipeline.records import StepReport
 from onnxfuse.runtime import latency
 from onnxfuse.runtime.latency import UNSTABLE, Stopwatch
+from onnxfuse.verification.compare import output_error
 
 RESIDUAL = """
     a = Conv<pads=[1,1,1,1]>(x, w0, b0)
@@ -189,7 +193,7 @@ def test_a_recurrent_network_makes_up_for_twins_by_both_of_its_weights(
         value[0, 3::4] = value[0, 1::4]
         model.set_weight(model.tensor(name), value)
     ctx = context(model, [{"x": normal(7, 12, 5, seed=seed)} for seed in range(12)])
-    monkeypatch.setattr("onnxfuse.channels.importance.COVARIANCE_RIDGE", 1e-6)
+    monkeypatch.setattr("onnxfuse.channels.importance.RIDGES", (1e-6,))
     result = select(model, ctx, ratio=0.25, step=1)
     assert [removed for _, removed in cuts(result).values()] in ([[a], [b]] for a in (1, 3) for b in (1, 3))
     x = {"x": normal(7, 9, 5, seed=50)}
@@ -449,3 +453,48 @@ def test_compress_writes_and_reports(tmp_path: Any) -> None:
     again = Model.load(tmp_path / "o.onnx")
     np.testing.assert_array_equal(compute(again, held(ctx))[0], compute(result.model, held(ctx))[0])
     assert RUNTIME.session(again) is not None
+
+
+def wide(count: int) -> tuple[Model, Context]:
+    """A hidden layer with more columns than there are samples."""
+    model = net(
+        "a = Gemm(x, w0, b0) r = Relu(a) y = Gemm(r, w1)", sized("w0:16,96 b0:96 w1:96,8"), "float[N,16] x"
+    )
+    return model, context(model, {"x": normal(count, 16, seed=3)})
+
+
+def test_a_trial_loses_what_the_network_loses_on_samples_that_nobody_has_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """96 columns from 40 samples: asked on those that were fitted, the loss of half of them seems to be 0."""
+    model, ctx = wide(50)
+    found: list[tuple[Model, float]] = []
+    real = Trials.changes
+
+    def changes(self: Trials, jobs: Any, rewrite: Any, *args: Any) -> list[float]:
+        losses = real(self, jobs, rewrite, *args)
+        found.extend(zip(map(rewrite, jobs), losses, strict=True))
+        return losses
+
+    monkeypatch.setattr(Trials, "changes", changes)
+    Select(macs=0.8).run(model.copy(), ctx)
+    fresh = Calibration.open({"x": normal(2000, 16, seed=9)}, model).fit
+    assert len(found) == 4
+    for made, loss in found:
+        assert 0.4 < loss / output_error(model, made, fresh, RUNTIME).worst ** 2 < 2.5
+
+
+def test_a_trial_is_not_judged_on_what_it_was_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ctx = wide(50)
+    fitted_to: list[int] = []
+
+    def noted(*args: Any, **more: Any) -> None:
+        fitted_to.extend({own.samples for own in args[4].values()})
+        compensating.compensate(*args, **more)
+
+    monkeypatch.setattr("onnxfuse.passes.select.compensate", noted)
+    Select(macs=0.8).run(model.copy(), ctx)
+    *trials, last = fitted_to
+    judged = ctx.calibration.part(768).held_out.samples
+    assert set(trials) == {ctx.calibration.fit.samples - judged}
+    assert last == ctx.calibration.fit.samples
