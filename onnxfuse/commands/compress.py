@@ -161,7 +161,7 @@ def compress(
     calibration = Calibration.open(
         calib, original, limit=samples, batch_size=batch_size, held_out=held_out, seed=seed
     )
-    # What is fitted needs samples that can prove it; else they are looked at when there is something to prove.
+    # Samples that are fitted must be able to prove it; others are looked at when there is something to prove.
     fitting = any(pass_.contract is Contract.APPROXIMATE for pass_ in plan)
     doubts = doubts_of(calibration, original.inputs, approximate=True) if fitting else None
     sample = few_rows(original, calibration.fit, 1, runtime)
