@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import ClassVar
 
-from onnxfuse.analysis.constant_folding import fold_constants, proven_shapes
+from onnxfuse.analysis.constant_folding import fold_constants
 from onnxfuse.analysis.noops import OPERATORS
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.folding.affine import fold_affine
@@ -118,7 +118,7 @@ class _Folding:
         return [f"initializers that are also graph inputs were folded at their stored values: {names}{more}"]
 
     def _fold_constants(self) -> None:
-        self._workspace.shapes = proven_shapes(self._model)
+        self._workspace.shapes = self._model.proven()
         self.changes += share_constants(self._workspace)
         folded = fold_constants(self._model, self._workspace.shapes)
         self._workspace.shapes = folded.shapes

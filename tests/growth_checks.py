@@ -15,10 +15,8 @@ from onnx.reference import ReferenceEvaluator
 from onnxfuse.channels.dims import places
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.ir.model import Model
-from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.pipeline.base import Context
 from onnxfuse.pytorch.bridge.importer import to_torch
-from onnxfuse.runtime.session import Runtime
 
 _WIDE = {TensorProto.FLOAT: TensorProto.DOUBLE, TensorProto.FLOAT16: TensorProto.DOUBLE}
 
@@ -67,19 +65,6 @@ def in_float64(model: Model, feed: Feed) -> list[np.ndarray]:
             found = to_torch(model)(*(torch.from_numpy(feed[info.name]) for info in model.inputs))
         return [found.numpy()]
     return [np.asarray(y) for y in ReferenceEvaluator(model.to_proto()).run(None, dict(feed))]
-
-
-def shapes_in_float64(
-    model: Model, declared: dict[str, TensorInfo], feed: Feed, runtime: Runtime
-) -> dict[str, TensorInfo]:
-    """What `observed_shapes.observed` finds, without ONNX Runtime, which has few operators for float64."""
-    names = [t.name for node in model.nodes for t in node.outputs if t.name]
-    proto = model.to_proto()
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    values = ReferenceEvaluator(proto).run(None, dict(feed))
-    arrays = {name: np.asarray(v) for name, v in zip(names, values, strict=True)}
-    return {name: TensorInfo(name, array.dtype, array.shape) for name, array in arrays.items()}
 
 
 def case_context(case: Case, model: Model, seed: int = 0) -> Context:

@@ -17,14 +17,12 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-import onnx
 
 from onnxfuse.analysis.constant_choice import State, Step, cheapest, parts
 from onnxfuse.errors import NotApplicableError
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.nodes import Constant, Node, Tensor
-from onnxfuse.ir.shape_inference import weightless
-from onnxfuse.ir.shapes import Shapes, TensorInfo, info_of
+from onnxfuse.ir.shapes import Shapes, TensorInfo
 from onnxfuse.ops.layouts import weight_type
 from onnxfuse.ops.linear import is_main_domain, optional_input
 from onnxfuse.ops.table import OPS, Kind, Trait
@@ -50,7 +48,7 @@ class Folded:
 
     `shape_nodes` and `evaluated` name the nodes that are gone, `stored` the tensors that became initializers,
     `overridden` the initializers among the inputs that a user could have fed; `refused` says why nodes
-    stayed; `shapes` are `proven_shapes` afterwards.
+    stayed; `shapes` are `Model.proven` afterwards.
     """
 
     shapes: dict[str, TensorInfo]
@@ -69,9 +67,9 @@ def fold_constants(model: Model, shapes: dict[str, TensorInfo] | None = None) ->
 
     Args:
         model: edited in place.
-        shapes: its `proven_shapes`, where they are known already.
+        shapes: its `Model.proven`, where that is known already.
     """
-    known = proven_shapes(model) if shapes is None else shapes
+    known = model.proven() if shapes is None else shapes
     failed: dict[Node, str] = {}
     while True:
         choice = _Choice(model, known, failed)
@@ -83,27 +81,8 @@ def fold_constants(model: Model, shapes: dict[str, TensorInfo] | None = None) ->
     folded = Folded(known, refused=choice.refused | failed)
     if choice.gone():
         _store(model, choice, values, folded)
-        folded.shapes = proven_shapes(model)
+        folded.shapes = model.proven()
     return folded
-
-
-def proven_shapes(model: Model) -> dict[str, TensorInfo]:
-    """Types and shapes of computed tensors, as they follow from the inputs' declarations alone.
-
-    What the file declares of other tensors may be wrong: a batch of one there often survives from an export
-    whose inputs were made dynamic afterwards. Whoever folds by a shape must not believe it.
-    """
-    light = weightless(model, {value.name for value in model.source.graph.value_info})
-    for output in light.graph.output:
-        output.type.tensor_type.ClearField("shape")
-    for propagate in (True, False):
-        try:
-            done = onnx.shape_inference.infer_shapes(light, strict_mode=False, data_prop=propagate)
-        except Exception:  # comes from C++ as several types; what inference trips over only costs knowledge
-            continue
-        values = (*done.graph.input, *done.graph.value_info, *done.graph.output)
-        return {value.name: info_of(value) for value in values}
-    return {}
 
 
 def integers(model: Model, tensor: Tensor | None) -> list[int] | None:
@@ -443,6 +422,5 @@ __all__ = [
     "is_deterministic",
     "overridable",
     "param",
-    "proven_shapes",
     "to_initializer",
 ]

@@ -152,7 +152,7 @@ def find_groups(model: Model, feed: Feed | None = None, runtime: Runtime | None 
         runtime: where they are run; to be given with `feed`.
 
     Raises:
-        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.run_shapes`.
     """
     system = trace(model, feed, runtime)
     return ChannelGroups(tuple(_groups(system)), system)

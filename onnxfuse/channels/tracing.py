@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from onnxfuse.analysis.constant_folding import proven_shapes
 from onnxfuse.channels import lengths
 from onnxfuse.channels.dims import Axis, crossed, equal, freeze_leaves, is_dynamic, leaves
 from onnxfuse.channels.grids import GRID_OPERATORS, evaluate_grid
@@ -23,7 +22,7 @@ from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo, fill, merge
 from onnxfuse.ops.linear import is_main_domain
 from onnxfuse.ops.table import OPS, Kind
-from onnxfuse.runtime import observed_shapes
+from onnxfuse.runtime.observed_shapes import run_shapes
 from onnxfuse.runtime.session import Runtime
 
 _COUNTING = OPS.of_kind(Kind.SHAPE)
@@ -40,7 +39,7 @@ def trace(model: Model, feed: Feed | None, runtime: Runtime | None) -> System:
         runtime: runs them.
 
     Raises:
-        InputError, NotApplicableError: as `runtime.observed_shapes.shapes_on`.
+        InputError, NotApplicableError: as `runtime.observed_shapes.run_shapes`.
     """
     system = System(model, *_sizes(model, feed, runtime))
     for node in model.nodes:
@@ -63,7 +62,7 @@ def _sizes(
     declared = model.shapes()
     static = {name: TensorInfo(name, None, None) for name in declared}
     static.update({t.name: declared[t.name] for t in model.initializers})
-    static.update(proven_shapes(model))
+    static.update(model.proven())
     if feed is None:
         return {name: merge(info, declared.get(name)) for name, info in static.items()}, static
     sizes: dict[str, int] = {}
@@ -86,7 +85,7 @@ def _sizes(
         return found, static
     if runtime is None:
         raise ValueError("sizes that only a run shows need a runtime")
-    run = observed_shapes.observed(model, found, feed, runtime)
+    run = run_shapes(model, feed, runtime)
     return {name: fill(info, run.get(name)) for name, info in found.items()}, static
 
 

@@ -161,8 +161,9 @@ def compress(
     calibration = Calibration.open(
         calib, original, limit=samples, batch_size=batch_size, held_out=held_out, seed=seed
     )
-    approximate = any(pass_.contract is Contract.APPROXIMATE for pass_ in plan)
-    doubts = doubts_of(calibration, original.inputs, approximate=approximate)
+    # Samples that are fitted must be able to prove it; others are looked at when there is something to prove.
+    fitting = any(pass_.contract is Contract.APPROXIMATE for pass_ in plan)
+    doubts = doubts_of(calibration, original.inputs, approximate=True) if fitting else None
     sample = few_rows(original, calibration.fit, 1, runtime)
     scorer = Scorer.make(allowed, calibration.held_out, calibration.labels, original, runtime)
     training = None if asked is None else asked.open(original)
@@ -224,7 +225,7 @@ class _Run:
     scorer: Scorer
     output: PathOrText | None
     dry: bool
-    doubts: Sequence[str]
+    doubts: Sequence[str] | None
 
     def go(self, instruments: Sequence[Instrument]) -> _Done:
         """Run the passes and the trainings, judge the result, and write it if it holds.
@@ -305,7 +306,7 @@ def _report(run: _Run, done: _Done, seconds: float) -> Report:
 def _warnings(run: _Run, done: _Done) -> tuple[str, ...]:
     verdict = done.verdict
     error = verdict.output_error
-    found = [MADE_UP] if run.context.calibration.synthetic else list(run.doubts)
+    found = [MADE_UP] if run.context.calibration.synthetic else _doubts(run, done)
     if run.context.calibration.refitted:
         found.append(REFITTED)
     found += contradiction_warnings(run.context.original, run.sample, run.context.runtime)
@@ -329,6 +330,14 @@ def _warnings(run: _Run, done: _Done) -> tuple[str, ...]:
         if tail.reason is not None:
             found.append(f"retraining: {tail.reason}; what the passes made is kept")
     return tuple(dict.fromkeys(found))
+
+
+def _doubts(run: _Run, done: _Done) -> list[str]:
+    if run.doubts is not None:
+        return list(run.doubts)
+    if not any(step.changes for step in done.outcome.steps):
+        return []
+    return doubts_of(run.context.calibration, run.context.original.inputs, approximate=False)
 
 
 def _files(run: _Run, written: Path | None) -> tuple[FileSize, FileSize] | None:

@@ -89,7 +89,7 @@ def inspect(
     elif plot is not None:
         warnings.append("no two layers can be compared: nothing was plotted")
     warnings += _weight_warnings(found)
-    feed, cost, unknown = _cost(found, feed, runtime)
+    feed, cost, unknown = _cost(found, feed, runtime, tried=calib is None)
     regions, skipped = find_regions(found, shapes_on(found, feed, runtime))
     source = found.source
     return Inspection(
@@ -137,11 +137,22 @@ def _weight_warnings(model: Model) -> list[str]:
     return []
 
 
-def _cost(model: Model, feed: Feed | None, runtime: Runtime) -> tuple[Feed | None, Cost, list[str]]:
-    """The cost at the sizes of `feed`, with `feed` and warnings: None where the model doesn't run on it."""
+def _cost(
+    model: Model, feed: Feed | None, runtime: Runtime, *, tried: bool
+) -> tuple[Feed | None, Cost, list[str]]:
+    """The cost at the sizes of `feed`, with `feed` and warnings: None where the model doesn't run on it.
+
+    Args:
+        model: the model.
+        feed: one sample, None without.
+        runtime: runs it.
+        tried: whether the model is known to run on it, as on made-up samples.
+    """
     said = []
     if feed is not None:
         try:
+            if not tried:
+                runtime.session(model, optimize=False).run(feed)
             cost = measure(model, feed, runtime)
             return feed, cost, contradiction_warnings(model, feed, runtime)
         except NotApplicableError as error:

@@ -9,7 +9,6 @@ import numpy as np
 
 from onnxfuse.data.batch_axes import batch_axes, fixed_batch
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.runtime.observed_shapes import run_shapes
 
 if TYPE_CHECKING:
     from onnxfuse.data.calibration import Batch
@@ -39,17 +38,25 @@ def few_rows(model: Model, batches: Iterable[Batch], size: int, runtime: Runtime
     few: a Reshape to fixed sizes takes whole batches alone.
 
     Args:
-        model: whose inputs are fed.
+        model: whose inputs are fed; it remembers the rows until it is edited.
         batches: at least one.
         size: the number of rows.
-        runtime: where it is tried; the shapes of that run are remembered.
+        runtime: where it is tried.
     """
-    batch = next(iter(batches))
+    known: list[tuple[Iterable[Batch], int, Feed]] = model.cached("few rows", list)
+    feed = next((own for source, rows, own in known if source is batches and rows == size), None)
+    if feed is None:
+        feed = _few_rows(model, next(iter(batches)), size, runtime)
+        known[:] = [(batches, size, feed), *known[:1]]
+    return feed
+
+
+def _few_rows(model: Model, batch: Batch, size: int, runtime: Runtime) -> Feed:
     rows = first_rows(model, batch, size)
     if rows is None:
         return batch.feed
     try:
-        run_shapes(model, rows, runtime)
+        runtime.session(model, optimize=False).run(rows)
     except NotApplicableError:
         return batch.feed
     return rows

@@ -81,7 +81,7 @@ class Synthetic:
         self.name = f"made-up samples for {shapes}"
 
     def _sizes_that_run(self, model: Model, template: Template) -> dict[Symbol, int]:
-        session = Runtime("cpu").session(model)
+        session = Runtime("cpu").session(model, optimize=False)  # for one run, optimizing takes longer
         failure: NotApplicableError | str | None = None
         end = time.monotonic() + _PATIENCE
         for sizes in _candidates(model.inputs, template):

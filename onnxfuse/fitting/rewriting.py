@@ -17,6 +17,7 @@ from pydantic import Field
 
 from onnxfuse.channels.consumers import RowView
 from onnxfuse.channels.importance import Known, statistics
+from onnxfuse.data.rows import few_rows
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.memory import in_budget
 from onnxfuse.fitting.search import Level, SearchResult, farthest
@@ -33,6 +34,9 @@ from onnxfuse.runtime.observed_shapes import shapes_on
 
 COVARIANCE_MEMORY = 1 << 30
 """Bytes of covariances that are kept at a time; a single reader may take more."""
+
+ROWS = 2
+"""Samples for shapes: with one alone its axis would look like one that is broadcast."""
 
 T = TypeVar("T")
 
@@ -53,8 +57,8 @@ class OperatorOptions(Goals):
 
 
 def first_feed(context: Context) -> Feed:
-    """The first batch of the fit samples, for shapes that can't be inferred."""
-    return next(iter(context.calibration.fit)).feed
+    """The first of the fit samples, for shapes: few of them, for they may have to be run."""
+    return few_rows(context.original, context.calibration.fit, ROWS, context.runtime)
 
 
 def known_shapes(context: Context) -> dict[str, TensorInfo]:

@@ -16,7 +16,7 @@ from onnxfuse.ir import export, saving, validation
 from onnxfuse.ir.editing import EditableGraph
 from onnxfuse.ir.external_data import DataFolder
 from onnxfuse.ir.graph import CycleError, without_collector
-from onnxfuse.ir.shape_inference import Inference, infer
+from onnxfuse.ir.shape_inference import Inference, infer, inferred, undeclared
 from onnxfuse.ir.shapes import TensorInfo
 
 Feed = dict[str, np.ndarray]
@@ -75,6 +75,16 @@ class Model(EditableGraph):
         """
         return dict(self._inference().shapes)
 
+    def proven(self) -> dict[str, TensorInfo]:
+        """Types and shapes of computed tensors and inputs, as they follow from the inputs' declarations
+        alone.
+
+        What the file declares of other tensors may be wrong: a batch of one there often survives from an
+        export whose inputs were made dynamic afterwards. Whoever rewrites by a shape must not believe it.
+        Sizes that don't follow are None or names that inference made up.
+        """
+        return dict(self._proven())
+
     def unproved(self) -> frozenset[str]:
         """The tensors of which `shapes` says what the file declares and the operators don't tell."""
         return self._inference().unproved
@@ -84,11 +94,14 @@ class Model(EditableGraph):
         return self._inference().belied
 
     def _inference(self) -> Inference:
-        return self.cached("shapes", lambda: infer(self))
+        return self.cached("shapes", lambda: infer(self, self._proven()))
+
+    def _proven(self) -> dict[str, TensorInfo]:
+        return self.cached("proven", lambda: inferred(undeclared(self)))
 
     def observations(self) -> list[tuple[Feed, dict[str, TensorInfo]]]:
-        """The latest feeds that were run for shapes, and what they showed; to be added to, and empty again
-        after an edit."""
+        """The latest feeds of which the shapes are known, and these; to be added to, and empty again after
+        an edit."""
         return self.cached("observations", list)
 
     def type_of(self, name: str) -> TensorInfo:

@@ -155,20 +155,23 @@ class JournalFile(Instrument):
 
 
 class LatencyControl(Instrument):
-    """Times the original against itself before the first pass and between passes: how the machine drifts over
-    the run belongs to the interval of a latency."""
+    """Times the original against itself after passes that changed something: how the machine drifts over the
+    run belongs to the interval of a latency."""
 
     def __init__(self, watch: Stopwatch, most: int = 4) -> None:
         """Takes blocks with `watch`, `most` of them at most, evenly spread over the passes."""
         self._watch, self._most = watch, most
-        self._every = 1
+        self._every, self._changed = 1, 0
 
     def started(self, passes: Sequence[Pass], model: Model) -> None:
         self._every = -(-len(passes) // self._most)
 
-    def before(self, index: int, pass_: Pass, model: Model) -> None:
-        if (index - 1) % self._every == 0:
+    def after(self, index: int, step: StepReport, model: Model) -> None:
+        if not step.committed or not step.changes:
+            return
+        if self._changed % self._every == 0:
             self._watch.control()
+        self._changed += 1
 
 
 def json_value(value: Any) -> Any:

@@ -2,8 +2,9 @@
 
 Import `Runtime` and `Session` from `session`; `observe` runs a model over batches with inner tensors tapped,
 `spool` keeps tensors of many batches, `latency` times models side by side, `observed_shapes` gives the shapes
-that inference leaves open, `versions` says whether a model is too new. What these share is in `providers`,
-`handover`, `feeds`, `narrow`, `failures` and `onnx_runtime`, the only module that imports ONNX Runtime.
+at a feed's sizes (from `static_shapes` without a run, where they follow), `versions` says whether a model is
+too new. What these share is in `providers`, `handover`, `feeds`, `narrow`, `failures` and `onnx_runtime`, the
+only module that imports ONNX Runtime.
 
 Stands above `ir` and below `ops`: it knows models, and nothing of what their operators mean.
 """

@@ -9,7 +9,6 @@ from onnxfuse.analysis.constant_folding import (
     fold_constants,
     integers,
     overridable,
-    proven_shapes,
     to_initializer,
 )
 from onnxfuse.ir.model import Model
@@ -204,15 +203,6 @@ def test_a_node_with_a_body_is_not_evaluated():
     nodes = [NODE("If", ["c"], ["h"], then_branch=branch, else_branch=other), NODE("Relu", ["h"], ["y"])]
     model = Model.load(build(nodes, {"c": np.array(True)}, shape=(4,)))
     assert fold_constants(model).evaluated == []
-
-
-def test_proven_shapes_do_not_believe_inner_declarations():
-    proto = build([NODE("Tanh", ["x"], ["h"]), NODE("Exp", ["h"], ["y"])], {}, shape=("n", 6))
-    proto.graph.value_info.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, [1, 6]))
-    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 6]))
-    shapes = proven_shapes(Model.load(proto))
-    assert shapes["h"].shape == ("n", 6)
-    assert shapes["y"].shape == ("n", 6)
 
 
 def test_helpers():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from runs import LABELS, W2, Refusing, Scale, X, compress, held_out, network, re
 
 from onnxfuse.commands.compress import SLOWER
 from onnxfuse.commands.loading import MADE_UP
-from onnxfuse.data.calibration import Calibration
+from onnxfuse.data.calibration import Batch, BatchStream, Calibration
 from onnxfuse.errors import InputError, NotApplicableError
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.numerics.significance import mcnemar
 from onnxfuse.pipeline.base import Context, PassResult
 from onnxfuse.pipeline.recipe import parse_recipe
 from onnxfuse.results import as_json
 from onnxfuse.runtime.latency import Stopwatch
+from onnxfuse.runtime.session import Session
 
 
 def test_what_was_proved_is_written(path: Path) -> None:
@@ -237,6 +238,30 @@ def test_input_that_only_a_pass_finds_bad_is_raised(path: Path) -> None:
         compress(path, [Refusing(InputError("bad samples"))])
 
 
+def test_where_nothing_changes_one_sample_is_run_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To see whether the model runs on so few; nothing is timed, and the samples are not read through."""
+    folded = compress(path, "fold").model
+    rows: list[int] = []
+    read: list[int] = []
+    run, batches = Session.run, BatchStream.__iter__
+
+    def counting(self: Session, feed: Feed, outputs: Sequence[str] | None = None) -> Feed:
+        rows.append(len(feed["x"]))
+        return run(self, feed, outputs)
+
+    def reading(self: BatchStream) -> Iterator[Batch]:
+        for batch in batches(self):
+            read.append(batch.samples)
+            yield batch
+
+    monkeypatch.setattr(Session, "run", counting)
+    monkeypatch.setattr(Session, "bind", None)
+    monkeypatch.setattr(BatchStream, "__iter__", reading)
+    assert compress(folded, "fold", calib={"x": X}, batch_size=32).exit_code == 3
+    assert rows == [1]
+    assert read == [32]
+
+
 def test_nothing_to_do_is_exit_code_3(path: Path) -> None:
     once = compress(path).model
     result = compress(once, output=path.with_name("out.onnx"))
@@ -254,7 +279,7 @@ def test_a_slower_result_is_never_silent(
     assert any(SLOWER in warning for warning in report.warnings) is slower
 
 
-def test_latency_is_taken_before_between_and_after_the_passes(
+def test_latency_is_taken_after_passes_that_change_something_and_at_the_end(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -273,7 +298,7 @@ def test_latency_is_taken_before_between_and_after_the_passes(
     monkeypatch.setattr(Stopwatch, "_block", noted)
     result = compress(path, [Heard(1.0001), "fold"])
     made = " ".join(node.op for node in result.model.nodes)
-    assert said == ["control", "pass", "control", *4 * [made]]
+    assert said == ["pass", "control", "control", *4 * [made]]
     assert result.report.latency is not None
     before, after = result.report.latency.timings
     assert after.ratio == pytest.approx(after.median_ms / before.median_ms, rel=1e-9)

@@ -110,8 +110,9 @@ def test_counts_that_no_run_confirms_say_so() -> None:
     g (float[4,6] x) => (float[1,3] y) <int64[1] i = {99}> { r = Gather(x, i) y = MatMul(r, w) }"""
     proto = onnx.parser.parse_model(text)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((6, 3), np.float32), "w"))
-    found = inspect(proto)
-    assert (found.cost.macs, found.sizes) == (18, {})
-    assert len(found.warnings) == 2
-    assert DECLARED_ONLY in found.warnings
+    for samples in (None, {"x": np.ones((8, 6), np.float32)}):
+        found = inspect(proto, calib=samples)
+        assert (found.cost.macs, found.sizes, found.latency) == (18, {}, None)
+        assert len(found.warnings) == 2
+        assert DECLARED_ONLY in found.warnings
     assert DECLARED_ONLY in diff(proto, proto).warnings

@@ -5,12 +5,12 @@ import onnx
 import pytest
 from nets import RUNTIME
 from onnx import ModelProto, helper, numpy_helper
+from onnxruntime import InferenceSession
 
-from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.ir import protos, shapes
 from onnxfuse.ir.model import Model
 from onnxfuse.ir.shapes import TensorInfo
-from onnxfuse.runtime.observed_shapes import observed, shapes_on
+from onnxfuse.runtime.observed_shapes import run_shapes, shapes_on
 
 FLOAT = np.dtype(np.float32)
 
@@ -205,71 +205,36 @@ def test_a_stale_declaration_gives_way_to_a_run_where_inference_is_blind() -> No
     assert found["h"].shape[1] == 4
 
 
-# Running
+@pytest.mark.parametrize(
+    "pool",
+    [
+        "MaxPool<kernel_shape=[1], strides=[3], ceil_mode=1>",
+        "AveragePool<kernel_shape=[1], strides=[3], ceil_mode=1>",
+        'LpPool<kernel_shape=[2], dilations=[2], auto_pad="SAME_UPPER">',
+        'MaxPool<kernel_shape=[2], dilations=[2], auto_pad="SAME_LOWER">',
+    ],
+)
+def test_windows_that_onnx_counts_and_onnx_runtime_does_not(pool: str) -> None:
+    """The fifth window of the first two would begin behind the data."""
+    text = f"g (float[2,3,12] x) => (float[2,3,L] y) {{ p = {pool}(x) y = Relu(p) }}"
+    model = Model.load(parse(text, 'ir_version: 8, opset_import: ["" : 19]'))
+    x = np.ones((2, 3, 12), np.float32)
+    (real,) = InferenceSession(model.to_proto().SerializeToString()).run(None, {"x": x})
+    declared = onnx.shape_inference.infer_shapes(model.to_proto(), data_prop=True).graph.value_info[0]
+    assert shapes.info_of(declared).shape != real.shape
+    for name in "py":
+        assert model.shapes()[name].shape in (None, (2, 3, "L"), (2, 3, None))
+        assert run_shapes(model, {"x": x}, RUNTIME)[name].shape == real.shape
 
 
-def pooled() -> ModelProto:
-    return parse(
-        """g (float[N,3,H,W] x) => (float y) {
-            c = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)
-            z = NonZero(c)
-            y = GlobalAveragePool(c)
-        }"""
-    )
+def test_windows_that_both_count_are_known() -> None:
+    text = "g (float[N,3,12] x) => (float y) { y = MaxPool<kernel_shape=[3], strides=[3], ceil_mode=1>(x) }"
+    assert Model.load(parse(text)).shapes()["y"].shape == ("N", 3, 4)
 
 
-def test_a_run_completes_what_inference_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxfuse.runtime.observed_shapes.TAPS_AT_ONCE", 1)
-    model = Model.load(pooled())
-    assert model.shapes()["c"].shape == ("N", 3, None, None)
-    feed = {"x": np.ones((2, 3, 8, 10), np.float32)}
-    found = shapes_on(model, feed, RUNTIME)
-    assert found["c"] == TensorInfo("c", FLOAT, ("N", 3, 4, 5))
-    assert found["z"].shape == (4, 2 * 3 * 4 * 5)
-    assert found["y"].shape == ("N", 3, 1, 1)
-    assert found["x"].shape == ("N", 3, "H", "W")
-    assert all(info.complete for info in found.values())
-    zeros = {"x": np.zeros((2, 3, 8, 10), np.float32)}  # the same shapes, other values
-    assert shapes_on(model, zeros, RUNTIME)["z"].shape == (4, 0)
-    assert model.shapes()["c"].shape == ("N", 3, None, None)
-
-
-def test_runs_are_not_repeated_until_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = []
-    original = observed
-
-    def spy(*args: object) -> dict[str, TensorInfo]:
-        runs.append(1)
-        return original(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("onnxfuse.runtime.observed_shapes.observed", spy)
-    model = Model.load(pooled())
-    feed = {"x": np.ones((2, 3, 8, 10), np.float32)}
-    shapes_on(model, feed, RUNTIME)
-    shapes_on(model.copy(), feed, RUNTIME)
-    shapes_on(model, dict(feed), RUNTIME)
-    assert len(runs) == 1
-    model.nodes[0].attrs["strides"] = [4, 4]
-    assert shapes_on(model, feed, RUNTIME)["c"].shape == ("N", 3, 2, 3)
-    assert len(runs) == 2
-
-
-def test_a_complete_model_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("onnxfuse.runtime.observed_shapes.observed")
-    model = Model.load(parse("g (float[N,4] x) => (float[N,4] y) { y = Relu(x) }"))
-    assert shapes_on(model, {"x": np.ones((2, 4), np.float32)}, RUNTIME)["y"].shape == ("N", 4)
-
-
-def test_what_a_run_refuses() -> None:
-    model = Model.load(pooled())
-    with pytest.raises(InputError):
-        shapes_on(model, {"wrong": np.ones(3, np.float32)}, RUNTIME)
-    custom = parse(
-        "g (float[N] x) => (float y) { y = my.own.Foo(x) }",
-        'ir_version: 8, opset_import: ["" : 17, "my.own" : 1]',
-    )
-    with pytest.raises(NotApplicableError):
-        shapes_on(Model.load(custom), {"x": np.ones(3, np.float32)}, RUNTIME)
+def test_what_follows_does_not_believe_declarations() -> None:
+    model = Model.load(parse("g (float[n,6] x) => (float[1,6] y) <float[1,6] h> { h = Tanh(x) y = Exp(h) }"))
+    assert {model.proven()[name].shape for name in "xhy"} == {("n", 6)}
 
 
 # After edits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from nets import RUNTIME, net, normal
 
@@ -11,17 +13,28 @@ from onnxfuse.runtime.latency import Stopwatch
 
 
 @pytest.mark.parametrize(
-    ("count", "before"), [(1, [1]), (3, [1, 2, 3]), (4, [1, 2, 3, 4]), (9, [1, 4, 7]), (40, [1, 11, 21, 31])]
+    ("count", "idle", "after"),
+    [
+        (1, [], [1]),
+        (1, [1], []),
+        (3, [], [1, 2, 3]),
+        (3, [1], [2, 3]),
+        (4, [], [1, 2, 3, 4]),
+        (9, [], [1, 4, 7]),
+        (9, [1, 2], [3, 6, 9]),
+        (40, [], [1, 11, 21, 31]),
+    ],
 )
-def test_the_control_is_spread_over_the_passes(
-    count: int, before: list[int], monkeypatch: pytest.MonkeyPatch
+def test_the_control_is_spread_over_the_passes_that_change_something(
+    count: int, idle: list[int], after: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
     model = net("y = Relu(x)", {})
     control = LatencyControl(Stopwatch(model, RUNTIME, {"x": normal(1, 6)}))
     passes = make_passes(count * ["fold"])
     control.started(passes, model)
-    for index, pass_ in enumerate(passes, start=1):
+    for index in range(1, count + 1):
         monkeypatch.setattr(Stopwatch, "control", lambda _, index=index: taken.append(index))
-        control.before(index, pass_, model)
-    assert taken == before
+        step = SimpleNamespace(committed=True, changes=() if index in idle else ("something",))
+        control.after(index, step, model)  # type: ignore[arg-type]
+    assert taken == after

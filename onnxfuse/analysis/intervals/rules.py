@@ -56,7 +56,7 @@ def intervals(model: Model, shapes: Shapes) -> dict[str, Interval]:
         model: the model.
         shapes: of its tensors, as `Model.shapes` or `analysis.cost.shapes_at` gives them. They are believed:
             where they have the sizes of one feed, the bounds hold for feeds of those sizes. Where a file may
-            declare inner tensors wrongly, `analysis.constant_folding.proven_shapes` is the one to give.
+            declare inner tensors wrongly, `Model.proven` is the one to give.
     """
     known: dict[str, Interval] = {}
     with np.errstate(all="ignore"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from onnx.reference import ReferenceEvaluator
@@ -182,8 +182,7 @@ def sample(flow: Flow, reason: str, *, rank: int | None, curved: bool = False, t
         curved: whether the operator is not affine.
         tail: whether the result can be v.
     """
-    return replace(
-        flow,
+    return flow._replace(
         view=DataView.SAMPLE,
         layout=(),
         axes=(),
@@ -209,8 +208,7 @@ def join(flows: Sequence[Flow]) -> Flow | str:
 def _meet(a: Flow, b: Flow) -> Flow | str:
     known = [f for f in (a.features, b.features) if f is not None]
     ranks = [r for r in (a.rank, b.rank) if r is not None]
-    both = replace(
-        a,
+    both = a._replace(
         rank=max(ranks, default=None),
         features=max(known, default=None) if len(known) == 2 or max(known, default=0) > 1 else None,
         linears=a.linears | b.linears,
@@ -236,4 +234,4 @@ def _meet(a: Flow, b: Flow) -> Flow | str:
     if reason is not None:
         return sample(both, reason, rank=a.rank)
     layout = tuple(y if x is None else x for x, y in zip(a.layout, b.layout, strict=True))
-    return replace(both, layout=layout, axes=tuple(x for x in axes if isinstance(x, WindowAxis)))
+    return both._replace(layout=layout, axes=tuple(x for x in axes if isinstance(x, WindowAxis)))

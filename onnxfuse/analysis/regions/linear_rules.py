@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,8 +45,7 @@ def _pointwise(site: RegionNode) -> FlowResult:
     scaled = key in SCALING and alone and (op == "Mul" or site.flow(0) is not None)
     affine = key in AFFINE or scaled
     branched = key in _SUMS and len({f.linears for f in flows}) > 1
-    return replace(
-        met,
+    return met._replace(
         tail=affine and (branched or all(f.tail for f in flows)),
         curved=met.curved or not affine,
         residual=met.residual or branched,
@@ -68,7 +66,7 @@ def _broadcast(site: RegionNode, flow: Flow, operand: Tensor) -> Flow | str:
         last = shape[-1] if shape else 1
         wider = isinstance(last, int) and flow.features is not None and last > flow.features
         features = last if wider and isinstance(last, int) else flow.features
-        return replace(flow, features=features, aligned=flow.aligned and not (longer and shape != ()))
+        return flow._replace(features=features, aligned=flow.aligned and not (longer and shape != ()))
     if shape is None:
         return f"the shape of '{operand.name}' is not known"
     if flow.rank is None or len(shape) > flow.rank:
@@ -88,7 +86,7 @@ def _broadcast(site: RegionNode, flow: Flow, operand: Tensor) -> Flow | str:
             return f"'{operand.name}' widens an axis of size 1"
         elif not isinstance(size, int) or _static_of(site, flow, axis) not in (None, size):
             return f"'{operand.name}' widens a spatial axis"
-    return replace(flow, features=features)
+    return flow._replace(features=features)
 
 
 def _static_of(site: RegionNode, flow: Flow, axis: int) -> int | None:
@@ -104,7 +102,7 @@ def _static_of(site: RegionNode, flow: Flow, axis: int) -> int | None:
 
 
 def _linear(site: RegionNode, flow: Flow, **changes: Any) -> Flow:
-    return replace(flow, linears=flow.linears | site.bit, tail=True, **changes)
+    return flow._replace(linears=flow.linears | site.bit, tail=True, **changes)
 
 
 def _conv(site: RegionNode) -> FlowResult:
@@ -146,7 +144,7 @@ def _windowed(site: RegionNode, flow: Flow, kernel: Sequence[int]) -> Flow | str
             axes[label] = axes[label].then(step)
         elif step.size(1) != 1:
             return "it changes an axis of size 1 that is not the entering tensor's"
-    return replace(flow, axes=tuple(axes))
+    return flow._replace(axes=tuple(axes))
 
 
 def _matmul(site: RegionNode) -> FlowResult:
@@ -169,10 +167,10 @@ def _matmul(site: RegionNode) -> FlowResult:
 
 def _product(left: Flow, right: Flow) -> FlowResult:
     """A product of two tensors of the region: attention scores, or probabilities times values."""
-    union = replace(left, linears=left.linears | right.linears, tail=False, curved=True)
+    union = left._replace(linears=left.linears | right.linears, tail=False, curved=True)
     if left.view is DataView.TOKEN:
         scores = not (left.scores or right.scores)
-        return replace(union, features=right.features, aligned=False, scores=scores)
+        return union._replace(features=right.features, aligned=False, scores=scores)
     if left.rank is None or left.rank != right.rank or left.rank < 3:
         return "a product whose batch axis is not certain"
     return sample(union, "a product of two tensors mixes positions", rank=left.rank)
@@ -186,7 +184,7 @@ def _mixing(site: RegionNode, flow: Flow) -> FlowResult:
     if flow.rank is None or flow.rank < 3 or len(weight) > 2:
         return "a constant matrix mixes the samples of a batch"
     if flow.view is DataView.TOKEN:
-        return replace(flow, aligned=False, tail=False)
+        return flow._replace(aligned=False, tail=False)
     return sample(flow, "a constant matrix mixes positions", rank=flow.rank)
 
 
@@ -220,7 +218,7 @@ def _attention(site: RegionNode) -> FlowResult:
     met = join(site.data()[:3])
     if isinstance(met, str) or met.view is not DataView.TOKEN:
         return "attention on a feature map"
-    return replace(met, tail=False, curved=True, aligned=False, scores=False)
+    return met._replace(tail=False, curved=True, aligned=False, scores=False)
 
 
 # Pooling, normalization, reduction ----------------------------------------------------------------
@@ -241,7 +239,7 @@ def _pool(site: RegionNode) -> FlowResult:
     windowed = _windowed(site, flow, list(site.attribute("kernel_shape", ())))
     if isinstance(windowed, str):
         return windowed
-    return replace(windowed, tail=False, curved=flow.curved or curved)
+    return windowed._replace(tail=False, curved=flow.curved or curved)
 
 
 def _global(site: RegionNode) -> FlowResult:
@@ -273,13 +271,13 @@ def _over_axis(site: RegionNode) -> FlowResult:
     default = 1 if coerced else -1
     axis = site.axis_of("axis", default, flow.rank)
     if flow.view is DataView.TOKEN:
-        return replace(flow, curved=True, tail=False)
+        return flow._replace(curved=True, tail=False)
     if axis is None or axis == 0:
         return f"{op} over the batch axis"
     onwards = coerced or op.endswith("LayerNormalization")
     labels = flow.layout[axis:] if onwards else flow.layout[axis : axis + 1]
     if flow.view is DataView.MAP and all(label in ("C", None) for label in labels):
-        return replace(flow, curved=True, tail=False)
+        return flow._replace(curved=True, tail=False)
     return sample(flow, f"{op} takes in the whole image", rank=flow.rank, curved=True)
 
 
@@ -288,7 +286,7 @@ def _across_channels(site: RegionNode) -> FlowResult:
     assert flow is not None
     if flow.view is DataView.MAP and flow.layout[1] != "C":
         return f"{site.node.op} over another axis than channels"
-    return replace(flow, curved=True, tail=False)
+    return flow._replace(curved=True, tail=False)
 
 
 def _reduce(site: RegionNode) -> FlowResult:
@@ -302,8 +300,7 @@ def _reduce(site: RegionNode) -> FlowResult:
         kept = bool(site.attribute("keepdims", 1))
         rank = None if flow.rank is None or axes is None else flow.rank - (0 if kept else len(axes))
         aligned = flow.aligned and last and kept
-        return replace(
-            flow,
+        return flow._replace(
             curved=flow.curved or curved,
             tail=False,
             aligned=aligned,
@@ -318,7 +315,7 @@ def _reduce(site: RegionNode) -> FlowResult:
     kept = bool(site.attribute("keepdims", 1))
     if flow.view is DataView.MAP and kept and all(flow.layout[a] in ("C", None) for a in axes):
         features = 1 if any(flow.layout[a] == "C" for a in axes) else flow.features
-        return replace(flow, curved=flow.curved or curved, tail=False, features=features)
+        return flow._replace(curved=flow.curved or curved, tail=False, features=features)
     rank = flow.rank if kept else flow.rank - len(axes)
     return sample(flow, f"{op} takes in the whole image", rank=rank, curved=curved)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from onnxfuse.analysis.regions.facts import Entry, FlowResult, RegionNode, join, sample
 from onnxfuse.analysis.regions.view import DataView, Flow, Layout, Shape
@@ -22,12 +21,12 @@ def _transpose(site: RegionNode) -> FlowResult:
     perm = site.attribute("perm")
     if flow.view is DataView.TOKEN:
         same_last = perm is not None and perm[-1] == len(perm) - 1
-        return replace(flow, aligned=False, features=flow.features if same_last else None)
+        return flow._replace(aligned=False, features=flow.features if same_last else None)
     if perm is None or flow.rank is None or perm[0] != 0:
         return "a Transpose moves the batch axis"
     if flow.view is DataView.SAMPLE:
         return flow
-    return replace(flow, layout=tuple(flow.layout[p] for p in perm))
+    return flow._replace(layout=tuple(flow.layout[p] for p in perm))
 
 
 def _reshape(site: RegionNode) -> FlowResult:
@@ -40,12 +39,12 @@ def _reshape(site: RegionNode) -> FlowResult:
         rank = len(target) if target is not None else None if result is None else len(result)
         last = (target or [0])[-1] if target is not None else (result or (None,))[-1]
         features = last if isinstance(last, int) and last > 0 else None
-        return replace(flow, aligned=False, rank=rank, features=features)
+        return flow._replace(aligned=False, rank=rank, features=features)
     if not _keeps_batch(source, result, target):
         return "a Reshape whose batch axis is not certain"
     layout = _moved_units(flow, source, result) if flow.view is DataView.MAP else None
     if layout is not None:
-        return replace(flow, layout=layout, rank=len(layout))
+        return flow._replace(layout=layout, rank=len(layout))
     rank = len(target) if target is not None else None if result is None else len(result)
     return sample(flow, "a Reshape folds the spatial axes", rank=rank, tail=flow.tail)
 
@@ -93,7 +92,7 @@ def _flatten(site: RegionNode) -> FlowResult:
     axis = site.axis_of("axis", 1, flow.rank)
     if flow.view is DataView.TOKEN:
         same = flow.rank == 2 and axis == 1
-        return replace(flow, rank=2, aligned=flow.aligned and same, features=flow.features if same else None)
+        return flow._replace(rank=2, aligned=flow.aligned and same, features=flow.features if same else None)
     if axis != 1:
         return "a Flatten that folds the batch axis"
     return sample(flow, "a Flatten folds the spatial axes", rank=2, tail=flow.tail)
@@ -104,7 +103,7 @@ def _squeeze(site: RegionNode) -> FlowResult:
     assert flow is not None
     axes = site.integers(1, "axes")
     if flow.view is DataView.TOKEN:
-        return replace(flow, aligned=False, rank=_less(flow.rank, axes), features=None)
+        return flow._replace(aligned=False, rank=_less(flow.rank, axes), features=None)
     if axes is None or flow.rank is None:
         return "a Squeeze of axes that are not given"
     dropped = {a % flow.rank for a in axes}
@@ -113,7 +112,7 @@ def _squeeze(site: RegionNode) -> FlowResult:
     rank = flow.rank - len(dropped)
     if flow.view is DataView.MAP and all(_is_unit(site, flow, a) for a in dropped):
         layout = tuple(label for a, label in enumerate(flow.layout) if a not in dropped)
-        return replace(flow, layout=layout, rank=rank)
+        return flow._replace(layout=layout, rank=rank)
     return sample(flow, "a Squeeze drops a spatial axis", rank=rank, tail=flow.tail)
 
 
@@ -133,20 +132,20 @@ def _unsqueeze(site: RegionNode) -> FlowResult:
     axes = site.integers(1, "axes")
     if axes is None or flow.rank is None:
         return (
-            replace(flow, aligned=False, rank=None)
+            flow._replace(aligned=False, rank=None)
             if flow.view is DataView.TOKEN
             else "an Unsqueeze of unknown axes"
         )
     rank = flow.rank + len(axes)
     new = {a % rank for a in axes}
     if flow.view is DataView.TOKEN:
-        return replace(flow, aligned=False, rank=rank, features=1 if rank - 1 in new else flow.features)
+        return flow._replace(aligned=False, rank=rank, features=1 if rank - 1 in new else flow.features)
     if 0 in new:
         return "an Unsqueeze before the batch axis"
     if flow.view is DataView.SAMPLE:
-        return replace(flow, rank=rank)
+        return flow._replace(rank=rank)
     old = iter(flow.layout)
-    return replace(flow, layout=tuple(None if a in new else next(old) for a in range(rank)), rank=rank)
+    return flow._replace(layout=tuple(None if a in new else next(old) for a in range(rank)), rank=rank)
 
 
 def _concat(site: RegionNode) -> FlowResult:
@@ -165,13 +164,13 @@ def _concat(site: RegionNode) -> FlowResult:
     if met.view is DataView.TOKEN:
         last = axis is not None and met.rank is not None and axis == met.rank - 1
         aligned = last and all(f.aligned for f in flows)
-        return replace(met, aligned=aligned, features=features if last else met.features, tail=False)
+        return met._replace(aligned=aligned, features=features if last else met.features, tail=False)
     if axis is None or axis == 0:
         return "a Concat over the batch axis"
     if met.view is DataView.MAP and met.layout[axis] == "C":
         if len(flows) < len(widths):
             return "a Concat with constant channels"
-        return replace(met, features=features, tail=False)
+        return met._replace(features=features, tail=False)
     return sample(met, "a Concat along a spatial axis", rank=met.rank)
 
 
@@ -201,14 +200,14 @@ def _split(site: RegionNode) -> FlowResult:
     if flow.view is DataView.TOKEN:
         if given is None and last and flow.features is not None and flow.features % count == 0:
             sizes = [flow.features // count] * count
-        one = replace(flow, tail=False, aligned=flow.aligned and last)
-        return [replace(one, features=size if last else flow.features) for size in sizes]
+        one = flow._replace(tail=False, aligned=flow.aligned and last)
+        return [one._replace(features=size if last else flow.features) for size in sizes]
     if axis is None or axis == 0:
         return "a Split of the batch axis"
     if flow.view is DataView.MAP and flow.layout[axis] == "C":
         if given is None and flow.features is not None and flow.features % count == 0:
             sizes = [flow.features // count] * count
-        return [replace(flow, tail=False, features=size) for size in sizes]
+        return [flow._replace(tail=False, features=size) for size in sizes]
     return [sample(flow, "a Split along a spatial axis", rank=flow.rank) for _ in sizes]
 
 
@@ -216,7 +215,7 @@ def _slice(site: RegionNode) -> FlowResult:
     flow = site.flow()
     assert flow is not None
     if flow.view is DataView.TOKEN:
-        return replace(flow, tail=False, aligned=False, features=_last_size(site))
+        return flow._replace(tail=False, aligned=False, features=_last_size(site))
     starts, ends = site.integers(1, "starts"), site.integers(2, "ends")
     if starts is None or ends is None or flow.rank is None:
         return "a Slice whose bounds are computed at run time"
@@ -227,7 +226,7 @@ def _slice(site: RegionNode) -> FlowResult:
         if isinstance(cut, str):
             return cut
         flow = cut
-    return replace(flow, tail=False)
+    return flow._replace(tail=False)
 
 
 def _last_size(site: RegionNode) -> int | None:
@@ -251,7 +250,7 @@ def _cut(site: RegionNode, flow: Flow, axis: int, start: int, end: int, step: in
         kept = range(size)[start:end:step]
         start, end = kept.start, kept.stop
         if label == "C":
-            return replace(flow, features=len(kept))
+            return flow._replace(features=len(kept))
     if step < 1 or label == "C":
         return "a Slice that runs backwards" if step < 1 else "a Slice of an unknown number of channels"
     if start < 0 or (0 <= end < TO_THE_END and size is None):
@@ -260,7 +259,7 @@ def _cut(site: RegionNode, flow: Flow, axis: int, start: int, end: int, step: in
     axes = list(flow.axes)
     assert isinstance(label, int)
     axes[label] = axes[label].then(WindowAxis(1, step, -start, crop if crop < 0 else 0))
-    return replace(flow, axes=tuple(axes))
+    return flow._replace(axes=tuple(axes))
 
 
 def _pad(site: RegionNode) -> FlowResult:
@@ -278,7 +277,7 @@ def _pad(site: RegionNode) -> FlowResult:
         if isinstance(padded, str):
             return padded
         flow = padded
-    return replace(flow, tail=False)
+    return flow._replace(tail=False)
 
 
 def _padded(flow: Flow, axis: int, begin: int, end: int) -> Flow | str:
@@ -287,20 +286,20 @@ def _padded(flow: Flow, axis: int, begin: int, end: int) -> Flow | str:
     if flow.view is DataView.TOKEN:
         last = axis == (flow.rank or 0) - 1
         features = flow.features + begin + end if last and flow.features is not None else flow.features
-        return replace(flow, aligned=flow.aligned and last, features=features)
+        return flow._replace(aligned=flow.aligned and last, features=features)
     label = flow.layout[axis] if flow.view is DataView.MAP else ("N" if axis == 0 else None)
     if label == "N":
         return "a Pad of the batch axis"
     if flow.view is DataView.SAMPLE:
         return flow
     if label == "C":
-        return replace(flow, features=None if flow.features is None else flow.features + begin + end)
+        return flow._replace(features=None if flow.features is None else flow.features + begin + end)
     if label is None:
         return "a Pad of an axis of size 1"
     axes = list(flow.axes)
     assert isinstance(label, int)
     axes[label] = axes[label].then(WindowAxis(1, 1, begin, end))
-    return replace(flow, axes=tuple(axes))
+    return flow._replace(axes=tuple(axes))
 
 
 def _gather(site: RegionNode) -> FlowResult:
@@ -311,11 +310,11 @@ def _gather(site: RegionNode) -> FlowResult:
     tensor = site.tensor(1)
     indices = None if tensor is None else site.facts.value(tensor)
     if flow.view is DataView.TOKEN:
-        return replace(flow, tail=False, aligned=False, rank=None, features=None)
+        return flow._replace(tail=False, aligned=False, rank=None, features=None)
     if indices is None or axis is None or axis == 0:
         return "a Gather of the batch axis or with unknown indices"
     if flow.view is DataView.MAP and flow.layout[axis] == "C" and indices.ndim == 1:
-        return replace(flow, tail=False, features=len(indices))
+        return flow._replace(tail=False, features=len(indices))
     rank = None if flow.rank is None else flow.rank + indices.ndim - 1
     return sample(flow, "a Gather picks positions", rank=rank)
 
@@ -326,7 +325,7 @@ def _expand(site: RegionNode) -> FlowResult:
     source, result = site.facts.shape(site.node.inputs[0]), site.facts.shape(site.node.outputs[0])
     if flow.view is DataView.TOKEN:
         rank = None if result is None else len(result)
-        return replace(flow, tail=False, aligned=False, rank=rank, features=_last_size(site))
+        return flow._replace(tail=False, aligned=False, rank=rank, features=_last_size(site))
     if source and result and len(source) == len(result) and source[0] is not None and source[0] == result[0]:
         return sample(flow, f"{site.node.op} repeats positions", rank=len(result))
     return f"{site.node.op} whose batch axis is not certain"

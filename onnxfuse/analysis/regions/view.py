@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from onnxfuse.ir.shapes import AxisSize
 from onnxfuse.numerics.receptive_field import WindowAxis
@@ -24,8 +24,7 @@ class DataView(enum.Enum):
     SHAPE = "shape"
 
 
-@dataclass(frozen=True)
-class Flow:
+class Flow(NamedTuple):
     """A tensor inside a region as seen from u.
 
     Attributes:
