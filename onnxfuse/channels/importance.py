@@ -25,11 +25,13 @@ from threadpoolctl import threadpool_limits
 
 from onnxfuse.channels.consumers import Consumer, RowView
 from onnxfuse.channels.groups import Group
+from onnxfuse.data.batch_rows import tensor_bytes
 from onnxfuse.data.calibration import Batch, BatchStream
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.numerics.moments import Moments
 from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
 from onnxfuse.progress import NoProgress, Progress
+from onnxfuse.runtime.memory import Budget, in_budget
 from onnxfuse.runtime.observe import TappedModel, observe
 from onnxfuse.runtime.session import Runtime
 
@@ -40,6 +42,7 @@ STATISTICS_ROWS_PER_COLUMN = 16
 LEAST_STATISTICS_ROWS = 4096
 
 _CHUNK_ROWS = 4096
+_BUDGET = Budget()
 _STEPS = 256  # a group loses at least one in this many channels at a time
 
 
@@ -74,9 +77,11 @@ def statistics(
     *,
     seed: int = 0,
     mask: str | None = None,
+    budget: Budget = _BUDGET,
     progress: Progress | None = None,
 ) -> dict[RowView, Statistics]:
-    """Statistics of the views, from one run over the samples; a view of no tensor has none.
+    """Statistics of the views, from one run over the samples, or several where they tap more than fits into
+    memory; a view of no tensor has none.
 
     Args:
         model: the views' own.
@@ -85,6 +90,7 @@ def statistics(
         runtime: runs the model; its threads are BLAS's too.
         seed: of the sampled positions.
         mask: a graph input that is 0 where a token is padding; those rows are left out of token views.
+        budget: of memory.
         progress: told of every batch.
 
     Raises:
@@ -94,10 +100,15 @@ def statistics(
     wanted = [_Gathering(view, batches, seed, mask) for view in dict.fromkeys(views) if view.tensor]
     if not wanted:
         return {}
-    tapped = TappedModel(model, [item.view.tensor for item in wanted], runtime)
-    advance = (progress or NoProgress()).task("calibrating", total=len(batches))
+    sizes = tensor_bytes(model, next(batches.feeds()), runtime)
+    parts = list(
+        in_budget(wanted, lambda item: {item.view.tensor: sizes.get(item.view.tensor, 0)}, budget.batch)
+    )
+    advance = (progress or NoProgress()).task("calibrating", total=len(parts) * len(batches))
     with threadpool_limits(runtime.threads, "blas"):
-        observe(tapped, batches, [item.add for item in wanted], advance)
+        for part in parts:
+            tapped = TappedModel(model, [item.view.tensor for item in part], runtime)
+            observe(tapped, batches, [item.add for item in part], advance)
     return {item.view: item.result() for item in wanted}
 
 

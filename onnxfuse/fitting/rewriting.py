@@ -18,7 +18,6 @@ from pydantic import Field
 from onnxfuse.channels.consumers import RowView
 from onnxfuse.channels.importance import Statistics, statistics
 from onnxfuse.findings import Change, Json, Skip
-from onnxfuse.fitting.memory import in_budget
 from onnxfuse.fitting.search import Level, SearchResult, farthest
 from onnxfuse.fitting.sites import RefitSite, refit_sites
 from onnxfuse.fitting.walk import Solved, refit_change, walk
@@ -29,10 +28,8 @@ from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, is_main_domain, line
 from onnxfuse.ops.shared_weights import multiplied
 from onnxfuse.pipeline.base import Context, PassResult
 from onnxfuse.pipeline.goals import Goals
+from onnxfuse.runtime.memory import in_budget
 from onnxfuse.runtime.observed_shapes import shapes_on
-
-COVARIANCE_MEMORY = 1 << 30
-"""Bytes of covariances that are kept at a time; a single reader may take more."""
 
 T = TypeVar("T")
 
@@ -131,7 +128,8 @@ def seen_in_parts(
         InputError: bad samples.
         NotApplicableError: activations that are not finite.
     """
-    for part in in_budget(views, lambda reader: _covariances(views[reader]), COVARIANCE_MEMORY):
+    budget = context.calibration.budget
+    for part in in_budget(views, lambda reader: _covariances(views[reader]), budget.sums):
         yield (
             part,
             statistics(
@@ -141,6 +139,7 @@ def seen_in_parts(
                 context.runtime,
                 seed=context.seed,
                 mask=mask,
+                budget=budget,
                 progress=context.progress,
             ),
         )

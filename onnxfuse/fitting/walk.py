@@ -168,7 +168,7 @@ def walk(
     solved: list[Solved] = []
     # ONNX Runtime and BLAS take turns many times a second: two pools of threads on the same cores get in each
     # other's way, and products of this size gain little from more than one.
-    with Spool() as spool, threadpool_limits(1, "blas"), Background() as background:
+    with Spool(calibration.budget.spool) as spool, threadpool_limits(1, "blas"), Background() as background:
         needs = [{site.op.x, *filter(None, (site.rest, site.mask))} for site in sites]
         # What both networks compute alike is computed once, by the original.
         right = Frontier(rewritten, needs, unchanged(original, rewritten), "b", spool, runtime)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnxfuse.data.batch_rows import tensor_bytes
 from onnxfuse.data.rows import first_rows
 from onnxfuse.numerics.sampling import RowSampler, row_shape
+from onnxfuse.runtime.memory import in_budget
 from onnxfuse.verification.noise import FEW_ROWS, MULTIPLE, NoiseFloors, noise_variants
 from onnxfuse.verification.records import Floor, Floors, PredictionCheck
 from onnxfuse.verification.tally import mismatch, widened
@@ -53,6 +55,38 @@ def check_predictions(
     """
     if not predictions:
         return []
+    checks: list[PredictionCheck] = []
+    for part in _parts(original, result, predictions, calibration, runtime):
+        checks += _checked(original, result, part, calibration, runtime, seed)
+    return checks
+
+
+def _parts(
+    original: Model,
+    result: Model,
+    predictions: Sequence[Prediction],
+    calibration: Calibration,
+    runtime: Runtime,
+) -> Iterator[list[Prediction]]:
+    """Runs of predictions whose tensors of a batch fit into memory."""
+    feed = next(iter(calibration.fit)).feed
+    ours, theirs = (tensor_bytes(model, feed, runtime) for model in (original, result))
+
+    def needs(claim: Prediction) -> dict[tuple[bool, str], int]:
+        reference, tensor = claim.reference, claim.tensor
+        return {(False, reference): ours.get(reference, 0), (True, tensor): theirs.get(tensor, 0)}
+
+    return in_budget(predictions, needs, calibration.budget.batch)
+
+
+def _checked(
+    original: Model,
+    result: Model,
+    predictions: Sequence[Prediction],
+    calibration: Calibration,
+    runtime: Runtime,
+    seed: int,
+) -> list[PredictionCheck]:
     references = list(dict.fromkeys(p.reference for p in predictions))
     tensors = list(dict.fromkeys(p.tensor for p in predictions))
     before = runtime.session(original, taps=references, outputs=())

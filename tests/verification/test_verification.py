@@ -16,6 +16,7 @@ from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.findings import Prediction
 from onnxfuse.ir.model import Model
 from onnxfuse.numerics.sampling import sample_positions
+from onnxfuse.runtime.memory import Budget
 from onnxfuse.runtime.session import Runtime
 from onnxfuse.verification.compare import compare, output_error
 from onnxfuse.verification.divergence import first_divergence
@@ -413,6 +414,7 @@ class Fit:
     """As much of a Calibration as `check_predictions` reads."""
 
     fit: list[Batch]
+    budget: Budget = Budget()  # noqa: RUF009
 
 
 CONVS = """convs (float[N,2,7,7] x) => (float[N,3,7,7] y) {

@@ -269,6 +269,8 @@ class _Retrainer:
                 self.pool.samples,
                 calibration.held_out.samples,
                 calibration.labels,
+                calibration.budget.total,
+                calibration.rows,
             ),
             teacher=teacher,
             objective=self.objective.about,
