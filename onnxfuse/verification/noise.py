@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 MULTIPLE = 8.0
 """The most noise floors that a difference may reach; `compare` has the evidence."""
 
+NOISE_SAMPLES = 16
+"""Samples on which a model's floors are measured at first. A root mean square over the elements of so many is
+near enough to pass a comparison by; one that fails by it is judged by the floors on all of its samples."""
+
 BATCH_SIZES = (1, 3)
 """Rows that the first batch is cut to, beside its full size, where the model's batch axis is dynamic."""
 
@@ -41,8 +45,9 @@ def floor_of(population: Population, eps: float, first: int) -> Floor:
         eps: spacing of their type's floats at 1; elements that are all zero differ by no less than that.
         first: the first of the streams in which the model is held against itself.
     """
-    count = max(population.elements, 1)
-    rms = math.sqrt(max(population.square * eps**2, *population.squares[first:], 0.0) / count)
+    spacing = population.square * eps**2 / max(population.elements, 1)
+    noise = population.squares[first:] / np.maximum(population.seen[first:], 1.0)
+    rms = math.sqrt(max(spacing, *noise, 0.0))
     peak = max(population.peak * eps, *population.peaks[first:], 0.0)
     least = 0.0 if population.square else eps
     return Floor(max(rms * population.unit, least), max(peak * population.unit, least))
