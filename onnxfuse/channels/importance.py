@@ -101,9 +101,11 @@ def statistics(
     if not wanted:
         return {}
     sizes = tensor_bytes(model, next(batches.feeds()), runtime)
-    parts = list(
-        in_budget(wanted, lambda item: {item.view.tensor: sizes.get(item.view.tensor, 0)}, budget.batch)
-    )
+
+    def taps(item: _Gathering) -> dict[str, int]:
+        return {item.view.tensor: sizes.get(item.view.tensor, 0)}
+
+    parts = list(in_budget(wanted, taps, budget.taps))
     advance = (progress or NoProgress()).task("calibrating", total=len(parts) * len(batches))
     with threadpool_limits(runtime.threads, "blas"):
         for part in parts:

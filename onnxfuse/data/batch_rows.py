@@ -40,7 +40,8 @@ def rows_within(model: Model, row: Feed, limit: int, runtime: Runtime) -> int | 
     where the model doesn't run on a single row: a Reshape to fixed sizes takes whole batches alone.
 
     The run is one that taps whatever a linear operator reads or writes, which is about what passes tap in
-    the widest of their runs. (One that would hold more is divided by its taps.)
+    the widest of their runs. (One that would hold more is divided by its taps.) Taps count twice: those of
+    one batch are summed up while the next one runs.
 
     Args:
         model: is run.
@@ -54,7 +55,8 @@ def rows_within(model: Model, row: Feed, limit: int, runtime: Runtime) -> int | 
         return None
     linear = [node for node in model.nodes if is_main_domain(node) and node.op in LINEAR_OPERATORS]
     taps = {tensor.name for node in linear for tensor in (*node.inputs, *node.outputs)}
-    return max(1, limit // max(peak_bytes(model.nodes, sizes, taps), 1))
+    kept = sum(sizes.get(name, 0) for name in taps)
+    return max(1, limit // max(peak_bytes(model.nodes, sizes, taps) + kept, 1))
 
 
 def peak_bytes(nodes: Collection[Node], sizes: Mapping[str, int], taps: Collection[str]) -> int:

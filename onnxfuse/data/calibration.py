@@ -114,6 +114,19 @@ class BatchStream:
         fit = BatchStream(self._source, units(first), self._size, 0)
         return fit, BatchStream(self._source, units(second), self._size, len(fit))
 
+    def some(self, samples: int) -> BatchStream:
+        """The stream of about so many of the samples, spread over this one."""
+        step = self._size if self._source.exact else 1
+        total = len(self._units) // step
+        count = min(total, -(-samples * total // max(self.samples, 1)))
+        chosen = np.arange(count) * total // max(count, 1)
+        units = self._units[(chosen[:, None] * step + np.arange(step)).reshape(-1)]
+        return BatchStream(self._source, units, self._size, self._first_index)
+
+    def joined(self, other: BatchStream) -> BatchStream:
+        """The stream of the units of both, which are of one source."""
+        return BatchStream(self._source, np.union1d(self._units, other._units), self._size, 0)
+
     def without(self, other: BatchStream) -> BatchStream:
         """The stream of those units that are not in `other`, a part of this one; itself where none are
         left."""
@@ -173,9 +186,10 @@ class Calibration:
 
     def part(self, samples: int) -> Calibration:
         """About `samples` of the fit samples, a third of them held out, for trials that must leave the real
-        held-out samples alone."""
+        held-out samples alone. Trials run side by side: each has a quarter of the memory."""
         fit, rest = self.fit.split(samples)
-        return Calibration(fit, rest, self.labels, self.synthetic, self.description, self.budget)
+        budget = Budget(self.budget.total // 4)
+        return Calibration(fit, rest, self.labels, self.synthetic, self.description, budget)
 
     def apart(self, samples: int) -> Calibration:
         """All the fit samples, of which those are held out that `part(samples)` holds out: what is judged

@@ -203,7 +203,7 @@ def _runs(
         return {name: sizes.get(name, 0) for c in group for name in (c.region.u, c.region.v)}
 
     parts = in_budget(groups, grams, budget.sums)
-    return [run for part in parts for run in in_budget(part, taps, budget.batch)]
+    return [run for part in parts for run in in_budget(part, taps, budget.taps)]
 
 
 def _add(views: Sequence[_View], held: bool, batch: Batch, found: Feed) -> None:

@@ -64,6 +64,11 @@ class Budget:
         return self.total // 2
 
     @property
+    def taps(self) -> int:
+        """Bytes of the tensors that a run hands out of a batch; those of two batches are there at a time."""
+        return self.batch // 2
+
+    @property
     def sums(self) -> int:
         """Bytes of the sums, such as Gram matrices, that one run accumulates."""
         return self.total // 4

@@ -11,8 +11,8 @@ from onnxfuse.data.batch_rows import tensor_bytes
 from onnxfuse.data.rows import first_rows
 from onnxfuse.numerics.sampling import RowSampler, row_shape
 from onnxfuse.runtime.memory import in_budget
-from onnxfuse.verification.noise import FEW_ROWS, MULTIPLE, NoiseFloors, noise_variants
-from onnxfuse.verification.records import Floor, Floors, PredictionCheck
+from onnxfuse.verification.noise import FEW_ROWS, MULTIPLE, known_floors
+from onnxfuse.verification.records import Floors, PredictionCheck
 from onnxfuse.verification.tally import mismatch, widened
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _parts(
         reference, tensor = claim.reference, claim.tensor
         return {(False, reference): ours.get(reference, 0), (True, tensor): theirs.get(tensor, 0)}
 
-    return in_budget(predictions, needs, calibration.budget.batch)
+    return in_budget(predictions, needs, calibration.budget.taps)
 
 
 def _checked(
@@ -91,19 +91,17 @@ def _checked(
     tensors = list(dict.fromkeys(p.tensor for p in predictions))
     before = runtime.session(original, taps=references, outputs=())
     after = runtime.session(result, taps=tensors, outputs=())
-    floors: dict[str, Floor] | None = None
+    floors: Floors = {}
     measured = [_Measured(prediction, seed) for prediction in predictions]
     for batch in calibration.fit:
-        if floors is None:
-            few = first_rows(original, batch, FEW_ROWS) or batch.feed
-            noise = NoiseFloors(noise_variants(original, runtime, before, taps=references, outputs=()))
-            noise.add(few, before.run(few))
-            floors = noise.result()
+        floors = floors or known_floors(
+            original, before, first_rows(original, batch, FEW_ROWS) or batch.feed, runtime
+        )
         outputs = before.run(batch.feed)
         rewritten = after.run(batch.feed)
         for item in measured:
             item.add(batch, outputs[item.claim.reference], rewritten[item.claim.tensor])
-    return [item.check(floors or {}) for item in measured]
+    return [item.check(floors) for item in measured]
 
 
 class _Measured:

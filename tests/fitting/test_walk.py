@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -663,7 +662,7 @@ def test_the_spools_limit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     ctx = context(model, {"x": normal(200, 6)})
     found = []
     for limit in (0, 3000, 1 << 30):
-        monkeypatch.setattr(walk_module, "Spool", functools.partial(Spool, limit=limit))
+        monkeypatch.setattr(walk_module, "Spool", lambda _, limit=limit: Spool(limit))
         rewritten = perturbed(model, "w0")
         sites, _ = refit_sites(model, rewritten)
         assert len(sites) == 5
@@ -794,7 +793,7 @@ def test_a_full_disk_is_an_input_error(dense: tuple[Model, Context], monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(walk_module, "Spool", functools.partial(Spool, limit=0))
+    monkeypatch.setattr(walk_module, "Spool", lambda _: Spool(0))
     model, ctx = dense
     rewritten = perturbed(model, "w1")
     with pytest.raises(InputError, match="No space left"):
