@@ -11,7 +11,7 @@ halves can be iterated over as often as needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -123,6 +123,18 @@ class BatchStream:
         units = self._units[(chosen[:, None] * step + np.arange(step)).reshape(-1)]
         return BatchStream(self._source, units, self._size, self._first_index)
 
+    def numbers(self, samples: int) -> tuple[int, ...] | None:
+        """The numbers of batches, spread over the stream, that have about so many samples; None where those
+        are all."""
+        count = -(-samples * len(self) // max(self.samples, 1))
+        if count >= len(self):
+            return None
+        return tuple(self._first_index + place * len(self) // count for place in range(count))
+
+    def numbered(self, numbers: Collection[int]) -> Iterator[Batch]:
+        """Its batches of these numbers alone."""
+        return self._batches([n - self._first_index for n in sorted(numbers)])
+
     def joined(self, other: BatchStream) -> BatchStream:
         """The stream of the units of both, which are of one source."""
         return BatchStream(self._source, np.union1d(self._units, other._units), self._size, 0)
@@ -134,9 +146,13 @@ class BatchStream:
         return BatchStream(self._source, left, self._size, 0) if len(left) else self
 
     def __iter__(self) -> Iterator[Batch]:
-        readings = self._source.read(self._groups())
-        for number, (units, (feed, labels)) in enumerate(zip(self._groups(), readings, strict=True)):
-            yield Batch(feed, labels, self._first_index + number, self._source.samples(units))
+        return self._batches(range(len(self)))
+
+    def _batches(self, places: Sequence[int]) -> Iterator[Batch]:
+        groups = [self._units[place * self._size : (place + 1) * self._size] for place in places]
+        readings = self._source.read(groups)
+        for place, units, (feed, labels) in zip(places, groups, readings, strict=True):
+            yield Batch(feed, labels, self._first_index + place, self._source.samples(units))
 
 
 class Calibration:

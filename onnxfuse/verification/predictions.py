@@ -34,8 +34,8 @@ def check_predictions(
     runtime: Runtime,
     seed: int,
 ) -> list[PredictionCheck]:
-    """The predicted errors beside the measured ones: both whole models, tapped, over the fit samples, at the
-    claimed positions.
+    """The predicted errors beside the measured ones: both whole models, tapped, over the batches of the fit
+    samples and at the positions that are claimed.
 
     A prediction holds when |measured - predicted| <= `PREDICTION_TOLERANCE` * predicted + 2 n sqrt(predicted)
     + n^2, where n is the length of the float noise on a row: `MULTIPLE` noise floors of the reference, times
@@ -93,7 +93,9 @@ def _checked(
     after = runtime.session(result, taps=tensors, outputs=())
     floors: Floors = {}
     measured = [_Measured(prediction, seed) for prediction in predictions]
-    for batch in calibration.fit:
+    asked = [prediction.batches for prediction in predictions]
+    several = None if None in asked else {number for own in asked for number in own or ()}
+    for batch in calibration.fit if several is None else calibration.fit.numbered(several):
         floors = floors or known_floors(
             original, before, first_rows(original, batch, FEW_ROWS) or batch.feed, runtime
         )
@@ -119,6 +121,8 @@ class _Measured:
 
     def add(self, batch: Batch, reference: np.ndarray, tensor: np.ndarray) -> None:
         claim = self.claim
+        if claim.batches is not None and batch.index not in claim.batches:
+            return
         if claim.channels is not None:
             reference = np.take(reference, claim.channels, claim.channel_axis)
         self.problem = self.problem or mismatch(
