@@ -61,8 +61,8 @@ WALK_ROWS_PER_COLUMN = 64
 LEAST_WALK_ROWS = 1 << 14
 
 CLAIMED_SAMPLES = 64
-"""Fit samples, in whole batches, that a prediction is about. It is exact on whatever samples it is made for, so
-a wrong one shows on few as well as on all; and to check it, both networks are run over them."""
+"""Fit samples, in whole batches, that a prediction is about. It is exact on whatever samples it is made for,
+so a wrong one shows on few as well as on all; and to check it, both networks are run over them."""
 
 TRIAL_RIDGE, TRIAL_REFIT_RIDGE = 3e-3, 1e-1
 """Ridges where none is searched for: from nothing, and towards the weights that are there. With few rows only
