@@ -58,7 +58,7 @@ class Prediction:
     channels) are in squared units of the tensor. `positions` is the number of positions sampled in each
     sample; None means all of them. `mask` names a graph input of the tensor's leading dimensions: rows where
     it is 0 don't count. `channels` are those of the reference that the tensor has, in its order; None means
-    all.
+    all. `batches` are numbers of batches of the fit samples: the claim is about these alone; None means all.
     """
 
     tensor: str
@@ -69,3 +69,4 @@ class Prediction:
     channel_axis: int = 1
     mask: str | None = None
     channels: tuple[int, ...] | None = None
+    batches: tuple[int, ...] | None = None

@@ -15,6 +15,7 @@ import torch
 from onnx import numpy_helper
 
 from onnxfuse.data.calibration import Calibration
+from onnxfuse.findings import Prediction
 from onnxfuse.ir.model import Model
 from onnxfuse.pipeline.base import Context, Pass, PassResult
 from onnxfuse.pipeline.manager import PassManager
@@ -134,6 +135,17 @@ def linear(seconds: Callable[[int], float], size: int) -> bool:
 def fitted(context: Context) -> Feed:
     """All fit samples as one feed."""
     return _joined([batch.feed for batch in context.calibration.fit])
+
+
+def claimed_feeds(context: Context, claim: Prediction) -> list[Feed]:
+    """The batches of fit samples that a prediction is about."""
+    fit = context.calibration.fit
+    return [batch.feed for batch in fit if claim.batches is None or batch.index in claim.batches]
+
+
+def claimed(context: Context, claim: Prediction) -> Feed:
+    """The fit samples that a prediction is about as one feed."""
+    return _joined(claimed_feeds(context, claim))
 
 
 def held(context: Context) -> Feed:

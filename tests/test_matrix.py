@@ -13,7 +13,7 @@ import onnx
 import onnx.checker
 import pytest
 from channel_cases import CASES as CHANNEL_CASES
-from nets import RUNTIME, Feed, compute, fitted, net, normal, weight
+from nets import RUNTIME, Feed, claimed, claimed_feeds, compute, net, normal, weight
 from onnx import helper
 
 from onnxfuse.data.calibration import Calibration
@@ -377,8 +377,8 @@ def _check_claims(model: Model, found: Model, ctx: Context, steps: Sequence[Step
             claims.update({claim.tensor: claim for claim in step.predictions})
     if not claims:
         return
-    feeds = [b.feed for b in ctx.calibration.fit] if len(model.inputs) > 1 else [fitted(ctx)]
     for claim in claims.values():
+        feeds = claimed_feeds(ctx, claim) if len(model.inputs) > 1 else [claimed(ctx, claim)]
         error, variance = _measured(model, found, claim, feeds)
         assert error == pytest.approx(claim.error, rel=5e-3, abs=1e-9)
         assert variance == pytest.approx(claim.variance, rel=1e-4)
@@ -494,7 +494,7 @@ def test_merge_on_every_kind_of_coupling(name: str) -> None:
         for got, before in zip(compute(outcome.model, feed), compute(model, feed), strict=True):
             assert got.shape == before.shape
     for claim in step.predictions:
-        error, variance = _measured(model, outcome.model, claim, [b.feed for b in ctx.calibration.fit])
+        error, variance = _measured(model, outcome.model, claim, claimed_feeds(ctx, claim))
         assert error == pytest.approx(claim.error, rel=5e-3, abs=1e-3 * variance)
 
 
@@ -527,10 +527,9 @@ def test_passes_that_compress_in_a_row() -> None:
     assert len(set(users)) < len(users)
     claims = outcome.steps[-1].predictions
     assert len(claims) > 2
-    feeds = [batch.feed for batch in ctx.calibration.fit]
     for claim in claims:
         if claim.positions is None:
-            error, _ = _measured(model, outcome.model, claim, feeds)
+            error, _ = _measured(model, outcome.model, claim, claimed_feeds(ctx, claim))
             assert error == pytest.approx(claim.error, rel=5e-3)
 
 
@@ -604,7 +603,7 @@ def test_select_on_every_kind_of_coupling(name: str, compensate: bool) -> None:
             assert got.shape == before.shape
             assert np.isfinite(got).all()
     for claim in step.predictions:
-        error, variance = _measured(model, outcome.model, claim, [b.feed for b in ctx.calibration.fit])
+        error, variance = _measured(model, outcome.model, claim, claimed_feeds(ctx, claim))
         assert error == pytest.approx(claim.error, rel=5e-3, abs=1e-3 * variance)
 
 

@@ -30,11 +30,13 @@ from threadpoolctl import threadpool_limits
 
 from onnxfuse.channels.consumers import Consumer, RowView
 from onnxfuse.channels.groups import Group
+from onnxfuse.data.batch_rows import tensor_bytes
 from onnxfuse.data.calibration import Batch, BatchStream
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.numerics.moments import Moments
 from onnxfuse.numerics.sampling import RowSampler, output_size, patches, per_sample
 from onnxfuse.progress import NoProgress, Progress
+from onnxfuse.runtime.memory import Budget, in_budget
 from onnxfuse.runtime.observe import TappedModel, observe
 from onnxfuse.runtime.session import Runtime
 
@@ -51,6 +53,7 @@ STATISTICS_ROWS_PER_COLUMN = 16
 LEAST_STATISTICS_ROWS = 4096
 
 _CHUNK_ROWS = 4096
+_BUDGET = Budget()
 _STEPS = 256  # a group loses at least one in this many channels at a time
 _DELAYED = 96  # columns that go before the matrices of those that stay are updated
 
@@ -110,9 +113,11 @@ def statistics(
     judged: BatchStream | None = None,
     seed: int = 0,
     mask: str | None = None,
+    budget: Budget = _BUDGET,
     progress: Progress | None = None,
 ) -> Known:
-    """Statistics of the views, from one run over the samples; a view of no tensor has none.
+    """Statistics of the views, from one run over the samples, or several where they tap more than fits into
+    memory; a view of no tensor has none.
 
     Args:
         model: the views' own.
@@ -122,6 +127,7 @@ def statistics(
         judged: more samples, those that trials are judged on.
         seed: of the sampled positions.
         mask: a graph input that is 0 where a token is padding; those rows are left out of token views.
+        budget: of memory.
         progress: told of every batch.
 
     Raises:
@@ -133,11 +139,18 @@ def statistics(
     wanted = [_Gathering(view, samples, seed, mask) for view in dict.fromkeys(views) if view.tensor]
     if not wanted:
         return Known({}, {})
-    tapped = TappedModel(model, [item.view.tensor for item in wanted], runtime)
-    advance = (progress or NoProgress()).task("calibrating", total=sum(map(len, parts)))
+    sizes = tensor_bytes(model, next(iter(fit)).feed, runtime)
+
+    def taps(item: _Gathering) -> dict[str, int]:
+        return {item.view.tensor: sizes.get(item.view.tensor, 0)}
+
+    runs = list(in_budget(wanted, taps, budget.taps))
+    advance = (progress or NoProgress()).task("calibrating", total=len(runs) * sum(map(len, parts)))
     with threadpool_limits(runtime.threads, "blas"):
-        for number, part in enumerate(parts):
-            observe(tapped, part, [partial(item.add, part=number) for item in wanted], advance)
+        for run in runs:
+            tapped = TappedModel(model, [item.view.tensor for item in run], runtime)
+            for number, part in enumerate(parts):
+                observe(tapped, part, [partial(item.add, part=number) for item in run], advance)
     found = {item.view: item.result([part.samples for part in parts]) for item in wanted}
     return Known(*({view: own[place] for view, own in found.items()} for place in range(2)))
 

@@ -22,6 +22,17 @@ Calib = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows in a batch.")]
+MostRows = Annotated[
+    int, typer.Option(min=1, metavar="N", help="The most rows of a batch; fewer where --memory asks for it.")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What a run may take beside the models: 512MB, 2GB; default a quarter of what is free, "
+        "1 GB at most.",
+    ),
+]
 Provider = Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime provider: auto, cpu, cuda, ...")]
 Threads = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Threads; default all cores, and one for latency.")
@@ -94,7 +105,8 @@ class Running:
     samples: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use about N samples; default all.")
     ] = None
-    batch_size: BatchSize = 64
+    batch_size: MostRows = 64
+    memory: Memory = None
     provider: Provider = "auto"
     threads: Threads = None
 

@@ -21,6 +21,7 @@ from onnxfuse.report.files import check_folder, write_verification
 from onnxfuse.report.junit import write_junit
 from onnxfuse.results import DiffResult, VerifyResult
 from onnxfuse.runtime.latency import latency
+from onnxfuse.runtime.memory import Budget
 from onnxfuse.runtime.session import Runtime
 from onnxfuse.verification.compare import compare, output_error
 from onnxfuse.verification.divergence import first_divergence
@@ -43,6 +44,7 @@ def verify(
     max_latency: float | None = None,
     samples: int | None = None,
     batch_size: int = 64,
+    memory: str | None = None,
     provider: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -64,7 +66,8 @@ def verify(
         confidence: of the paired interval whose low end is held to `max_drop`, as in `compress`; "none" also
             holds the median of the latency, not the end of its interval, to `max_latency`.
         max_latency: the latency of `b` is at most this many times that of `a`.
-        samples, batch_size: how many samples, and rows in a batch.
+        samples, batch_size: how many samples, and the most rows of a batch.
+        memory: as in `compress`.
         provider, threads: of ONNX Runtime.
         seed: of made-up samples.
         report: folder for `report.json` and `report.txt`.
@@ -84,7 +87,13 @@ def verify(
         first, second = load(a), load(b)
         runtime = Runtime(provider, threads)
         calibration = Calibration.open(
-            calib, first, limit=samples, batch_size=batch_size, held_out=0.0, seed=seed
+            calib,
+            first,
+            limit=samples,
+            batch_size=batch_size,
+            budget=Budget.of(memory),
+            held_out=0.0,
+            seed=seed,
         )
         result = _verified(first, second, calibration, runtime, wanted, seed)
     except OnnxfuseError as error:
@@ -188,6 +197,7 @@ def diff(
     calib: Data = None,
     samples: int | None = None,
     batch_size: int = 64,
+    memory: str | None = None,
     provider: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -199,7 +209,8 @@ def diff(
         a: the reference, whose noise floor counts.
         b: the other.
         calib: samples for both; None makes some up, with a warning.
-        samples, batch_size: how many samples, and rows in a batch.
+        samples, batch_size: how many samples, and the most rows of a batch.
+        memory: as in `compress`.
         provider, threads: of ONNX Runtime.
         seed: of made-up samples.
 
@@ -212,7 +223,13 @@ def diff(
     outputs, feed, record = None, None, None
     try:
         calibration = Calibration.open(
-            calib, first, limit=samples, batch_size=batch_size, held_out=0.0, seed=seed
+            calib,
+            first,
+            limit=samples,
+            batch_size=batch_size,
+            budget=Budget.of(memory),
+            held_out=0.0,
+            seed=seed,
         )
         warnings += [MADE_UP] if calibration.synthetic else []
         batches, record, said = unseen(calibration, first, second)

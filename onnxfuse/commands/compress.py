@@ -48,6 +48,7 @@ from onnxfuse.progress import NoProgress
 from onnxfuse.report.files import check_folder, write_report
 from onnxfuse.results import Report, Result
 from onnxfuse.runtime.latency import Stopwatch, interval_text
+from onnxfuse.runtime.memory import Budget
 from onnxfuse.runtime.session import Runtime
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def compress(
     held_out: float = 0.2,
     samples: int | None = None,
     batch_size: int = 64,
+    memory: str | None = None,
     max_error: float | None = None,
     max_drop: float | None = None,
     metric: str | None = None,
@@ -98,7 +100,11 @@ def compress(
             model with one input; None makes some up, with a warning.
         held_out: share of the samples that no pass may fit, on which all errors are measured.
         samples: use about this many; None uses all.
-        batch_size: rows in a batch, where model and data leave that open.
+        batch_size: the most rows of a batch, where model and data leave that open; there are fewer where
+            `memory` asks for it.
+        memory: what a run may take beside the models, such as "512MB" or "2GB": batches, sums and tensors
+            that wait keep to it. None is a quarter of what is free, 1 GB at most. Equal results take equal
+            numbers here.
         max_error: the relative error of any output allowed; None leaves a bound to the passes.
         max_drop: the drop of the metric allowed, in its own unit: 0.01 is one point of top1. Needs labels, or
             a metric that needs none.
@@ -159,7 +165,13 @@ def compress(
     check_finite(original)
     runtime = Runtime(provider, threads)
     calibration = Calibration.open(
-        calib, original, limit=samples, batch_size=batch_size, held_out=held_out, seed=seed
+        calib,
+        original,
+        limit=samples,
+        batch_size=batch_size,
+        budget=Budget.of(memory),
+        held_out=held_out,
+        seed=seed,
     )
     # Samples that are fitted must be able to prove it; others are looked at when there is something to prove.
     fitting = any(pass_.contract is Contract.APPROXIMATE for pass_ in plan)

@@ -69,4 +69,6 @@ def samples_of(calibration: Calibration) -> Samples:
         calibration.fit.samples,
         calibration.held_out.samples,
         calibration.labels,
+        calibration.budget.total,
+        calibration.rows,
     )

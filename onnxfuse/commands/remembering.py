@@ -76,7 +76,15 @@ def unseen(calibration: Calibration, first: Model, second: Model) -> tuple[Batch
     description = f"{every.name}: {stream.samples} samples"
     if left_out:
         description += f"; {left_out} others are left out, as fitted by the run that made one of the models"
-    record = Samples(description, calibration.synthetic, left_out, stream.samples, calibration.labels)
+    record = Samples(
+        description,
+        calibration.synthetic,
+        left_out,
+        stream.samples,
+        calibration.labels,
+        calibration.budget.total,
+        calibration.rows,
+    )
     return stream, record, warnings
 
 

@@ -5,17 +5,19 @@ length as are to be held out, and one is drawn from each. So files sorted by cla
 ones split fairly, and the same data and seed give the same split, at any batch size. An error quoted on
 fitted samples would flatter the pass.
 
-Nothing but the batch in hand is in memory; both halves can be iterated over as often as needed.
+Nothing but the batch in hand is in memory, and batches are no larger than a memory budget allows; both
+halves can be iterated over as often as needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
 import numpy as np
 
+from onnxfuse.data.batch_rows import rows_within
 from onnxfuse.data.fitted import Fitted, sample_digests
 from onnxfuse.data.opening import open_source
 from onnxfuse.data.sources import Source
@@ -23,6 +25,8 @@ from onnxfuse.data.synthetic import Synthetic
 from onnxfuse.errors import InputError
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.shapes import TensorInfo
+from onnxfuse.runtime.memory import Budget
+from onnxfuse.runtime.session import Runtime
 
 Data = str | PathLike[str] | np.ndarray | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | None
 
@@ -59,6 +63,11 @@ class BatchStream:
     def name(self) -> str:
         """What messages call the samples."""
         return self._source.name
+
+    @property
+    def rows(self) -> int:
+        """Samples in the largest batch."""
+        return max(map(self._source.samples, self._groups()), default=0)
 
     def __len__(self) -> int:
         return -(-len(self._units) // self._size)
@@ -105,6 +114,31 @@ class BatchStream:
         fit = BatchStream(self._source, units(first), self._size, 0)
         return fit, BatchStream(self._source, units(second), self._size, len(fit))
 
+    def some(self, samples: int) -> BatchStream:
+        """The stream of about so many of the samples, spread over this one."""
+        step = self._size if self._source.exact else 1
+        total = len(self._units) // step
+        count = min(total, -(-samples * total // max(self.samples, 1)))
+        chosen = np.arange(count) * total // max(count, 1)
+        units = self._units[(chosen[:, None] * step + np.arange(step)).reshape(-1)]
+        return BatchStream(self._source, units, self._size, self._first_index)
+
+    def numbers(self, samples: int) -> tuple[int, ...] | None:
+        """The numbers of batches, spread over the stream, that have about so many samples; None where those
+        are all."""
+        count = -(-samples * len(self) // max(self.samples, 1))
+        if count >= len(self):
+            return None
+        return tuple(self._first_index + place * len(self) // count for place in range(count))
+
+    def numbered(self, numbers: Collection[int]) -> Iterator[Batch]:
+        """Its batches of these numbers alone."""
+        return self._batches([n - self._first_index for n in sorted(numbers)])
+
+    def joined(self, other: BatchStream) -> BatchStream:
+        """The stream of the units of both, which are of one source."""
+        return BatchStream(self._source, np.union1d(self._units, other._units), self._size, 0)
+
     def without(self, other: BatchStream) -> BatchStream:
         """The stream of those units that are not in `other`, a part of this one; itself where none are
         left."""
@@ -117,9 +151,13 @@ class BatchStream:
         return BatchStream(self._source, self._units, size, self._first_index)
 
     def __iter__(self) -> Iterator[Batch]:
-        readings = self._source.read(self._groups())
-        for number, (units, (feed, labels)) in enumerate(zip(self._groups(), readings, strict=True)):
-            yield Batch(feed, labels, self._first_index + number, self._source.samples(units))
+        return self._batches(range(len(self)))
+
+    def _batches(self, places: Sequence[int]) -> Iterator[Batch]:
+        groups = [self._units[place * self._size : (place + 1) * self._size] for place in places]
+        readings = self._source.read(groups)
+        for place, units, (feed, labels) in zip(places, groups, readings, strict=True):
+            yield Batch(feed, labels, self._first_index + place, self._source.samples(units))
 
 
 class Calibration:
@@ -129,9 +167,11 @@ class Calibration:
         fit: what passes may learn from.
         held_out: what their error is measured on; empty where none was asked for.
         samples: in both together.
+        rows: in the largest batch.
         synthetic: True where the samples are made up.
         labels: the name of the label array, None without.
         description: one line for reports.
+        budget: the memory that steps over the samples may take.
         refitted: whether every sample was fitted in an earlier run, those held out now as well.
     """
 
@@ -142,6 +182,7 @@ class Calibration:
         labels: str | None,
         synthetic: bool,
         description: str,
+        budget: Budget,
         refitted: bool = False,
     ) -> None:
         """Takes over both halves; `open` makes them.
@@ -151,27 +192,32 @@ class Calibration:
             labels: the name of the label array, None without.
             synthetic: whether they are made up.
             description: one line for reports.
+            budget: the memory that steps over the samples may take.
             refitted: whether every sample was fitted in an earlier run.
         """
         self.fit = fit
         self.held_out = held_out
         self.samples = fit.samples + held_out.samples
+        self.rows = max(fit.rows, held_out.rows)
         self.labels = labels
         self.synthetic = synthetic
         self.description = description
+        self.budget = budget
         self.refitted = refitted
 
     def part(self, samples: int) -> Calibration:
         """About `samples` of the fit samples, a third of them held out, for trials that must leave the real
-        held-out samples alone."""
+        held-out samples alone. Trials run side by side: each has a quarter of the memory."""
         fit, rest = self.fit.split(samples)
-        return Calibration(fit, rest, self.labels, self.synthetic, self.description)
+        budget = Budget(self.budget.total // 4)
+        return Calibration(fit, rest, self.labels, self.synthetic, self.description, budget)
 
     def apart(self, samples: int) -> Calibration:
         """All the fit samples, of which those are held out that `part(samples)` holds out: what is judged
         there may be fitted to all the others."""
         _, judged = self.fit.split(samples)
-        return Calibration(self.fit.without(judged), judged, self.labels, self.synthetic, self.description)
+        rest = self.fit.without(judged)
+        return Calibration(rest, judged, self.labels, self.synthetic, self.description, self.budget)
 
     @classmethod
     def open(
@@ -181,6 +227,7 @@ class Calibration:
         *,
         limit: int | None = None,
         batch_size: int = 64,
+        budget: Budget | None = None,
         held_out: float = 0.2,
         seed: int = 0,
     ) -> Calibration:
@@ -195,25 +242,29 @@ class Calibration:
                 labels.
             model: whose inputs the samples must fit; types are not cast.
             limit: use about this many samples, spread over the data; of a stream the first ones.
-            batch_size: rows of a batch, where neither model nor data fixes it.
+            batch_size: the most rows of a batch, where neither model nor data fixes their number; there are
+                fewer where `budget` asks for it.
+            budget: the memory that steps over the samples may take; None is `Budget.of(None)`.
             held_out: the share of samples that is held out.
             seed: of the split, the limit's choice and made-up samples.
 
         Raises:
             InputError: the data cannot be read, does not fit the model, or is too little to split. What only
-                the values show (NaN, a file cut short) is raised while iterating.
+                the values show (NaN, a file cut short) is raised here for the first row, else while
+                iterating.
         """
         if batch_size < 1 or not 0 <= held_out < 1 or (limit is not None and limit < 1):
             raise InputError(
                 "batch size and limit must be at least 1, the held-out share at least 0 and below 1"
             )
+        budget = budget or Budget.of(None)
         opened: Source
         if source is None:
-            opened = Synthetic(model, batch_size, limit, seed)
+            opened = Synthetic(model, batch_size, limit, seed, budget)
         else:
             opened = open_source(source, model.inputs, limit)
         units = np.arange(opened.count) if source is None else _limited(opened, limit, seed)
-        size = opened.batch or batch_size
+        size = opened.batch or _rows(opened, model, batch_size, budget)
         fresh = np.ones(len(units), bool)
         if held_out and (earlier := Fitted.read(model)):
             fresh = BatchStream(opened, units, size, 0).fresh(earlier, model.inputs)
@@ -224,9 +275,15 @@ class Calibration:
         description = f"{opened.name}: {fit.samples} samples fitted, {rest.samples} held out"
         if dropped:
             description += f", {dropped} left over because the model wants batches of {size}"
-        return cls(
-            fit, rest, opened.labels, source is None, description, not fresh[np.isin(units, held)].all()
-        )
+        refitted = not fresh[np.isin(units, held)].all()
+        return cls(fit, rest, opened.labels, source is None, description, budget, refitted)
+
+
+def _rows(source: Source, model: Model, most: int, budget: Budget) -> int:
+    """Rows of a batch, where neither model nor data fixes their number."""
+    feed, _ = next(iter(source.read([np.arange(1)])))
+    found = rows_within(model, feed, budget.batch, Runtime("cpu"))
+    return most if found is None else min(most, found)
 
 
 def _limited(source: Source, limit: int | None, seed: int) -> np.ndarray:
@@ -268,10 +325,13 @@ def _spread(total: int, count: int, seed: int) -> np.ndarray:
 @dataclass(frozen=True)
 class Samples:
     """The calibration samples of a run: how many were fitted and how many held out; `labels` is the name of
-    the label array."""
+    the label array, `memory` the budget in bytes, `batch` the most rows of a batch that it and the model
+    allowed."""
 
     description: str
     synthetic: bool
     fitted: int
     held_out: int
     labels: str | None
+    memory: int
+    batch: int

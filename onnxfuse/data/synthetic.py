@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from onnxfuse.data.batch_axes import batch_axes
+from onnxfuse.data.batch_rows import rows_within
 from onnxfuse.data.sources import Reading
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.ir.model import Feed, Model
@@ -22,6 +23,7 @@ from onnxfuse.ir.nodes import Node, Tensor
 from onnxfuse.ir.shapes import TensorInfo
 from onnxfuse.ops.table import OPS, Trait
 from onnxfuse.runtime.feeds import NO_TENSOR, format_shape
+from onnxfuse.runtime.memory import Budget
 from onnxfuse.runtime.narrow import NARROW
 from onnxfuse.runtime.session import Runtime
 
@@ -50,14 +52,15 @@ class Synthetic:
     exact = False
     labels: str | None = None
 
-    def __init__(self, model: Model, batch_size: int, samples: int | None, seed: int) -> None:
+    def __init__(self, model: Model, batch_size: int, samples: int | None, seed: int, budget: Budget) -> None:
         """Find sizes at which the model runs.
 
         Args:
             model: its inputs are imitated.
-            batch_size: rows of a batch, where the model leaves that open; fewer where samples are large.
+            batch_size: the most rows of a batch, where the model leaves that open.
             samples: about how many to make; None for 16 to 256, depending on their size.
             seed: of the random numbers.
+            budget: of memory; there are fewer rows where samples are large.
 
         Raises:
             InputError: the model ran on none of the sizes that were tried, or takes no rows at all.
@@ -71,7 +74,8 @@ class Synthetic:
         row_bytes = sum(math.prod(shape) * _item_size(model, name) for name, shape in row.items())
         wanted = samples or min(max(_BYTES // max(row_bytes, 1), _LEAST), _MOST)
         if sizes[_BATCH] > 1:
-            sizes[_BATCH] = max(1, min(batch_size, wanted // 4))
+            fitting = rows_within(model, self._feed(0, row), budget.batch, Runtime("cpu")) or batch_size
+            sizes[_BATCH] = max(1, min(batch_size, wanted // 4, fitting))
         self._shapes = _concrete(template, sizes)
         self._rows = _rows(model.inputs, self._shapes)
         if not self._rows:

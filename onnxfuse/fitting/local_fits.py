@@ -3,8 +3,8 @@
 Candidates that start at the same tensor share its patches and its Gram matrix: one `Moments` for each
 distinct input view (tensor, kernel, stride, pads), with the targets of all its candidates side by side. A
 handful of sampled positions per sample is enough to rank candidates; the weights that are used in the end are
-solved by the walk, from more. Where the matrices of all views together would take too much memory, there are
-several runs, each for some of them.
+solved by the walk, from more. Where the matrices of all views, or the tensors that they tap, would together
+take too much memory, there are several runs, each for some of them.
 """
 
 from __future__ import annotations
@@ -18,22 +18,20 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from onnxfuse.analysis.regions.region import Region
+from onnxfuse.data.batch_rows import tensor_bytes
 from onnxfuse.data.calibration import Batch, Calibration
-from onnxfuse.fitting.memory import in_budget
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.numerics.affine import Affine
 from onnxfuse.numerics.moments import Moments, add_patches
 from onnxfuse.numerics.ridge import solve
 from onnxfuse.numerics.sampling import RowSampler, per_sample, row_shape
 from onnxfuse.progress import NoProgress, Progress
+from onnxfuse.runtime.memory import in_budget
 from onnxfuse.runtime.observe import Background, TappedModel, observe
 from onnxfuse.runtime.session import Runtime
 
 LOCAL_ROWS_PER_COLUMN = 8
 """Sampled rows per column: enough to tell a good candidate from a bad one."""
-
-GRAM_MEMORY = 1 << 30
-"""Bytes of Gram matrices that one run accumulates; a single view may take more."""
 
 LOCAL_RIDGE = 3e-3
 """Relative ridge of a local fit, which only serves to rank."""
@@ -171,8 +169,7 @@ def fit_locally(
     grouped: dict[tuple[object, ...], list[Candidate]] = {}
     for candidate in candidates:
         grouped.setdefault(candidate.view, []).append(candidate)
-    # A group has two float64 Gram matrices, fitted and held out.
-    runs = list(in_budget(grouped.values(), lambda own: {own[0].view: 16 * own[0].columns ** 2}, GRAM_MEMORY))
+    runs = _runs(model, list(grouped.values()), calibration, runtime)
     total = len(runs) * (len(calibration.fit) + len(calibration.held_out))
     advance = (progress or NoProgress()).task("calibrating", total=total)
     fits: dict[int, Fit] = {}
@@ -188,6 +185,25 @@ def fit_locally(
             background.wait()
             fits.update((id(fit.candidate), fit) for view in views for fit in view.fits(ridge))
     return [fits[id(candidate)] for candidate in candidates]
+
+
+def _runs(
+    model: Model, groups: Sequence[list[Candidate]], calibration: Calibration, runtime: Runtime
+) -> list[list[list[Candidate]]]:
+    """The groups in runs whose Gram matrices and taps fit into memory."""
+    if not groups:
+        return []
+    budget = calibration.budget
+    sizes = tensor_bytes(model, next(iter(calibration.fit)).feed, runtime)
+
+    def grams(group: list[Candidate]) -> dict[object, int]:
+        return {group[0].view: 16 * group[0].columns ** 2}  # two float64 matrices, fitted and held out
+
+    def taps(group: list[Candidate]) -> dict[object, int]:
+        return {name: sizes.get(name, 0) for c in group for name in (c.region.u, c.region.v)}
+
+    parts = in_budget(groups, grams, budget.sums)
+    return [run for part in parts for run in in_budget(part, taps, budget.taps)]
 
 
 def _add(views: Sequence[_View], held: bool, batch: Batch, found: Feed) -> None:

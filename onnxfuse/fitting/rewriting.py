@@ -19,7 +19,6 @@ from onnxfuse.channels.consumers import RowView
 from onnxfuse.channels.importance import Known, statistics
 from onnxfuse.data.rows import few_rows
 from onnxfuse.findings import Change, Json, Skip
-from onnxfuse.fitting.memory import in_budget
 from onnxfuse.fitting.search import Level, SearchResult, farthest
 from onnxfuse.fitting.sites import RefitSite, refit_sites
 from onnxfuse.fitting.walk import Solved, refit_change, walk
@@ -30,10 +29,8 @@ from onnxfuse.ops.linear import LINEAR_OPERATORS, LinearOp, is_main_domain, line
 from onnxfuse.ops.shared_weights import multiplied
 from onnxfuse.pipeline.base import Context, PassResult
 from onnxfuse.pipeline.goals import Goals
+from onnxfuse.runtime.memory import in_budget
 from onnxfuse.runtime.observed_shapes import shapes_on
-
-COVARIANCE_MEMORY = 1 << 30
-"""Bytes of covariances that are kept at a time; a single reader may take more."""
 
 ROWS = 2
 """Samples for shapes: with one alone its axis would look like one that is broadcast."""
@@ -141,7 +138,8 @@ def seen_in_parts(
         NotApplicableError: activations that are not finite.
     """
     samples = context.calibration.apart(judged) if judged else None
-    for part in in_budget(views, lambda reader: _covariances(views[reader]), COVARIANCE_MEMORY):
+    budget = context.calibration.budget
+    for part in in_budget(views, lambda reader: _covariances(views[reader]), budget.sums):
         yield (
             part,
             statistics(
@@ -152,6 +150,7 @@ def seen_in_parts(
                 judged=None if samples is None else samples.held_out,
                 seed=context.seed,
                 mask=mask,
+                budget=budget,
                 progress=context.progress,
             ),
         )

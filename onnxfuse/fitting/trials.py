@@ -139,7 +139,7 @@ class Trials:
         workers = min(context.runtime.threads, MOST_WORKERS)
         found: list[float] = []
         with (
-            Spool() as spool,
+            Spool(context.calibration.budget.spool) as spool,
             threadpool_limits(1, "blas"),
             ThreadPoolExecutor(workers) as pool,
         ):

@@ -60,6 +60,10 @@ WALK_ROWS_PER_COLUMN = 64
 
 LEAST_WALK_ROWS = 1 << 14
 
+CLAIMED_SAMPLES = 64
+"""Fit samples, in whole batches, that a prediction is about. It is exact on whatever samples it is made for,
+so a wrong one shows on few as well as on all; and to check it, both networks are run over them."""
+
 TRIAL_RIDGE, TRIAL_REFIT_RIDGE = 3e-3, 1e-1
 """Ridges where none is searched for: from nothing, and towards the weights that are there. With few rows only
 a strong pull keeps a refit from adding noise."""
@@ -82,6 +86,7 @@ class Solved:
         ridge: relative ridge; None where the weights stayed as they were, infinite where the bias alone
             moved.
         error, variance: of the fit samples; variance is the reference's, about its mean.
+        claim: the same of the batches of fit samples that the prediction is about, and their numbers.
         held_error, held_variance: of the held-out samples, or of the fit samples where none are held out.
         held_before: the held-out error of the weights that were there, None for a fresh site.
         positions: sampled in each sample, None for all.
@@ -95,6 +100,7 @@ class Solved:
     held_variance: float
     held_before: float | None
     positions: int | None
+    claim: tuple[float, float, tuple[int, ...] | None]
 
     @property
     def relative(self) -> float:
@@ -103,15 +109,17 @@ class Solved:
 
     def prediction(self) -> Prediction:
         """The claim for the verifier."""
+        error, variance, batches = self.claim
         return Prediction(
             self.site.tensor,
             self.site.reference,
-            self.error,
-            self.variance,
+            error,
+            variance,
             self.positions,
             channel_axis(self.site.op),
             self.site.mask,
             self.site.channels,
+            batches,
         )
 
 
@@ -166,9 +174,10 @@ def walk(
     """
     advance = (progress or NoProgress()).task("fitting", total=len(sites))
     solved: list[Solved] = []
+    claimed = None if quick else calibration.fit.numbers(CLAIMED_SAMPLES)
     # ONNX Runtime and BLAS take turns many times a second: two pools of threads on the same cores get in each
     # other's way, and products of this size gain little from more than one.
-    with Spool() as spool, threadpool_limits(1, "blas"), Background() as background:
+    with Spool(calibration.budget.spool) as spool, threadpool_limits(1, "blas"), Background() as background:
         needs = [{site.op.x, *filter(None, (site.rest, site.mask))} for site in sites]
         # What both networks compute alike is computed once, by the original.
         right = Frontier(rewritten, needs, unchanged(original, rewritten), "b", spool, runtime)
@@ -176,7 +185,7 @@ def walk(
         left = Frontier(original, asked, set(), "a", spool, runtime)
         batches = ReadOnce([calibration.fit] if quick else [calibration.fit, calibration.held_out])
         for step, site in enumerate(sites):
-            fit = _SiteFit(site, seed, len(calibration.fit), quick)
+            fit = _SiteFit(site, seed, len(calibration.fit), claimed, quick)
             targets, inputs = left.stretch(step), right.stretch(step)
             for batch, held, feed in batches.feeds(with_inputs=step == 0):
                 known = targets.run(batch, feed)
@@ -205,6 +214,11 @@ class _RowVariance:
         self._sum = self._sum + wide.sum(axis=0)
         self._square += float(np.vdot(wide, wide))
 
+    def merge(self, other: _RowVariance) -> None:
+        self._rows += other._rows
+        self._sum = self._sum + other._sum
+        self._square += other._square
+
     @property
     def variance(self) -> float:
         mean = self._sum / self._rows
@@ -214,13 +228,16 @@ class _RowVariance:
 class _SiteFit:
     """Moments of one site, fitted and held out, and its solution."""
 
-    def __init__(self, site: RefitSite, seed: int, batches: int, quick: bool) -> None:
+    def __init__(
+        self, site: RefitSite, seed: int, batches: int, claimed: tuple[int, ...] | None, quick: bool
+    ) -> None:
         """Nothing is counted yet.
 
         Args:
             site: what is solved for.
             seed: of the sampled positions.
             batches: the number of batches of fit samples.
+            claimed: numbers of those that the prediction is about, None for all.
             quick: see `walk`.
         """
         self.site = site
@@ -228,13 +245,15 @@ class _SiteFit:
         self.quick = quick
         op = site.op
         self.moments = [
-            Moments(op.columns * op.groups, op.out_features, op.groups, single=quick) for _ in range(2)
+            Moments(op.columns * op.groups, op.out_features, op.groups, single=quick)
+            for _ in range(2 if claimed is None else 3)
         ]
         # Where something is subtracted from it, the reference's spread is not that of the moments' target.
         self.spreads: Sequence[Moments | _RowVariance] = self.moments
         if site.rest is not None:
-            self.spreads = [_RowVariance(), _RowVariance()]
+            self.spreads = [_RowVariance() for _ in self.moments]
         self.batches = batches
+        self.claimed = claimed
         self.positions: int | None = None
         self.is_first = True
 
@@ -259,8 +278,8 @@ class _SiteFit:
                 self.site = replace(self.site, mask=None)
                 self.sampler = replace(self.sampler, mask=None)
         rows = self.sampler.sample(batch, shape, self.positions, found)
-        moments = self.moments[held]
-        spread = self.spreads[held]
+        part = 2 if self.claimed is not None and not held and batch in self.claimed else int(held)
+        moments, spread = self.moments[part], self.spreads[part]
         if isinstance(spread, _RowVariance):
             spread.add(rows.vectors(reference, axis), rows.weights)
         if op.kind == "conv":
@@ -301,6 +320,10 @@ class _SiteFit:
             ridge, paper: see `walk`.
         """
         op, judge = self.site.op, 1 if self.moments[1].n else 0
+        if self.claimed is not None:  # the fit samples are the claimed ones and the others
+            self.moments[0].merge(self.moments[2])
+            if self.site.rest is not None:
+                self.spreads[0].merge(self.spreads[2])  # type: ignore[arg-type]
         fit, held = self.moments[0], self.moments[judge]
         y, prior = op.y, None if self.site.how == "fresh" else op.weight
         before = None if prior is None else held.error(Affine(prior, op.bias))
@@ -316,7 +339,7 @@ class _SiteFit:
                 write_weights(model, op, weight, affine.bias, by="refit")
             else:
                 used = None
-        stored = _stored(model, op, y)
+        stored, about = _stored(model, op, y), 0 if self.claimed is None else 2
         return Solved(
             self.site,
             used,
@@ -326,6 +349,7 @@ class _SiteFit:
             self.spreads[judge].variance,
             before,
             self.positions,
+            (self.moments[about].error(stored), self.spreads[about].variance, self.claimed),
         )
 
     def _solution(

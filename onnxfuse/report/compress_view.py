@@ -61,6 +61,7 @@ def compress_view(
 def _run_facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "model", printable(report.model or "in memory")
     yield "samples", printable(report.samples.description)
+    yield "memory", f"{report.samples.memory / 1e6:,.0f} MB, batches of {report.samples.batch}"
     yield runtime_fact(report, report.latency)
 
 

@@ -58,7 +58,7 @@ def ort_value(array: np.ndarray, device: str = "cpu", device_id: int = 0) -> ort
 
 
 def array_of(value: ort.OrtValue) -> np.ndarray:
-    """A copy of a value in the memory of the CPU."""
+    """A value as an array in the memory of the CPU, of which it may be a view."""
     dtype = _BY_NUMBER.get(value.element_type()) if value.is_tensor() else None
     if dtype is None:
         return np.asarray(value.numpy())

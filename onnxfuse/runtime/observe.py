@@ -72,6 +72,7 @@ def observe(
         tensors = tapped.run(batch.feed)
         for observer in observers:
             observer(batch, tensors)
+        del tensors  # before those of the next batch come
         advance()
 
 

@@ -126,4 +126,7 @@ def make_session(
         chain.append(("CUDAExecutionProvider", {"device_id": str(device_id), "use_tf32": "0"}))
     if provider != CPU_PROVIDER:
         chain.append((CPU_PROVIDER, {}))
-    return ort.InferenceSession(model, options, providers=chain, enable_fallback=0)
+    session = ort.InferenceSession(model, options, providers=chain, enable_fallback=0)
+    # The model's bytes are kept for a session made anew when a provider fails, which no fallback allows here.
+    session._model_bytes = None
+    return session

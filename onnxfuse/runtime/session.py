@@ -25,7 +25,7 @@ import onnx
 
 from onnxfuse.errors import InputError, NotApplicableError
 from onnxfuse.ir.model import Feed, Model
-from onnxfuse.ir.shapes import info_of
+from onnxfuse.ir.shapes import TensorInfo, info_of
 from onnxfuse.runtime.failures import failing_clearly, one_line
 from onnxfuse.runtime.feeds import check_feed
 from onnxfuse.runtime.handover import handed_over, runnable, set_outputs
@@ -133,14 +133,16 @@ class Runtime:
                 proto = onnx.ModelProto()
                 proto.CopyFrom(model)
             set_outputs(proto, wanted)
+        inputs = [info_of(value) for value in proto.graph.input]
         data, _values = handed_over(proto, options)  # the values must live until the session has copied them
+        del model, proto  # a copy of all weights less while the session makes its own
         try:
             session = make_session(data, options, self._provider, self.device_id)
         except Exception as error:  # ORT's exceptions share no base class
             raise NotApplicableError(f"ONNX Runtime cannot load the model: {one_line(error)}") from error
         if session.get_providers()[0] != self._provider:
             raise NotApplicableError(f"ONNX Runtime cannot run the model on {short_name(self._provider)}")
-        return Session(session, proto.graph.input, self.device_id)
+        return Session(session, inputs, self.device_id)
 
 
 class Session:
@@ -155,7 +157,7 @@ class Session:
     def __init__(
         self,
         session: ort.InferenceSession,
-        declared: Iterable[onnx.ValueInfoProto],
+        declared: Iterable[TensorInfo],
         device_id: int,
     ) -> None:
         """Takes over a session of ONNX Runtime's.
@@ -168,9 +170,12 @@ class Session:
         self._session = session
         self._device_id = device_id
         fed = {arg.name for arg in session.get_inputs()}  # without the initializers that are listed as inputs
-        self.inputs = [info_of(value) for value in declared if value.name in fed]
+        self.inputs = [info for info in declared if info.name in fed]
         self.output_names: list[str] = [arg.name for arg in session.get_outputs()]
-        self._narrow = {arg.name for arg in session.get_outputs() if is_narrow(arg.type)}
+        outputs = session.get_outputs()
+        self._narrow = {arg.name for arg in outputs if is_narrow(arg.type)}
+        numbers = (arg for arg in outputs if arg.type.startswith("tensor(") and arg.type != "tensor(string)")
+        self._numbers = {arg.name for arg in numbers}
         self.providers: list[str] = session.get_providers()
 
     def run(self, feed: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> Feed:
@@ -195,8 +200,10 @@ class Session:
             return {}
         arrays = self._as_fed(feed)
         with failing_clearly():
-            if self._narrow.isdisjoint(names) and NARROW.keys().isdisjoint(a.dtype for a in arrays.values()):
+            narrow = self._narrow.intersection(names) or any(a.dtype in NARROW for a in arrays.values())
+            if not narrow and not (self._numbers.issuperset(names) and all(map(_is_plain, arrays.values()))):
                 return dict(zip(names, self._session.run(names, arrays), strict=True))
+            # Values are taken as they are, where `run` would copy every output: taps are large.
             values = {name: ort_value(array) for name, array in arrays.items()}
             found = self._session.run_with_ort_values(names, values)
             return dict(zip(names, map(array_of, found), strict=True))
@@ -208,6 +215,11 @@ class Session:
         """Put `feed` where the model runs, for repeated runs without copies. Raises as `run` does."""
         check_feed(feed, self.inputs)
         return Bound(self._session, self._as_fed(feed), self.output_names, self._narrow, self._device_id)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an input is a tensor of numbers, not text and not a sequence."""
+    return isinstance(value, np.ndarray) and not value.dtype.hasobject and value.dtype.kind in "biufc"
 
 
 class Bound:

@@ -14,14 +14,15 @@ import numpy as np
 
 from onnxfuse.errors import InputError
 
-MEMORY_LIMIT = 96 << 20
-"""Bytes kept in memory."""
-
 
 class Spool:
     """Arrays by (name, batch). A context manager: leaving it frees everything."""
 
-    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
+    def __init__(self, limit: int) -> None:
+        """
+        Args:
+            limit: bytes kept in memory.
+        """
         self._limit = limit
         self._held = 0
         self._memory: dict[str, dict[int, np.ndarray]] = {}

@@ -6,6 +6,7 @@ compute the same, and the sums over them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.verification.records import Floor
+from onnxfuse.verification.records import Floor, Floors
 from onnxfuse.verification.tally import Differences
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 MULTIPLE = 8.0
 """The most noise floors that a difference may reach; `compare` has the evidence."""
+
+NOISE_SAMPLES = 16
+"""Samples on which a model's floors are measured at first. A root mean square over the elements of so many is
+near enough to pass a comparison by; one that fails by it is judged by the floors on all of its samples."""
 
 BATCH_SIZES = (1, 3)
 """Rows that the first batch is cut to, beside its full size, where the model's batch axis is dynamic."""
@@ -41,8 +46,9 @@ def floor_of(population: Population, eps: float, first: int) -> Floor:
         eps: spacing of their type's floats at 1; elements that are all zero differ by no less than that.
         first: the first of the streams in which the model is held against itself.
     """
-    count = max(population.elements, 1)
-    rms = math.sqrt(max(population.square * eps**2, *population.squares[first:], 0.0) / count)
+    spacing = population.square * eps**2 / max(population.elements, 1)
+    noise = population.squares[first:] / np.maximum(population.seen[first:], 1.0)
+    rms = math.sqrt(max(spacing, *noise, 0.0))
     peak = max(population.peak * eps, *population.peaks[first:], 0.0)
     least = 0.0 if population.square else eps
     return Floor(max(rms * population.unit, least), max(peak * population.unit, least))
@@ -66,6 +72,31 @@ class NoiseFloors:
             if found:
                 floors[leaf] = Floor(max(f.rms for f in found), max(f.peak for f in found))
         return floors
+
+
+def known_floors(model: Model, tapped: Session, feed: Feed, runtime: Runtime) -> Floors:
+    """The noise floors of what a session hands out, by name. The model remembers them until it is edited.
+
+    Args:
+        model: has the tensors.
+        tapped: a session of it that hands them out, and no outputs else.
+        feed: they are measured on it.
+        runtime: made the session.
+    """
+    content = hashlib.sha256()
+    for name, array in sorted(feed.items()):
+        content.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    key = (content.digest(), runtime.providers[0], runtime.threads)
+    kept: dict[object, dict[str, Floor]] = model.cached("noise floors", dict)
+    known = kept.setdefault(key, {})
+    names = [name for name in tapped.output_names if name not in known]
+    if names:
+        kind: dict[str, Any] = {"taps": names, "outputs": ()}
+        base = runtime.session(model, **kind) if known else tapped
+        noise = NoiseFloors(noise_variants(model, runtime, base, **kind))
+        noise.add(feed, base.run(feed))
+        known.update(noise.result())
+    return known
 
 
 def _nudged(feed: Feed, random: np.random.Generator) -> Feed:

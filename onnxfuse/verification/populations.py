@@ -55,6 +55,7 @@ class Population:
         deviation: of squares from the mean over the samples, or over all elements.
         peak: the largest magnitude.
         squares, peaks: of the distances, for each stream (streams,).
+        seen: elements that each stream has distances of (streams,).
         unit: what all of these are in: 1, or more where squares would overflow.
         where: the slices, in words; empty where it is not by place.
     """
@@ -65,6 +66,7 @@ class Population:
     peak: float
     squares: np.ndarray
     peaks: np.ndarray
+    seen: np.ndarray
     unit: float
     where: str = ""
 
@@ -99,8 +101,8 @@ class Populations:
         for number, mask in _zones(a, finite):
             unit = 2.0**600 if number == _HUGE_ZONE else 1.0
             zone = self._zones.setdefault(number, _Zone(unit))
-            zone.add(a, mask, by_row, self._by_row, self._axes, self._streams)
-            parts.append((zone, mask))
+            counts = zone.add(a, mask, by_row, self._by_row, self._axes, self._streams)
+            parts.append((zone, mask, counts))
         return Placed(tuple(parts), by_row, tuple(self._axes))
 
     def result(self, noise: float) -> list[Population]:
@@ -146,7 +148,7 @@ class Populations:
 class Placed:
     """Where the elements of one batch belong; takes in their distances."""
 
-    parts: tuple[tuple[_Zone, np.ndarray | None], ...]
+    parts: tuple[tuple[_Zone, np.ndarray | None, dict[int, np.ndarray]], ...]
     by_row: bool
     axes: tuple[int, ...]
 
@@ -157,13 +159,14 @@ class Placed:
             stream: the number of the other value's stream.
             distance: from the reference, element by element; 0 where it does not count.
         """
-        for zone, mask in self.parts:
+        for zone, mask, counts in self.parts:
             own = distance if mask is None else np.where(mask, distance, 0.0)
             own = own if zone.unit == 1 else own / zone.unit
             square = _rows(own * own, self.by_row)
             peak = own.max(axis=0, keepdims=True, initial=0.0) if self.by_row else own
             for axis in self.axes:
                 slices = zone.slices[axis]
+                slices.seen[stream] += counts[axis]
                 slices.squares[stream] += _over(square, axis)
                 np.maximum(slices.peaks[stream], _largest(peak, axis), out=slices.peaks[stream])
 
@@ -174,10 +177,11 @@ class _Slices:
     def __init__(self, size: int, streams: int) -> None:
         self.sums = np.zeros((6, size))
         self.peak = np.zeros(size)
-        self.squares, self.peaks = np.zeros((streams, size)), np.zeros((streams, size))
+        self.seen, self.squares, self.peaks = np.zeros((3, streams, size))
 
     def merge(self, other: _Slices) -> None:
         self.sums += other.sums
+        self.seen += other.seen
         self.squares += other.squares
         np.maximum(self.peak, other.peak, out=self.peak)
         np.maximum(self.peaks, other.peaks, out=self.peaks)
@@ -192,6 +196,7 @@ class _Slices:
             float(self.peak[chosen].max(initial=0.0)),
             self.squares[:, chosen].sum(axis=1),
             self.peaks[:, chosen].max(axis=1, initial=0.0),
+            self.seen[:, chosen].sum(axis=1),
             unit,
             where,
         )
@@ -215,8 +220,8 @@ class _Zone:
         features: bool,
         axes: dict[int, int],
         streams: int,
-    ) -> None:
-        """Take in the elements of one batch that `mask` chooses.
+    ) -> dict[int, np.ndarray]:
+        """Take in the elements of one batch that `mask` chooses; how many they are in each slice, by axis.
 
         Args:
             a: the values.
@@ -242,10 +247,14 @@ class _Zone:
         roots = _rows(np.sqrt(size), by_row)
         fields = np.stack([count, total, _rows(x * x, by_row), roots, _rows(zeros, by_row), inner])
         peak = size.max(axis=0, keepdims=True, initial=0.0) if by_row else size
+        counts = {}
         for axis, length in axes.items():
             slices = self.slices.setdefault(axis, _Slices(length, streams))
-            slices.sums += fields.sum(axis=_others(fields.ndim, axis + 1, 1)).reshape(len(fields), -1)
+            sums = fields.sum(axis=_others(fields.ndim, axis + 1, 1)).reshape(len(fields), -1)
+            slices.sums += sums
             np.maximum(slices.peak, _largest(peak, axis), out=slices.peak)
+            counts[axis] = sums[_COUNT]
+        return counts
 
     def _join(self, counts: np.ndarray | float, means: np.ndarray | float) -> np.ndarray:
         """Take in counts and means of features; what the distance of the means adds to the squared deviations

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnxfuse.data.batch_rows import tensor_bytes
 from onnxfuse.data.rows import first_rows
 from onnxfuse.numerics.sampling import RowSampler, row_shape
-from onnxfuse.verification.noise import FEW_ROWS, MULTIPLE, NoiseFloors, noise_variants
-from onnxfuse.verification.records import Floor, Floors, PredictionCheck
+from onnxfuse.runtime.memory import in_budget
+from onnxfuse.verification.noise import FEW_ROWS, MULTIPLE, known_floors
+from onnxfuse.verification.records import Floors, PredictionCheck
 from onnxfuse.verification.tally import mismatch, widened
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ def check_predictions(
     runtime: Runtime,
     seed: int,
 ) -> list[PredictionCheck]:
-    """The predicted errors beside the measured ones: both whole models, tapped, over the fit samples, at the
-    claimed positions.
+    """The predicted errors beside the measured ones: both whole models, tapped, over the batches of the fit
+    samples and at the positions that are claimed.
 
     A prediction holds when |measured - predicted| <= `PREDICTION_TOLERANCE` * predicted + 2 n sqrt(predicted)
     + n^2, where n is the length of the float noise on a row: `MULTIPLE` noise floors of the reference, times
@@ -53,23 +55,55 @@ def check_predictions(
     """
     if not predictions:
         return []
+    checks: list[PredictionCheck] = []
+    for part in _parts(original, result, predictions, calibration, runtime):
+        checks += _checked(original, result, part, calibration, runtime, seed)
+    return checks
+
+
+def _parts(
+    original: Model,
+    result: Model,
+    predictions: Sequence[Prediction],
+    calibration: Calibration,
+    runtime: Runtime,
+) -> Iterator[list[Prediction]]:
+    """Runs of predictions whose tensors of a batch fit into memory."""
+    feed = next(iter(calibration.fit)).feed
+    ours, theirs = (tensor_bytes(model, feed, runtime) for model in (original, result))
+
+    def needs(claim: Prediction) -> dict[tuple[bool, str], int]:
+        reference, tensor = claim.reference, claim.tensor
+        return {(False, reference): ours.get(reference, 0), (True, tensor): theirs.get(tensor, 0)}
+
+    return in_budget(predictions, needs, calibration.budget.taps)
+
+
+def _checked(
+    original: Model,
+    result: Model,
+    predictions: Sequence[Prediction],
+    calibration: Calibration,
+    runtime: Runtime,
+    seed: int,
+) -> list[PredictionCheck]:
     references = list(dict.fromkeys(p.reference for p in predictions))
     tensors = list(dict.fromkeys(p.tensor for p in predictions))
     before = runtime.session(original, taps=references, outputs=())
     after = runtime.session(result, taps=tensors, outputs=())
-    floors: dict[str, Floor] | None = None
+    floors: Floors = {}
     measured = [_Measured(prediction, seed) for prediction in predictions]
-    for batch in calibration.fit:
-        if floors is None:
-            few = first_rows(original, batch, FEW_ROWS) or batch.feed
-            noise = NoiseFloors(noise_variants(original, runtime, before, taps=references, outputs=()))
-            noise.add(few, before.run(few))
-            floors = noise.result()
+    asked = [prediction.batches for prediction in predictions]
+    several = None if None in asked else {number for own in asked for number in own or ()}
+    for batch in calibration.fit if several is None else calibration.fit.numbered(several):
+        floors = floors or known_floors(
+            original, before, first_rows(original, batch, FEW_ROWS) or batch.feed, runtime
+        )
         outputs = before.run(batch.feed)
         rewritten = after.run(batch.feed)
         for item in measured:
             item.add(batch, outputs[item.claim.reference], rewritten[item.claim.tensor])
-    return [item.check(floors or {}) for item in measured]
+    return [item.check(floors) for item in measured]
 
 
 class _Measured:
@@ -87,6 +121,8 @@ class _Measured:
 
     def add(self, batch: Batch, reference: np.ndarray, tensor: np.ndarray) -> None:
         claim = self.claim
+        if claim.batches is not None and batch.index not in claim.batches:
+            return
         if claim.channels is not None:
             reference = np.take(reference, claim.channels, claim.channel_axis)
         self.problem = self.problem or mismatch(

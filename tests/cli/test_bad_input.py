@@ -295,6 +295,7 @@ def test_metric_without_what_it_needs(folder: Path, refused: Refused) -> None:
         (["--metric", "agreement", "--max-drop", "2"], "for 2 % write --max-drop 0.02"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--held-out", "1.5"], "held-out share"),
+        (["--memory", "0.1MB"], "memory must be at least 1MB"),
         (["--batch-size", "0"], "Invalid value for '--batch-size'"),
         (["--samples", "0"], "Invalid value for '--samples'"),
         (["--provider", "abacus"], "provider 'abacus' is not in this build"),

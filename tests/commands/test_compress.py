@@ -386,3 +386,27 @@ def test_sizes_on_disk(path: Path) -> None:
     before, after = compress(path, [Packed(1.0001)], output=output).report.files
     assert 0 < after.gzipped < after.bytes
     assert 0 < before.gzipped < before.bytes
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_is_in_the_report_and_decides_the_batches() -> None:
+    wide = network(
+        """<ir_version: 8, opset_import: ["" : 17]> wide (float[N,S,6] x) => (float[N,S,4] y)
+        { h = MatMul(x, w1) r = Relu(h) y = MatMul(r, w2) }"""
+    )
+    samples = np.random.default_rng(0).standard_normal((12, 300, 6)).astype(np.float32)
+    found = []
+    for memory in ("1MB", "1GB"):
+        result = compress(wide, "prune:amount=0.3", calib=samples, memory=memory)
+        facts = as_json(result.report, "compress")["samples"]
+        found.append((facts["memory"], facts["batch"]))
+
+    assert [memory for memory, _ in found] == [10**6, 10**9]
+    assert found[0][1] < 6 < found[1][1]
+
+
+def test_what_is_no_size_is_refused(path: Path) -> None:
+    with pytest.raises(InputError, match=r"memory must be a size such as 512MB or 1\.5GB, not 'much'"):
+        compress(path, memory="much")

@@ -970,3 +970,43 @@ def test_no_sample_is_made_up_with_more_axes_than_numpy_has() -> None:
     many = ",".join(["1"] * 65)
     with pytest.raises(InputError, match="'x' has 65 axes, and NumPy 64 at most"):
         Calibration.open(None, model(f"float[{many}] x", "y = Identity(x)", f"float[{many}] y"))
+
+
+# --- some of a stream ---------------------------------------------------------------------------------------
+
+
+def test_some_samples_are_spread_over_the_stream() -> None:
+    x = np.arange(100, dtype=np.float32)[:, None].repeat(3, axis=1)
+    fit = Calibration.open({"x": x}, model(VECTORS), held_out=0.0, batch_size=7).fit
+    some = fit.some(10)
+    assert [value for feed in some.feeds() for value in feed["x"][:, 0]] == list(range(0, 100, 10))
+    joined = some.joined(fit.some(3))
+    assert [v for feed in joined.feeds() for v in feed["x"][:, 0]] == [
+        0,
+        10,
+        20,
+        30,
+        33,
+        40,
+        50,
+        60,
+        66,
+        70,
+        80,
+        90,
+    ]
+    assert fit.some(1000).samples == 100
+
+
+def test_batches_by_their_numbers() -> None:
+    calibration = Calibration.open({"x": rows(100)}, model(VECTORS), batch_size=7)
+    stream = calibration.held_out
+    known = {batch.index: batch for batch in stream}
+    numbers = stream.numbers(10)
+    assert numbers is not None
+    assert len(numbers) == 2
+    assert set(numbers) <= known.keys()
+    for batch in stream.numbered(numbers):
+        np.testing.assert_array_equal(batch.feed["x"], known[batch.index].feed["x"])
+        assert batch.samples == known[batch.index].samples
+    assert stream.numbers(20) is None

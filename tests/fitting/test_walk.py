@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -663,7 +663,7 @@ def test_the_spools_limit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     ctx = context(model, {"x": normal(200, 6)})
     found = []
     for limit in (0, 3000, 1 << 30):
-        monkeypatch.setattr(walk_module, "Spool", functools.partial(Spool, limit=limit))
+        monkeypatch.setattr(walk_module, "Spool", lambda _, limit=limit: Spool(limit))
         rewritten = perturbed(model, "w0")
         sites, _ = refit_sites(model, rewritten)
         assert len(sites) == 5
@@ -794,7 +794,7 @@ def test_a_full_disk_is_an_input_error(dense: tuple[Model, Context], monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(walk_module, "Spool", functools.partial(Spool, limit=0))
+    monkeypatch.setattr(walk_module, "Spool", lambda _: Spool(0))
     model, ctx = dense
     rewritten = perturbed(model, "w1")
     with pytest.raises(InputError, match="No space left"):
@@ -870,3 +870,40 @@ def test_a_fixed_node_is_a_site_where_nothing_has_changed() -> None:
     assert solved.ridge is None
     assert solved.error < 1e-10
     assert rewritten.to_proto() == model.to_proto()
+
+
+# --- claims about some of the batches -----------------------------------------------------------------------
+
+
+def test_a_claim_is_about_some_batches_and_the_fit_about_all(dense: tuple[Model, Context]) -> None:
+    model, ctx = dense
+    rewritten = perturbed(model, "w1")
+    (solved,) = solve(model, rewritten, [site(rewritten, "h1")], ctx, ridge=1e-3)
+    claim = solved.prediction()
+    assert claim.batches is not None
+    x = np.concatenate([b.feed["x"] for b in ctx.calibration.fit if b.index in claim.batches])
+    assert 64 <= len(x) < ctx.calibration.fit.samples
+    off = compute(rewritten, {"x": x}, "h1")[0].astype(np.float64) - compute(model, {"x": x}, "h1")[0]
+    assert claim.error == pytest.approx((off**2).sum(1).mean(), rel=1e-4)
+    off = compute(rewritten, fitted(ctx), "h1")[0].astype(np.float64) - compute(model, fitted(ctx), "h1")[0]
+    assert solved.error == pytest.approx((off**2).sum(1).mean(), rel=1e-4)
+    assert solved.error != pytest.approx(claim.error, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", ["claim", "weight", "batches"])
+def test_what_is_wrong_shows_on_the_claimed_batches(wrong: str, dense: tuple[Model, Context]) -> None:
+    model, ctx = dense
+    rewritten = perturbed(model, "w1")
+    (solved,) = solve(model, rewritten, [site(rewritten, "h1")], ctx, ridge=1e-3)
+    claim = solved.prediction()
+    assert claim.batches is not None
+    if wrong == "claim":
+        claim = replace(claim, error=1.01 * claim.error)
+    elif wrong == "batches":
+        claim = replace(claim, batches=tuple(number + 1 for number in claim.batches))
+    else:
+        values = weight(rewritten, "w1").copy()
+        values.flat[np.abs(values).argmin()] += 1e-3 * np.abs(values).max()
+        rewritten.tensor("w1").values = values  # type: ignore[attr-defined]
+    (check,) = check_predictions(model, rewritten, [claim], ctx.calibration, RUNTIME, ctx.seed)
+    assert not check.passed

@@ -457,6 +457,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_one_run_gives_all_statistics(runs: list[int]) -> None:
     model = image("h = Conv(x, w) r = Relu(h) y = Conv(r, v)", {"w": (4, 3, 3, 3), "v": (2, 4, 1, 1)})
     ctx = context(model, images(), batch_size=8, held_out=0.2)
+    runs.clear()
     Batchnorm().run(model.copy(), ctx)
     assert runs == [1, 8, 8, 8, 8]  # the first tells how much a sample gives
 

@@ -14,10 +14,10 @@ import pytest
 from nets import (
     RUNTIME,
     alone,
+    claimed,
     compute,
     context,
     dense,
-    fitted,
     held,
     net,
     normal,
@@ -110,7 +110,7 @@ def test_every_clustered_operator_comes_with_its_error(refit: bool, codebook: bo
     assert report.contract is Contract.APPROXIMATE
     assert {claim.tensor for claim in report.predictions} == {"a", "h", "y"}
     for claim in report.predictions:
-        a, b = (rows(compute(m, fitted(ctx), claim.tensor)[0]) for m in (model, found))
+        a, b = (rows(compute(m, claimed(ctx, claim), claim.tensor)[0]) for m in (model, found))
         assert claim.error == pytest.approx(((a - b) ** 2).sum(1).mean(), rel=1e-4)
     by_name = {change.nodes[0]: change.detail for change in report.changes}
     off, base = (rows(compute(m, held(ctx), "y")[0]) for m in (found, model))

@@ -14,6 +14,7 @@ from nets import (
     DENSE_WEIGHTS,
     RUNTIME,
     alone,
+    claimed,
     compute,
     context,
     dense,
@@ -209,6 +210,7 @@ def test_data_keeps_the_principal_components_of_the_outputs(kind: str) -> None:
     np.testing.assert_allclose(again, (seen - mean) @ vectors @ vectors.T + mean, atol=2e-2)
     np.testing.assert_allclose(again.mean(0), mean, atol=1e-5)
     (claim,) = result.predictions
+    again, seen = (rows(compute(own, claimed(ctx, claim), name)[0]) for own in (found, model))
     assert claim.error == pytest.approx(((again - seen) ** 2).sum(1).mean(), rel=1e-4)
     plain = run(model, ctx, rank=rank, only=name, refit=False, method="svd").predictions[0]
     assert claim.error < plain.error

@@ -10,7 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 from channel_cases import sized, zeroed
-from nets import RUNTIME, alone, compute, context, fitted, held, least_squares, net, normal, one_step, weight
+from nets import (
+    RUNTIME,
+    alone,
+    claimed,
+    compute,
+    context,
+    fitted,
+    held,
+    least_squares,
+    net,
+    normal,
+    one_step,
+    weight,
+)
 from runs import timed
 
 from onnxfuse import compress
@@ -127,8 +140,8 @@ def test_every_refitted_operator_is_off_by_what_was_predicted() -> None:
     assert report.verification is not None
     assert report.verification.comparison is not None  # the cut was held against the masked network too
     assert len(report.predictions) >= 3
-    x = fitted(ctx)
     for claim in report.predictions:
+        x = claimed(ctx, claim)
         (ours,), (theirs,) = compute(found, x, claim.tensor), compute(model, x, claim.reference)
         if claim.channels is not None:
             theirs = np.take(theirs, claim.channels, claim.channel_axis)
@@ -417,8 +430,8 @@ def test_refit_and_a_second_select_know_the_channels_that_are_left() -> None:
     assert weight(outcome.model, "w1").shape == (9, 12, 3, 3)
     claims = [claim for item in outcome.steps for claim in item.predictions if claim.tensor == "h"]
     assert {len(claim.channels or ()) for claim in claims} == {9, 12}
-    x = fitted(ctx)
     last = claims[-1]
+    x = claimed(ctx, last)
     (ours,), (theirs,) = compute(outcome.model, x, "h"), compute(model, x, "h")
     error = np.mean(np.sum((ours.astype(float) - theirs[:, list(last.channels or ())]) ** 2, axis=1))
     assert error == pytest.approx(last.error, rel=1e-3)

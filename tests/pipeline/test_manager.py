@@ -132,7 +132,7 @@ def test_an_exact_pass_that_keeps_its_contract_is_committed(model: Model, contex
     assert [node.op for node in model.nodes] == ["MatMul", "Relu", "MatMul"]
     assert step.verification is not None
     assert step.verification.comparison is not None
-    assert step.verification.comparison.batch_sizes == (1, 3, 20)
+    assert step.verification.comparison.batch_sizes == (1, 3, 20, 12)
     assert step.changes[0].what == "split a product"
     assert step.skipped == (Skip(("other",), "not linear"),)
     assert step.before.macs == 6 * 16 + 16 * 4

@@ -17,7 +17,7 @@ from onnxfuse.verification.records import Comparison
 
 def result(*reasons: str | None) -> VerifyResult:
     promises = tuple(Promise(f"promise <{number}>", "", reason) for number, reason in enumerate(reasons))
-    samples = Samples("some", False, 0, 10, None)
+    samples = Samples("some", False, 0, 10, None, 10**9, 10)
     return VerifyResult(promises, Comparison((), 8.0, 10, ()), None, None, None, None, samples, ())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,13 +15,14 @@ from onnxfuse.data.calibration import Batch, Calibration
 from onnxfuse.data.rows import first_rows
 from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.findings import Prediction
-from onnxfuse.ir.model import Model
+from onnxfuse.ir.model import Feed, Model
 from onnxfuse.numerics.sampling import sample_positions
+from onnxfuse.runtime.memory import Budget
 from onnxfuse.runtime.session import Runtime
 from onnxfuse.verification.compare import compare, output_error
 from onnxfuse.verification.divergence import first_divergence
 from onnxfuse.verification.interface import structure_problem
-from onnxfuse.verification.noise import MULTIPLE
+from onnxfuse.verification.noise import MULTIPLE, NOISE_SAMPLES
 from onnxfuse.verification.predictions import check_predictions
 from onnxfuse.verification.records import OutputError
 
@@ -413,6 +415,7 @@ class Fit:
     """As much of a Calibration as `check_predictions` reads."""
 
     fit: list[Batch]
+    budget: Budget = Budget()  # noqa: RUF009
 
 
 CONVS = """convs (float[N,2,7,7] x) => (float[N,3,7,7] y) {
@@ -629,3 +632,71 @@ def test_a_reference_that_is_zero_is_measured_against_the_spacing_of_floats(runt
     assert "is zero throughout: its error has no scale" in found.notes[0]
     assert output_error(zero, small, batches(6), runtime).worst > 1e3
     assert compare(zero, parsed(text, k=np.float32(1e-8)), batches(6), runtime).passed
+
+
+# --- noise floors, measured on few samples and once ---------------------------------------------------------
+
+
+class Counted:
+    """A runtime that counts the rows of runs with a single thread, which only noise floors ask for."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.providers, self.threads, self.rows, self._runtime = runtime.providers, 2, 0, runtime
+
+    def session(self, model: Model, *, threads: int | None = None, **options: Any) -> Any:
+        session = self._runtime.session(model, threads=threads, **options)
+        run = session.run
+
+        def counted(feed: Feed, *names: Any) -> Feed:
+            self.rows += len(feed["x"]) if threads == 1 else 0
+            return run(feed, *names)
+
+        session.run = counted  # type: ignore[method-assign]
+        return session
+
+
+def test_floors_of_a_few_samples_pass_and_of_all_fail(runtime: Runtime) -> None:
+    few, every = Counted(runtime), Counted(runtime)
+    data = batches(6, count=12)
+    total = sum(batch.samples for batch in data)
+    passed = compare(mlp(), mlp(), data, few)  # type: ignore[arg-type]
+    assert passed.passed
+    assert passed.samples == total + 4  # with those of one and of three rows
+    assert NOISE_SAMPLES <= few.rows < NOISE_SAMPLES + data[0].samples < total
+    w2 = mlp().weight(mlp().tensor("w2"))
+    assert w2 is not None
+    failed = compare(mlp(), mlp(w2=w2 * 1.001), data, every)  # type: ignore[arg-type]
+    assert not failed.passed
+    assert every.rows == few.rows + total + 4  # judged by the floors on all
+
+
+def test_a_weight_off_by_a_thousandth_is_seen_on_the_samples_of_a_check(runtime: Runtime) -> None:
+    """Some weights of a small network, one after the other: what all samples show, the few show, too."""
+    model = mlp()
+    data = Calibration.open({"x": RANDOM.standard_normal((200, 6)).astype(np.float32)}, model)
+    few = data.fit.some(32).joined(data.held_out.some(32))
+    assert few.samples == 64
+    for name in ("w1", "w2"):
+        weight = model.weight(model.tensor(name))
+        assert weight is not None
+        for place in range(0, weight.size, 32):
+            off = weight.copy()
+            off.flat[place] += 1e-3 * np.abs(weight).max()
+            wrong = mlp(**{name: off})
+            if compare(model, wrong, data.fit, runtime).passed:
+                continue  # nothing that these samples show
+            assert not compare(model, wrong, few, runtime).passed
+
+
+def test_floors_of_tensors_are_measured_once(runtime: Runtime) -> None:
+    original, result = conv_pair()
+    data = batches(2, 7, 7, count=2, rows=4)
+    error, variance = local_error(data, None, 0, runtime)
+    counted = Counted(runtime)
+    claim = Prediction("v", "v", error, variance)
+    tolerances = []
+    for _ in range(2):
+        (check,) = check_predictions(original, result, [claim], Fit(data), counted, 0)  # type: ignore[arg-type]
+        tolerances.append(check.tolerance)
+    assert counted.rows == 4
+    assert tolerances[0] == tolerances[1]

@@ -8,7 +8,7 @@ state_dict.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 from torch import fx, nn
 
-from onnxfuse.data.calibration import Batch, Calibration, Data
+from onnxfuse.data.calibration import Batch, BatchStream, Calibration, Data
 from onnxfuse.errors import InputError, VerificationError
 from onnxfuse.ir.model import LoadableModel, Model
 from onnxfuse.pytorch.bridge.tensors import any_array, to_array, to_tensor, torch_type
@@ -154,7 +154,9 @@ def _replace_constant(node: NodeProto, array: np.ndarray) -> None:
 # --- the check ---------------------------------------------------------------------------------------------
 
 
-def check_module(module: nn.Module, model: Model, batches: Iterable[Batch], runtime: Runtime) -> None:
+def check_module(
+    module: nn.Module, model: Model, batches: Collection[Batch] | BatchStream, runtime: Runtime
+) -> None:
     """Check that the module, in eval mode, computes what the model does in ONNX Runtime.
 
     Args:

@@ -242,9 +242,8 @@ class _Retrainer:
         """The result's loss and metric beside the start's; ONNX Runtime computes what the module does."""
         result = copy_with_weights(self.module, self.model)
         pool = self.held or self.pool
-        check_module(
-            self.module, result, islice(pool.in_order(self.request.batch_size), _COMPARED), self.runtime
-        )
+        batches = list(islice(pool.in_order(self.request.batch_size), _COMPARED))
+        check_module(self.module, result, batches, self.runtime)
         return self.judge.change(result)
 
     def _fingerprint(self, world: int, precision: torch.dtype | None) -> str:
@@ -269,6 +268,8 @@ class _Retrainer:
                 self.pool.samples,
                 calibration.held_out.samples,
                 calibration.labels,
+                calibration.budget.total,
+                calibration.rows,
             ),
             teacher=teacher,
             objective=self.objective.about,
