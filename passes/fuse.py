@@ -140,7 +140,7 @@ class Fuse(Pass):
         fits = fit_locally(
             model,
             [candidate for candidate, _ in candidates],
-            context.calibration,
+            context.calibration.apart(self.options.samples),  # trials are judged on what no fit has seen
             context.runtime,
             seed=context.seed,
             mask=self.options.mask,

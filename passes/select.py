@@ -34,8 +34,9 @@ from onnxfuse.channels.budget import LossCurve, Total, Widths
 from onnxfuse.channels.consumers import RowView, consumers
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
-from onnxfuse.channels.importance import Ranking, Statistics, magnitudes, rank
+from onnxfuse.channels.importance import Ranking
 from onnxfuse.channels.masking import mask
+from onnxfuse.channels.moments_seen import Statistics
 from onnxfuse.channels.timing import rewarded
 from onnxfuse.data.rows import few_rows
 from onnxfuse.errors import VerificationError
@@ -58,6 +59,7 @@ from onnxfuse.fitting.selecting import (
     dead_channels,
     full_sizes,
     group_change,
+    rankings,
     ratio_result,
 )
 from onnxfuse.fitting.sites import check_mask
@@ -213,32 +215,16 @@ class Select(Pass):
                 widths = zip(*self._at_ratio(block, reading), strict=True)
                 least.update((group, min(own)) for group, own in zip(block.groups, widths, strict=True))
         found: list[LossCurve] = []
-        rankings: dict[Group, Ranking] = {}
+        by_moments = self.options.criterion == "moments" and self.options.ratio != 0
         for groups, known in reading.seen.parts():
             reading.unsettled.update((view, own) for view, own in known.every.items() if not own.settled)
-            for group in groups:
-                own = model, group, reading, dead[group], least[group]
-                reading.rankings[group] = self._rank(*own, known.every)
-                if trials is not None:
-                    # What a trial cuts is chosen without the samples that it is judged on.
-                    rankings[group] = self._rank(*own, known.apart)
+            every, apart = (known.every, known.apart) if by_moments else (None, None)
+            reading.rankings.update(rankings(model, groups, reading, every, dead, least))
             if trials is not None:
-                found += self._tried(model, groups, reading, known.apart, rankings, trials, context)
+                # What a trial cuts is chosen without the samples that it is judged on.
+                own = rankings(model, groups, reading, apart, dead, least)
+                found += self._tried(model, groups, reading, known.apart, own, trials, context)
         return found
-
-    def _rank(
-        self,
-        model: Model,
-        group: Group,
-        reading: Reading,
-        dead: np.ndarray,
-        least: int,
-        known: Mapping[RowView, Statistics],
-    ) -> Ranking:
-        """The order in which a group's channels go, down to `least` of them."""
-        if self.options.criterion == "magnitude" or self.options.ratio == 0:
-            return magnitudes(model, group, first=dead)
-        return rank(model, group.size, reading.consumers[group], known, first=dead, least=least)
 
     def _tried(
         self,
@@ -246,7 +232,7 @@ class Select(Pass):
         groups: Sequence[Group],
         reading: Reading,
         known: Mapping[RowView, Statistics],
-        rankings: Mapping[Group, Ranking],
+        ranked: Mapping[Group, Ranking],
         trials: Trials,
         context: Context,
     ) -> list[LossCurve]:
@@ -255,7 +241,7 @@ class Select(Pass):
 
         def rewritten(job: tuple[Group, int]) -> Model:
             group, width = job
-            choice = {group: rankings[group].kept(width)}
+            choice = {group: ranked[group].kept(width)}
             trial = model.copy()
             take(trial, choice, by=self.name)
             if self.options.compensate:
@@ -266,7 +252,7 @@ class Select(Pass):
         curves = []
         for group in groups:
             points = [(w, c) for (own, w), c in zip(jobs, changes, strict=True) if own is group]
-            curves.append(budget.curve(group, self._candidates(group), points, rankings[group]))
+            curves.append(budget.curve(group, self._candidates(group), points, ranked[group]))
         return curves
 
     def _candidates(self, group: Group) -> list[int]:

@@ -4,8 +4,8 @@ A channel of a network lies in many places at once: a row of one weight, columns
 bias, a number in a Reshape. `find_groups` finds these equivalence classes over (tensor, axis, block) by a
 rule for each operator; a `Group` says what a cut would touch before anything is cut. `take` keeps some
 indices of some groups, on every axis they lie on; with repetitions it grows a network. `mask` is what a cut
-must equal. Beside these names, `importance` scores channels, `budget` and `timing` choose widths, `aligning`
-permutes, `consumers` reads the operators behind a group.
+must equal. Beside these names, `moments_seen` gathers what consumers see, `importance` scores channels,
+`budget` and `timing` choose widths, `aligning` permutes, `consumers` reads the operators behind a group.
 
 Stands above `pipeline` and below `fitting`.
 """

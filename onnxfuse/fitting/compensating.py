@@ -8,7 +8,8 @@ import numpy as np
 
 from onnxfuse.channels.consumers import Consumer, RowView
 from onnxfuse.channels.groups import ChannelGroups, Choice, Group
-from onnxfuse.channels.importance import Statistics, compensation
+from onnxfuse.channels.importance import compensation
+from onnxfuse.channels.moments_seen import Statistics
 from onnxfuse.ir.model import Model
 
 

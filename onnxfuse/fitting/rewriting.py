@@ -16,7 +16,7 @@ from typing import Annotated, TypeVar
 from pydantic import Field
 
 from onnxfuse.channels.consumers import RowView
-from onnxfuse.channels.importance import Known, statistics
+from onnxfuse.channels.moments_seen import Known, statistics
 from onnxfuse.data.rows import few_rows
 from onnxfuse.findings import Change, Json, Skip
 from onnxfuse.fitting.search import Level, SearchResult, farthest

@@ -12,7 +12,8 @@ from onnxfuse.analysis.intervals.rules import intervals
 from onnxfuse.channels import ratio
 from onnxfuse.channels.consumers import Consumer, RowView
 from onnxfuse.channels.groups import ChannelGroups, Group, find_groups
-from onnxfuse.channels.importance import SETTLED_ROWS, Known, Ranking, Statistics
+from onnxfuse.channels.importance import Ranking, magnitudes, rank
+from onnxfuse.channels.moments_seen import SETTLED_ROWS, Known, Statistics
 from onnxfuse.findings import Change, Reached, Skip
 from onnxfuse.fitting.rewriting import first_feed, seen_in_parts
 from onnxfuse.fitting.search import SearchResult
@@ -102,6 +103,32 @@ class Seen:
         for number, part in enumerate(parts):
             self._kept = [] if number else [part]
             yield part
+
+
+def rankings(
+    model: Model,
+    groups: Sequence[Group],
+    reading: Reading,
+    known: Mapping[RowView, Statistics] | None,
+    dead: Mapping[Group, np.ndarray],
+    least: Mapping[Group, int],
+) -> dict[Group, Ranking]:
+    """The order in which the channels of each group go.
+
+    Args:
+        model: the one at hand.
+        groups: of it.
+        reading: has their consumers.
+        known: what these see; None ranks by the size of weights.
+        dead: of each group, channels that go first.
+        least: of each group, so many stay in any case.
+    """
+    if known is None:
+        return {group: magnitudes(model, group, first=dead[group]) for group in groups}
+    return {
+        group: rank(model, group.size, reading.consumers[group], known, first=dead[group], least=least[group])
+        for group in groups
+    }
 
 
 def full_sizes(

@@ -10,11 +10,12 @@ from channel_cases import sized
 from nets import RUNTIME, Feed, columns, compute, least_squares, net, normal, rows
 
 from onnxfuse.analysis.cost import shapes_at
-from onnxfuse.channels import importance
+from onnxfuse.channels import moments_seen
 from onnxfuse.channels.consumers import Consumer, RowView, consumers
 from onnxfuse.channels.edits import take
 from onnxfuse.channels.groups import Group, find_groups
-from onnxfuse.channels.importance import RIDGES, Ranking, Statistics, compensation, rank, statistics
+from onnxfuse.channels.importance import Ranking, compensation, rank
+from onnxfuse.channels.moments_seen import RIDGES, Statistics, statistics
 from onnxfuse.data.calibration import Calibration
 from onnxfuse.ir.model import Model
 
@@ -40,7 +41,7 @@ def relative(x: np.ndarray, y: np.ndarray, stay: np.ndarray) -> float:
 
 @pytest.fixture(autouse=True)
 def no_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "RIDGES", (1e-9,))
+    monkeypatch.setattr(moments_seen, "RIDGES", (1e-9,))
 
 
 def test_costs_of_a_convolution() -> None:
@@ -215,7 +216,7 @@ def test_rows_of_a_sample_that_are_alike_count_once(alike: bool, low: float, hig
 @pytest.mark.parametrize("count", [30, 60, 150, 2000])
 def test_the_ridge_tells_unseen_columns_best(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the errors on fresh rows of each column, told by a ridge regression on all others."""
-    monkeypatch.setattr(importance, "RIDGES", RIDGES)
+    monkeypatch.setattr(moments_seen, "RIDGES", RIDGES)
     mixing = normal(8, 40, seed=1).astype(float)
 
     def draw(rows: int, seed: int) -> np.ndarray:
@@ -228,5 +229,5 @@ def test_the_ridge_tells_unseen_columns_best(count: int, monkeypatch: pytest.Mon
         inverse = np.linalg.inv(covariance + ridge * np.trace(covariance) / 40 * np.eye(40))
         told = (fresh - x.mean(0)) @ inverse / np.diag(inverse)  # what is left of each column
         errors.append(float((told**2).sum()))
-    chosen = RIDGES.index(importance._ridge(covariance, count))
+    chosen = RIDGES.index(moments_seen._ridge(covariance, count))
     assert errors[chosen] < 1.1 * min(errors)

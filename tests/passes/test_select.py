@@ -206,7 +206,7 @@ def test_a_recurrent_network_makes_up_for_twins_by_both_of_its_weights(
         value[0, 3::4] = value[0, 1::4]
         model.set_weight(model.tensor(name), value)
     ctx = context(model, [{"x": normal(7, 12, 5, seed=seed)} for seed in range(12)])
-    monkeypatch.setattr("onnxfuse.channels.importance.RIDGES", (1e-6,))
+    monkeypatch.setattr("onnxfuse.channels.moments_seen.RIDGES", (1e-6,))
     result = select(model, ctx, ratio=0.25, step=1)
     assert [removed for _, removed in cuts(result).values()] in ([[a], [b]] for a in (1, 3) for b in (1, 3))
     x = {"x": normal(7, 9, 5, seed=50)}
