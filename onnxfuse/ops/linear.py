@@ -118,7 +118,7 @@ class LinearOp:
     @property
     def weight(self) -> np.ndarray:
         """The weight as a float64 matrix (out, in / groups * prod(kernel))."""
-        return _from_layout(self, read_value(self.model, self.weight_input).astype(np.float64))
+        return _from_layout(self, _widened(read_value(self.model, self.weight_input)))
 
     @property
     def has_bias(self) -> bool:
@@ -371,7 +371,13 @@ def read_value(model: Model, tensor: Tensor) -> np.ndarray:
 
 def flat_value(model: Model, tensor: Tensor) -> np.ndarray:
     """The value of a weight as a float64 vector."""
-    return read_value(model, tensor).astype(np.float64).reshape(-1)
+    return _widened(read_value(model, tensor)).reshape(-1)
+
+
+def _widened(value: np.ndarray) -> np.ndarray:
+    """The value in float64; NumPy would print a warning of a signaling NaN."""
+    with np.errstate(invalid="ignore"):
+        return value.astype(np.float64)
 
 
 def _known(model: Model, tensor: Tensor) -> StoredWeight:
