@@ -33,6 +33,9 @@ from onnxfuse.runtime.session import Runtime
 LOCAL_ROWS_PER_COLUMN = 8
 """Sampled rows per column: enough to tell a good candidate from a bad one."""
 
+LEAST_LOCAL_ROWS = 1 << 10
+"""Sampled rows at least: the held errors of a few are noise."""
+
 LOCAL_RIDGE = 3e-3
 """Relative ridge of a local fit, which only serves to rank."""
 
@@ -95,7 +98,9 @@ class _View:
         y = [found[name] for name in self.targets]
         moments = self.moments[held]
         if self.positions is None:
-            self.positions = per_sample(LOCAL_ROWS_PER_COLUMN * first.columns, self.batches * len(x))
+            self.positions = per_sample(
+                max(LEAST_LOCAL_ROWS, LOCAL_ROWS_PER_COLUMN * first.columns), self.batches * len(x)
+            )
         shape = row_shape(y[0].shape, 1 if region.kind == "conv" else -1)
         rows = self.sampler.sample(batch.index, shape, self.positions, batch.feed)
         if region.kind == "conv":
