@@ -502,6 +502,25 @@ def test_sizes_that_do_not_hold_are_refused(
     assert any(skip.reason == "its sizes don't hold: 5 is not 4" for skip in result.skipped)
 
 
+@pytest.mark.parametrize("shortlist", [1, 2])
+def test_no_region_is_judged_on_samples_that_it_was_fitted_to(shortlist: int) -> None:
+    """Region a has more columns than there are samples: whatever it was fitted to, it meets. It saves as much
+    as b, which an affine map really follows. The first ranking decides where the shortlist is of one, trials
+    with refits where it is of two."""
+    model = net(
+        """a1 = Gemm(x, wa1) ar = Relu(a1) a2 = Gemm(ar, wa2) at = Tanh(a2)
+        b1 = Gemm(z, wb1) br = Relu(b1) b2 = Gemm(br, wb2) bt = Tanh(b2) y = Add(at, bt)""",
+        {"wa1": (60, 200), "wa2": (200, 4), "wb1": (4, 1550), "wb2": (1550, 4)},
+        "float[N,60] x, float[N,4] z",
+    )
+    ctx = context(model, {"x": normal(50, 60, seed=3), "z": normal(50, 4, seed=4)})
+    result = fuse(model, ctx, max_blocks=1, shortlist=shortlist)
+    assert fused_op(result) == ["b2_fused"]
+    (skip,) = result.skipped
+    assert skip.nodes == ("a1", "a2")
+    assert skip.reason.startswith("left:")
+
+
 def test_a_candidate_that_breaks_the_network_is_passed_over(
     mlp: tuple[Model, Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
