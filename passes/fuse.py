@@ -246,11 +246,11 @@ class Fuse(Pass):
         skipped += overlapping
         size = max(self.options.shortlist, self.options.max_blocks or 0)
         skipped += _left(chosen[size:], f"not among the {size} best (shortlist)")
-        shortlist = []
+        shortlist, feeds = [], [trials.feed]
         for item in chosen[:size]:
             candidate = item.fit.candidate
             kernels = [candidate.kernel] if candidate.kernel else None
-            check = check_geometry(model, candidate.region, context.runtime, [trials.feed], kernels=kernels)
+            check = check_geometry(model, candidate.region, context.runtime, feeds, kernels=kernels)
             if check.passed:
                 shortlist.append(item)
             else:

@@ -86,15 +86,7 @@ def verify(
         wanted = _Wanted(max_error, Allowance(metric, max_drop, confidence_of(confidence)), max_latency)
         first, second = load(a), load(b)
         runtime = Runtime(provider, threads)
-        calibration = Calibration.open(
-            calib,
-            first,
-            limit=samples,
-            batch_size=batch_size,
-            budget=Budget.of(memory),
-            held_out=0.0,
-            seed=seed,
-        )
+        calibration = _samples(calib, first, samples, batch_size, memory, seed)
         result = _verified(first, second, calibration, runtime, wanted, seed)
     except OnnxfuseError as error:
         if junit is not None:
@@ -190,6 +182,27 @@ def _bounded(
     return replace(comparison, outputs=outputs), found.over(max_error, "the allowed")
 
 
+def _samples(
+    calib: Data, model: Model, limit: int | None, batch_size: int, memory: str | None, seed: int
+) -> Calibration:
+    """The samples of a comparison: none is held out.
+
+    Args:
+        calib, batch_size, memory, seed: as in `verify`.
+        model: whose inputs they must fit.
+        limit: use about this many.
+    """
+    return Calibration.open(
+        calib,
+        model,
+        limit=limit,
+        batch_size=batch_size,
+        budget=Budget.of(memory),
+        held_out=0.0,
+        seed=seed,
+    )
+
+
 def diff(
     a: ModelSource,
     b: ModelSource,
@@ -222,15 +235,7 @@ def diff(
     warnings: list[str] = []
     outputs, feed, record = None, None, None
     try:
-        calibration = Calibration.open(
-            calib,
-            first,
-            limit=samples,
-            batch_size=batch_size,
-            budget=Budget.of(memory),
-            held_out=0.0,
-            seed=seed,
-        )
+        calibration = _samples(calib, first, samples, batch_size, memory, seed)
         warnings += [MADE_UP] if calibration.synthetic else []
         batches, record, said = unseen(calibration, first, second)
         warnings += said

@@ -94,34 +94,40 @@ class BatchStream:
         units = self._units[chosen]
         if self._source.exact:
             units = units[: len(units) // self._size * self._size]
-        return BatchStream(self._source, units, self._size, self._first_index) if len(units) else None
+        return self._of(units, self._first_index) if len(units) else None
+
+    def _of(self, units: np.ndarray, first_index: int) -> BatchStream:
+        """The stream of some units, in batches as here."""
+        return BatchStream(self._source, units, self._size, first_index)
+
+    @property
+    def _step(self) -> int:
+        """Units that only go together."""
+        return self._size if self._source.exact else 1
+
+    def _chosen(self, numbers: np.ndarray) -> np.ndarray:
+        """The units of these steps."""
+        return self._units[(numbers[:, None] * self._step + np.arange(self._step)).reshape(-1)]
 
     def split(self, samples: int) -> tuple[BatchStream, BatchStream]:
         """About `samples` of the samples, spread over the stream: two thirds of them, and the rest.
 
         One that can't be divided serves as both.
         """
-        step = self._size if self._source.exact else 1
-        total = len(self._units) // step
+        total = len(self._units) // self._step
         count = min(total, max(2, -(-samples * total // self.samples)))
         chosen = np.arange(count) * total // count
         second = chosen[1::3] if count > 1 else chosen
         first = np.setdiff1d(chosen, second) if count > 1 else chosen
-
-        def units(numbers: np.ndarray) -> np.ndarray:
-            return self._units[(numbers[:, None] * step + np.arange(step)).reshape(-1)]
-
-        fit = BatchStream(self._source, units(first), self._size, 0)
-        return fit, BatchStream(self._source, units(second), self._size, len(fit))
+        fit = self._of(self._chosen(first), 0)
+        return fit, self._of(self._chosen(second), len(fit))
 
     def some(self, samples: int) -> BatchStream:
         """The stream of about so many of the samples, spread over this one."""
-        step = self._size if self._source.exact else 1
-        total = len(self._units) // step
+        total = len(self._units) // self._step
         count = min(total, -(-samples * total // max(self.samples, 1)))
         chosen = np.arange(count) * total // max(count, 1)
-        units = self._units[(chosen[:, None] * step + np.arange(step)).reshape(-1)]
-        return BatchStream(self._source, units, self._size, self._first_index)
+        return self._of(self._chosen(chosen), self._first_index)
 
     def numbers(self, samples: int) -> tuple[int, ...] | None:
         """The numbers of batches, spread over the stream, that have about so many samples; None where those
@@ -137,13 +143,13 @@ class BatchStream:
 
     def joined(self, other: BatchStream) -> BatchStream:
         """The stream of the units of both, which are of one source."""
-        return BatchStream(self._source, np.union1d(self._units, other._units), self._size, 0)
+        return self._of(np.union1d(self._units, other._units), 0)
 
     def without(self, other: BatchStream) -> BatchStream:
         """The stream of those units that are not in `other`, a part of this one; itself where none are
         left."""
         left = np.setdiff1d(self._units, other._units)
-        return BatchStream(self._source, left, self._size, 0) if len(left) else self
+        return self._of(left, 0) if len(left) else self
 
     def cut(self, rows: int) -> BatchStream:
         """The same samples in batches of at most so many rows, where model and data leave that open."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxfuse.data.calibration import BatchStream
-from onnxfuse.fitting.sites import tensors_read
+from onnxfuse.fitting.sites import nodes_behind, tensors_read
 from onnxfuse.ir.model import Feed, Model
 from onnxfuse.ir.nodes import Node
 from onnxfuse.ops.table import OPS, Kind
@@ -84,13 +84,7 @@ class Frontier:
 
     def _plan(self, step: int, names: set[str], shared: set[str], done: set[Node]) -> None:
         model = self._model
-        nodes: dict[Node, None] = {}
-        stack = [model.tensor(name) for name in names if name not in shared]
-        while stack:
-            node = model.producer(stack.pop())
-            if node is not None and node not in done and node not in nodes:
-                nodes[node] = None
-                stack.extend(tensor for tensor in tensors_read(model, node) if tensor.name not in shared)
+        nodes = nodes_behind(model, names, shared, done)
         done.update(node for node in nodes if node not in self._prepared)
         inner = {tensor.name for node in nodes for tensor in node.outputs if tensor.name}
         made = {tensor.name for node in nodes if node in done for tensor in node.outputs if tensor.name}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -98,6 +98,27 @@ def _equal_weights(a: Model, b: Model, x: Tensor, y: Tensor) -> bool:
 def tensors_read(model: Model, node: Node) -> list[Tensor]:
     """All tensors that a node depends on, those that its bodies capture among them."""
     return [*(t for t in node.inputs if t.name), *(model.tensor(name) for name in node.captured)]
+
+
+def nodes_behind(
+    model: Model, names: Iterable[str], shared: Collection[str], done: Collection[Node] = ()
+) -> dict[Node, None]:
+    """The nodes that compute some tensors from shared ones.
+
+    Args:
+        model: has them.
+        names: of the tensors.
+        shared: names of tensors that are there already.
+        done: nodes whose outputs are there already.
+    """
+    nodes: dict[Node, None] = {}
+    stack = [model.tensor(name) for name in names if name not in shared]
+    while stack:
+        node = model.producer(stack.pop())
+        if node is not None and node not in done and node not in nodes:
+            nodes[node] = None
+            stack.extend(tensor for tensor in tensors_read(model, node) if tensor.name not in shared)
+    return nodes
 
 
 def refit_sites(

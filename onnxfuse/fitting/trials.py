@@ -28,9 +28,8 @@ from threadpoolctl import threadpool_limits
 
 from onnxfuse.data.calibration import BatchStream, Calibration
 from onnxfuse.errors import NotApplicableError
-from onnxfuse.fitting.sites import tensors_read, unchanged
+from onnxfuse.fitting.sites import nodes_behind, tensors_read, unchanged
 from onnxfuse.ir.model import Feed, Model
-from onnxfuse.ir.nodes import Node
 from onnxfuse.pipeline.base import Context
 from onnxfuse.progress import NoProgress
 from onnxfuse.runtime.session import Runtime
@@ -170,21 +169,12 @@ class _Trial:
         self._made = made
         outputs = [info.name for info in made.outputs]
         same = {name for name in unchanged(base, made) if _can_be_fed(base, name)}
-        reads: set[str] = set()
-        seen: set[Node] = set()
-        stack = [made.tensor(name) for name in outputs if name not in same]
-        while stack:
-            node = made.producer(stack.pop())
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            for tensor in tensors_read(made, node):
-                if made.is_weight(tensor):
-                    continue
-                if tensor.name in same:
-                    reads.add(tensor.name)
-                else:
-                    stack.append(tensor)
+        reads = {
+            tensor.name
+            for node in nodes_behind(made, outputs, same)
+            for tensor in tensors_read(made, node)
+            if tensor.name in same and not made.is_weight(tensor)
+        }
         self._reads = sorted(reads)
         self._outputs = [name for name in outputs if name not in same]
         self._equal = [name for name in outputs if name in same]
